@@ -1,0 +1,431 @@
+"""Text and pages -> training samples: tokenizer, chat format, and the toy's drawn documents.
+
+    python data.py --draw 20 --seed 1 pages/     # look at the data first: 20 held-out pages and questions.jsonl
+
+A sample is one packed stretch of tokens: begin-of-text, the user's header, IMAGE at the place of every visual token,
+the prompt, the assistant's header, the answer. Only answers and their end-of-turn token are supervised.
+"""
+import argparse
+import base64
+import functools
+import json
+import random
+import zlib
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import tiktoken
+import torch
+from PIL import Image, ImageDraw, ImageFont
+from torch import Tensor
+
+from model import IGNORE, IMAGE, AlignVLM
+from vision import SigLIPConfig, tile, tile_boxes
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Tokenizer
+
+# Llama 3's split of text into pieces, within which bytes are merged.
+LLAMA3_PATTERN = (r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*"
+                  r"|\s*[\r\n]+|\s+(?!\S)|\s+")
+# Llama 3's 256 special tokens follow the last rank; these have a name.
+LLAMA3_SPECIALS = ["<|begin_of_text|>", "<|end_of_text|>", "<|reserved_special_token_0|>", "<|reserved_special_token_1|>",
+                   "<|finetune_right_pad_id|>", "<|step_id|>", "<|start_header_id|>", "<|end_header_id|>", "<|eom_id|>",
+                   "<|eot_id|>", "<|python_tag|>", "<|image|>"]
+# The toy's vocabulary: every byte, and the pieces of its prompts and headers (drawn pages are upper-case).
+TOY_WORDS = ["user", "assistant", "\n\n", "what", " is", " the", " of", "read", " page", " it", "?", "."]
+
+
+class Tokenizer:
+    """Llama 3's tokenizer.model: lines of `base64 rank`, read into a tiktoken Encoding with Llama 3's special tokens."""
+
+    def __init__(self, path: str | Path):
+        self.path = Path(path)
+        ranks = {}
+        for line in self.path.read_bytes().splitlines():
+            token, rank = line.split()
+            ranks[base64.b64decode(token)] = int(rank)
+        names = LLAMA3_SPECIALS + [f"<|reserved_special_token_{i}|>" for i in range(2, 256 - len(LLAMA3_SPECIALS) + 2)]
+        self.special = {name: len(ranks) + i for i, name in enumerate(names)}
+        self.encoding = tiktoken.Encoding(self.path.name, pat_str=LLAMA3_PATTERN, mergeable_ranks=ranks,
+                                          special_tokens=self.special)
+        self.stop = {self.special["<|end_of_text|>"], self.special["<|eom_id|>"], self.special["<|eot_id|>"]}
+
+    def __len__(self) -> int:
+        return self.encoding.n_vocab
+
+    def encode(self, text: str) -> list[int]:
+        """Text -> ids. Text is only ever text: `<|eot_id|>` in it is eight bytes of prose, not the token."""
+        return self.encoding.encode_ordinary(text)
+
+    def decode(self, ids: list[int]) -> str:
+        return self.encoding.decode(ids)
+
+
+def write_toy_tokenizer(path: Path) -> None:
+    """The toy's tokenizer.model: 256 bytes, then each word of TOY_WORDS by way of its prefixes."""
+    tokens = [bytes([b]) for b in range(256)]
+    for word in TOY_WORDS:
+        tokens += [word.encode()[:n] for n in range(2, len(word) + 1) if word.encode()[:n] not in tokens]
+    path.write_text("".join(f"{base64.b64encode(t).decode()} {rank}\n" for rank, t in enumerate(tokens)))
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Chat format
+
+
+@dataclass
+class Turn:
+    """One message: its parts in order, each a string or IMAGE, the place of the sample's next image."""
+    role: str
+    parts: list
+
+
+@dataclass
+class Example:
+    """What every reader of a data set yields: images, turns that refer to them, and a name."""
+    images: list[Image.Image]
+    turns: list[Turn]
+    key: str
+
+
+@dataclass
+class Sample:
+    """An example ready for the model: tokens and labels (L,), pixels (T, 3, S, S)."""
+    tokens: Tensor
+    labels: Tensor
+    pixels: Tensor
+    key: str
+
+
+def encode_chat(turns: list[Turn], tokenizer: Tokenizer, visual_tokens: list[int]) -> tuple[Tensor, Tensor]:
+    """Turns -> tokens and labels (L,) in Llama 3's chat format; image i takes visual_tokens[i] positions.
+
+    labels[t] is the token that should follow tokens[t], or IGNORE outside the assistant's answers. Unless the last
+    turn is the assistant's, the sequence ends with its header, ready to be continued.
+    """
+    special, counts = tokenizer.special, iter(visual_tokens)
+    tokens, answers = [special["<|begin_of_text|>"]], [False]
+
+    def add(ids: list[int], answer: bool = False) -> None:
+        tokens.extend(ids)
+        answers.extend([answer] * len(ids))
+
+    def header(role: str) -> None:
+        add([special["<|start_header_id|>"], *tokenizer.encode(role), special["<|end_header_id|>"],
+             *tokenizer.encode("\n\n")])
+
+    for turn in turns:
+        header(turn.role)
+        answer = turn.role == "assistant"
+        for part in turn.parts:
+            add([IMAGE] * next(counts) if part == IMAGE else tokenizer.encode(part), answer)
+        add([special["<|eot_id|>"]], answer)
+    if turns[-1].role != "assistant":
+        header("assistant")
+    labels = [t if a else IGNORE for t, a in zip(tokens[1:] + [0], answers[1:] + [False])]
+    return torch.tensor(tokens), torch.tensor(labels)
+
+
+def prepare(example: Example, tokenizer: Tokenizer, config: SigLIPConfig, max_tiles: int = 9) -> Sample:
+    """Tile an example's images and encode its turns."""
+    tiles = [tile(image, config, max_tiles) for image in example.images]
+    tokens, labels = encode_chat(example.turns, tokenizer, [len(t) * config.n_patches for t in tiles])
+    side = config.image_size
+    return Sample(tokens, labels, torch.cat([torch.empty(0, 3, side, side), *tiles]), example.key)
+
+
+def pack(samples: list[Sample]) -> tuple[Tensor, Tensor, Tensor, list[int]]:
+    """Samples -> one row: tokens (1, L), labels (1, L), pixels (T, 3, S, S), the samples' lengths."""
+    return (torch.cat([s.tokens for s in samples])[None], torch.cat([s.labels for s in samples])[None],
+            torch.cat([s.pixels for s in samples]), [len(s.tokens) for s in samples])
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The toy's documents: five kinds of page, one character a cell, every value random
+
+CELL = 14                                   # pixels a side: a character fills one patch of the toy's encoder
+SYMBOLS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ0123456789"
+LABELS = ["NO", "PO", "ID", "TO", "REF", "DUE", "TAX", "QTY", "TEL", "BOX", "DAY", "FOR", "VIA", "LOT", "ZIP"]
+READ = "read the page"                      # the prompt of stage 2
+
+
+@dataclass
+class Page:
+    """A document as text: what stands in which cell, what one reads aloud, and what one can ask."""
+    kind: str
+    columns: int
+    rows: int
+    words: list[tuple[int, int, str]] = field(default_factory=list)     # (row, column, word)
+    lines: list[str] = field(default_factory=list)                      # in reading order
+    questions: list[tuple[str, str]] = field(default_factory=list)      # (prompt, answer)
+
+    def write(self, row: int, *words: tuple[int, str]) -> None:
+        """One line of the page: (column, word) pairs."""
+        self.words += [(row, column, word) for column, word in words]
+        self.lines.append(" ".join(word for _, word in words))
+
+    @property
+    def text(self) -> str:
+        return "\n".join(self.lines)
+
+    @property
+    def large(self) -> bool:
+        """Whether it takes several tiles."""
+        return max(self.columns, self.rows) > 8
+
+
+def code(rng: random.Random, low: int, high: int) -> str:
+    return "".join(rng.choices(SYMBOLS, k=rng.randint(low, high)))
+
+
+def value(rng: random.Random, room: int) -> str:
+    """A random string, amount or date of three symbols or more, in at most `room` >= 4 characters."""
+    kind = rng.random()
+    if kind < 0.5:
+        return code(rng, 3, room)
+    if kind < 0.75:
+        return f"{rng.randint(1, 99 if room > 4 else 9)}.{rng.randint(0, 99):02}"
+    return f"{rng.randint(10, 28)}/{rng.randint(1, 12 if room > 4 else 9)}"
+
+
+def rows_of(rng: random.Random, rows: int, first: int, n: int) -> list[int]:
+    """n of the rows first, first + 1, ..., rows - 1, in order."""
+    return sorted(rng.sample(range(first, rows), n))
+
+
+def labelled(rng: random.Random, page: Page, rows: list[int], column: int = 0, sign: str = "") -> None:
+    """Lines of `LABEL value`, each with its question."""
+    used = {prompt for prompt, _ in page.questions}
+    labels = rng.sample([name for name in LABELS if f"what is {name}?" not in used], len(rows))
+    for row, label in zip(rows, labels):
+        answer = value(rng, 7 - len(label))
+        page.write(row, (column, label + sign + answer)) if sign else \
+            page.write(row, (column, label), (column + len(label) + 1, answer))
+        page.questions.append((f"what is {label}?", answer))
+
+
+def invoice(rng: random.Random, large: bool) -> Page:
+    page = Page("invoice", 8, 16 if large else rng.choice([6, 8]))
+    page.write(0, (rng.randint(0, 1), "INVOICE"))
+    labelled(rng, page, rows_of(rng, page.rows, 1, rng.randint(4, 6) if large else rng.randint(2, 4)))
+    return page
+
+
+def receipt(rng: random.Random, large: bool) -> Page:
+    page = Page("receipt", 8, rng.choice([16, 24]) if large else 8)
+    shop = code(rng, 4, 7)
+    page.write(0, ((8 - len(shop)) // 2, shop))
+    *rows, last = rows_of(rng, page.rows, 1, rng.randint(4, 6) if large else rng.randint(3, 4))
+    items: set[str] = set()
+    while len(items) < len(rows):
+        items.add(code(rng, 3, 3))
+    for row, item in zip([*rows, last], [*sorted(items, key=lambda _: rng.random()), "SUM"]):
+        price = f"{rng.randint(1, 9)}.{rng.randint(0, 99):02}"
+        page.write(row, (0, item), (4, price))
+        page.questions.append((f"what is {item}?", price))
+    return page
+
+
+def letter(rng: random.Random, large: bool) -> Page:
+    page = Page("letter", 8, 16 if large else 8)
+    n, body = (3, rng.randint(2, 4)) if large else (2, rng.randint(1, 2))
+    rows = rows_of(rng, page.rows, 0, n + body)
+    labelled(rng, page, rows[:n])
+    for row in rows[n:]:
+        first = code(rng, 2, 5)
+        rest = code(rng, 1, 7 - len(first))
+        page.write(row, (0, first), (len(first) + 1, rest))
+    return page
+
+
+def form(rng: random.Random, large: bool) -> Page:
+    """`LABEL:value`; a large form has two columns, read one after the other."""
+    page = Page("form", 16 if large else 8, 8)
+    for column in (0, 8) if large else (0,):
+        labelled(rng, page, rows_of(rng, 8, 0, rng.randint(2, 3) if large else rng.randint(3, 4)), column, ":")
+    return page
+
+
+def table(rng: random.Random, large: bool) -> Page:
+    """Rows by a random key; a small table has one column of values, a large one three."""
+    page = Page("table", 16 if large else 8, 8)
+    header = rng.sample([name for name in LABELS if len(name) == 3], 3 if large else 1)
+    rows = rows_of(rng, 8, 1, rng.randint(2, 3) if large else rng.randint(3, 4))
+    page.write(0, (0, "KEY"), *((4 * i, name) for i, name in enumerate(header, 1)))
+    keys: set[str] = set()
+    while len(keys) < len(rows):
+        keys.add(code(rng, 3, 3))
+    for row, key in zip(rows, sorted(keys, key=lambda _: rng.random())):
+        values = [code(rng, 3, 3) for _ in header]
+        page.write(row, (0, key), *((4 * i, v) for i, v in enumerate(values, 1)))
+        page.questions += [(f"what is {name} of {key}?", v) for name, v in zip(header, values)]
+    return page
+
+
+def label(rng: random.Random) -> Page:
+    """A few words on an otherwise empty page."""
+    page = Page("label", 8, 8)
+    for row in rows_of(rng, 8, 0, rng.randint(1, 3)):
+        word = code(rng, 1, 8)
+        page.write(row, (rng.randint(0, 8 - len(word)), word))
+    return page
+
+
+def dense_text(rng: random.Random) -> Page:
+    """Full lines of random words: most tokens of a transcript teach to copy."""
+    page = Page("text", 8, 8)
+    for row in rows_of(rng, 8, 0, rng.randint(3, 6)):
+        page.write(row, (0, code(rng, 3, 8)))
+    return page
+
+
+def eye_chart(rng: random.Random) -> Page:
+    """Random characters in every cell, read as one line. The k-th character of the answer is the k-th patch of the
+    image: the LLM can look at the right patch before it reads any, and every patch gets its own error signal."""
+    page = Page("chart", 8, 8)
+    cells = "".join(" " if rng.random() < 0.25 else rng.choice(SYMBOLS + "./:") for _ in range(64))
+    page.words = [(row, 0, cells[8 * row:8 * row + 8]) for row in range(8)]
+    page.lines = [cells]
+    return page
+
+
+PAGES = {"invoice": invoice, "receipt": receipt, "letter": letter, "form": form, "table": table}
+KINDS = list(PAGES)
+
+
+@functools.cache
+def glyph(character: str) -> Image.Image:
+    """The inked mask (CELL x CELL, 8-bit grey) of one character in Pillow's built-in font, centred in its cell."""
+    font = ImageFont.load_default(size=CELL - 1)
+    mask = Image.new("L", (CELL, CELL), 0)
+    left, _, right, _ = font.getbbox(character)
+    ImageDraw.Draw(mask).text(((CELL - right - left) / 2, -1), character, font=font, fill=255)
+    return mask
+
+
+def draw(page: Page) -> Image.Image:
+    image = Image.new("L", (page.columns * CELL, page.rows * CELL), 255)
+    for row, column, word in page.words:
+        for i, character in enumerate(word):
+            image.paste(0, ((column + i) * CELL, row * CELL), glyph(character))
+    return image.convert("RGB")
+
+
+def drawn_page(rng: random.Random, kind: str, large: bool, split: str) -> Page:
+    """A page of the split: its text decides in which it is, so that no document is in both."""
+    while True:
+        page = PAGES[kind](rng, large)
+        if (zlib.crc32(page.text.encode()) % 10 == 0) == (split == "held-out"):
+            return page
+
+
+def plain_text(page: Page, config: SigLIPConfig) -> str:
+    """The page as stage 0 reads it: at the place of each visual token the character that its patch shows.
+
+    The whole-page tile, on which nothing is legible, and the margins are spaces.
+    """
+    cells = [[" "] * page.columns for _ in range(page.rows)]
+    for row, column, word in page.words:
+        cells[row][column:column + len(word)] = word
+    side, text = config.patches_per_side, ""
+    for left, top, right, bottom in tile_boxes(page.columns * CELL, page.rows * CELL, config):
+        crop = ["".join(row[left // CELL:right // CELL]) for row in cells[top // CELL:bottom // CELL]]
+        if max(right - left, bottom - top) > config.image_size:
+            crop = []
+        x, y = (side - (right - left) // CELL) // 2, (side - (bottom - top) // CELL) // 2       # a tile is centred
+        lines = [""] * y + [" " * x + line for line in crop]
+        text += "".join(line.ljust(side) for line in lines).ljust(side * side)
+    return text
+
+
+class ToyDocuments(torch.utils.data.Dataset):
+    """The toy's training samples of one stage: sample i depends on (seed, stage, i, n) alone, never on a rank or worker."""
+
+    def __init__(self, stage: int, n: int, seed: int, tokenizer: Tokenizer, config: SigLIPConfig):
+        self.stage, self.n, self.seed, self.tokenizer, self.config = stage, n, seed, tokenizer, config
+
+    def __len__(self) -> int:
+        return self.n
+
+    def __getitem__(self, index: int) -> Sample:
+        rng = random.Random(f"{self.seed}/{self.stage}/{index}")
+        page, asks = self.lesson(rng, index / self.n)
+        if self.stage == 0:     # text in the image's place: laid out like the patches, or to begin with as plain lines
+            laid_out = page.kind == "chart" or page.kind != "text" and rng.random() < 6 * (index / self.n - 0.3)
+            first, images = (plain_text(page, self.config) if laid_out else page.text), []
+        else:
+            first, images = IMAGE, [draw(page)]
+        turns = []
+        for prompt, gold in asks:
+            turns += [Turn("user", [part for part in (None if turns else first, prompt) if part]), Turn("assistant", [gold])]
+        return prepare(Example(images, turns, f"toy/{self.stage}/{index}"), self.tokenizer, self.config)
+
+    def lesson(self, rng: random.Random, progress: float) -> tuple[Page, list[tuple[str, str]]]:
+        """The page of a sample and what is asked about it, (prompt, answer) pairs; easier ones come first in a stage."""
+        if self.stage == 0 and rng.random() < 0.15 or self.stage == 1 and rng.random() < 1.5 - 1.5 * progress:
+            page = eye_chart(rng)
+        elif self.stage == 0 and rng.random() > progress / 0.3 - 0.5:
+            page = dense_text(rng)
+        elif self.stage == 1 or self.stage == 0 and rng.random() < 0.1:
+            page = label(rng)
+        else:
+            page = drawn_page(rng, rng.choice(KINDS), rng.random() < 0.25, "train")
+        if self.stage == 1 or not page.questions:
+            return page, [("", page.text)]
+        if rng.random() < {0: 0.5, 2: 0.0, 3: 0.75}[self.stage]:
+            return page, rng.sample(page.questions, min(3, len(page.questions)))
+        return page, [(READ, page.text)]
+
+
+def held_out_documents(n: int, seed: int) -> list[tuple[Page, str, str]]:
+    """n pages that no training run draws, with one question each: (page, prompt, answer). The kinds take turns, and
+    a third of the pages have several tiles."""
+    documents = []
+    for i in range(n):
+        rng = random.Random(f"held-out/{seed}/{i}")
+        page = drawn_page(rng, KINDS[i % len(KINDS)], i // len(KINDS) % 3 == 0, "held-out")
+        documents.append((page, *rng.choice(page.questions)))
+    return documents
+
+
+def answer(model: AlignVLM, tokenizer: Tokenizer, images: list[Image.Image], prompts: list[str],
+           max_new_tokens: int = 256, max_tiles: int = 9) -> list[str]:
+    """One answer to each (image, prompt), greedily and as a batch."""
+    samples = [prepare(Example([image], [Turn("user", [IMAGE, prompt])], ""), tokenizer, model.config.vision, max_tiles)
+               for image, prompt in zip(images, prompts)]
+    ids: list[list[int]] = [[] for _ in samples]
+    for step in model.generate([s.tokens for s in samples], [s.pixels for s in samples], tokenizer.stop, max_new_tokens):
+        for row, token in zip(ids, step):
+            row += [] if token is None else [token]
+    return [tokenizer.decode(row) for row in ids]
+
+
+def edit_distance(a: str, b: str) -> int:
+    """Levenshtein distance: the fewest insertions, deletions and substitutions of characters from a to b."""
+    row = list(range(len(b) + 1))
+    for i, x in enumerate(a, 1):
+        diagonal, row[0] = row[0], i
+        for j, y in enumerate(b, 1):
+            diagonal, row[j] = row[j], min(row[j] + 1, row[j - 1] + 1, diagonal + (x != y))
+    return row[-1]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--draw", type=int, default=20, metavar="N", help="held-out pages to draw (default: %(default)s)")
+    parser.add_argument("--seed", type=int, default=0, help="which pages (default: %(default)s)")
+    parser.add_argument("folder", type=Path, help="where the PNGs and questions.jsonl go; made if missing")
+    args = parser.parse_args()
+    args.folder.mkdir(parents=True, exist_ok=True)
+    rows = []
+    for i, (page, prompt, gold) in enumerate(held_out_documents(args.draw, args.seed)):
+        name = f"{i:04}-{page.kind}.png"
+        draw(page).save(args.folder / name)
+        rows.append({"image": name, "prompt": prompt, "answer": gold, "kind": page.kind})
+    (args.folder / "questions.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    print(f"{len(rows)} pages and questions.jsonl in {args.folder}")
+
+
+if __name__ == "__main__":
+    main()

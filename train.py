@@ -1,0 +1,260 @@
+"""Train AlignVLM's three stages: captions, documents, instructions (paper section 3.3).
+
+    python train.py                                     # the toy: all stages, on a laptop, in ten minutes
+    python train.py --stage 1                           # one of them; it starts from the last one's checkpoint
+    torchrun --nproc_per_node 8 train.py --stage 1      # the same on 8 GPUs
+
+Stage 0 stands for what a released LLM brings along: the toy's own LLM learns to read pages as plain text, before it
+meets an image. Every stage writes a folder OUT/stageN (config.json, model.safetensors, tokenizer.model, log.jsonl)
+from which the next stage and sample.py start; one that is complete is not trained again.
+"""
+import argparse
+import ctypes
+import json
+import math
+import os
+import sys
+import time
+from collections import Counter
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+from torch.utils.data import DataLoader
+from tqdm import tqdm
+
+from data import READ, Tokenizer, ToyDocuments, answer, draw, edit_distance, held_out_documents, pack, write_toy_tokenizer
+from model import ALIGNVLM_PRESETS, IGNORE, AlignVLM, CheckpointError, save_checkpoint
+
+
+@dataclass
+class Recipe:
+    """What one stage trains, and how. The paper states the first block (appendix A.1), MS-Swift's defaults the second."""
+    trainable: tuple[str, ...]
+    batch_size: int = 512               # samples a step, over all ranks
+    lr: float = 1e-5
+    max_length: int = 1024              # text tokens a sample
+    epochs: int = 1
+
+    warmup: float = 0.05                # share of the steps
+    final_lr: float = 0.0               # where the cosine ends, as a share of lr
+    weight_decay: float = 0.1           # on matrices
+    betas: tuple[float, float] = (0.9, 0.95)
+    clip: float = 1.0                   # of the gradient's norm
+
+    steps: int | None = None            # the toy draws its documents: it has steps, not epochs
+
+
+ALL, LATE = ("vision", "connector", "llm"), ("connector", "llm")    # stage 3 freezes the vision encoder
+TOY = dict(batch_size=16, warmup=0.03, final_lr=0.1)
+RECIPES = {
+    "toy": {0: Recipe(("llm",), lr=1.5e-3, steps=900, **TOY),
+            1: Recipe(ALL, lr=1e-3, steps=400, **TOY),
+            2: Recipe(ALL, lr=1e-3, steps=800, **TOY),
+            3: Recipe(LATE, lr=5e-4, steps=400, **TOY)},
+    "llama-3.2-1b": {1: Recipe(ALL), 2: Recipe(ALL, lr=5e-5, max_length=2048),
+                     3: Recipe(LATE, lr=5e-5, max_length=2048, epochs=5)},
+    "llama-3.2-3b": {1: Recipe(ALL), 2: Recipe(ALL, 256, 5e-5, 2048), 3: Recipe(LATE, 256, 5e-5, 2048, 5)},
+    "llama-3.1-8b": {1: Recipe(ALL), 2: Recipe(ALL, 256, 1e-5, 2048), 3: Recipe(LATE, 256, 1e-5, 2048, 5)},
+}
+
+
+def learning_rate(step: int, steps: int, recipe: Recipe) -> float:
+    """Linear warmup, then a cosine to final_lr * lr."""
+    warmup = max(1, round(recipe.warmup * steps))
+    if step < warmup:
+        return recipe.lr * (step + 1) / warmup
+    cosine = 0.5 * (1 + math.cos(math.pi * (step - warmup) / max(1, steps - warmup)))
+    return recipe.lr * (recipe.final_lr + (1 - recipe.final_lr) * cosine)
+
+
+def shard(model: AlignVLM, device: torch.device) -> None:
+    """FSDP2, full sharding (the paper's ZeRO-3): each block, the connector and the vision tower are gathered when they
+    run; what is left, the word embedding foremost, stays gathered, for the connector, the decoder and its head share it.
+    """
+    policy = MixedPrecisionPolicy(torch.bfloat16, torch.float32) if device.type == "cuda" else MixedPrecisionPolicy()
+    mesh = init_device_mesh(device.type, (dist.get_world_size(),))
+    for module in [*model.vision.encoder["layers"], model.vision, model.connector, *model.llm.layers, model]:
+        fully_shard(module, mesh=mesh, mp_policy=policy)
+
+
+def learning_batches(n_steps: int, recipe: Recipe, micro: int) -> list[list[int]]:
+    """The sample indices of this rank's micro-batches, in order: step s owns the interval [s * B, (s + 1) * B)."""
+    rank, world, B = dist.get_rank(), dist.get_world_size(), recipe.batch_size
+    return [list(range(first + rank * micro, first + (rank + 1) * micro))
+            for step in range(n_steps) for first in range(step * B, (step + 1) * B, world * micro)]
+
+
+def train_stage(stage: int, recipe: Recipe, model: AlignVLM, tokenizer: Tokenizer, args, device: torch.device) -> dict:
+    """Train one stage in place; returns the full state dict on rank 0 (empty on the others). Logs a line per step."""
+    main, world = dist.get_rank() == 0, dist.get_world_size()
+    for name, module in model.named_children():
+        module.requires_grad_(name in recipe.trainable)
+    shard(model, device)
+    params = [p for p in model.parameters() if p.requires_grad]
+    optimizer = torch.optim.AdamW([{"params": [p for p in params if p.ndim > 1], "weight_decay": recipe.weight_decay},
+                                   {"params": [p for p in params if p.ndim <= 1], "weight_decay": 0.0}],
+                                  lr=recipe.lr, betas=recipe.betas, fused=True)
+    micro = args.micro_batch or recipe.batch_size // world
+    documents = ToyDocuments(stage, recipe.steps * recipe.batch_size, args.seed, tokenizer, model.config.vision)
+    loader = DataLoader(documents, batch_sampler=learning_batches(recipe.steps, recipe, micro), collate_fn=pack,
+                        num_workers=args.workers, pin_memory=device.type == "cuda")
+    batches = iter(loader)
+    accumulate = recipe.batch_size // (world * micro)
+    bar = tqdm(range(recipe.steps), desc=f"stage {stage}", disable=not main, mininterval=1)
+    with open(args.out / f"stage{stage}.partial" / "log.jsonl" if main else os.devnull, "w") as log:
+        for step in bar:
+            start = time.perf_counter()
+            step_batches = [next(batches) for _ in range(accumulate)]
+            count = torch.tensor([sum(int((b[1] != IGNORE).sum()) for b in step_batches),
+                                  sum(b[0].numel() for b in step_batches)], device=device)
+            dist.all_reduce(count)                      # over all ranks: supervised tokens, tokens
+            supervised, n_tokens = count.tolist()
+            total = torch.zeros((), device=device)
+            for i, (tokens, labels, pixels, lengths) in enumerate(step_batches):
+                model.set_requires_gradient_sync(i == accumulate - 1)
+                loss = model(tokens.to(device), labels.to(device), pixels.to(device), lengths)
+                # FSDP averages the gradients over the ranks; the loss is a mean over all the step's supervised tokens.
+                (loss * world / supervised).backward()
+                total += loss.detach()
+            dist.all_reduce(total)
+            norm = torch.nn.utils.clip_grad_norm_(params, recipe.clip).full_tensor()
+            lr = learning_rate(step, recipe.steps, recipe)
+            for group in optimizer.param_groups:
+                group["lr"] = lr
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
+            line = {"stage": stage, "step": step, "loss": total.item() / supervised, "lr": lr, "grad_norm": norm.item(),
+                    "tokens_per_s": n_tokens / (time.perf_counter() - start)}
+            log.write(json.dumps(line) + "\n")
+            bar.set_postfix_str(f"loss {line['loss']:.3f}, lr {lr:.1e}, {line['tokens_per_s']:,.0f} tokens/s", refresh=False)
+    return get_model_state_dict(model, options=StateDictOptions(full_state_dict=True, cpu_offload=True))
+
+
+def held_out_scores(model: AlignVLM, tokenizer: Tokenizer, n: int, seed: int) -> dict[str, dict]:
+    """Read n held-out documents aloud and answer one question about each, greedily, 50 at a time.
+
+    Returns, for "all" and each kind, exact_match (of answers), cer (edit distance over reference characters) and n.
+    """
+    documents = held_out_documents(n, seed)
+    right, errors, characters, count = (Counter() for _ in range(4))
+    for first in tqdm(range(0, n, 50), desc="held-out"):
+        some = documents[first:first + 50]
+        images = [draw(page) for page, _, _ in some]
+        texts = answer(model, tokenizer, images, [READ] * len(some))
+        answers = answer(model, tokenizer, images, [prompt for _, prompt, _ in some])
+        for (page, _, gold), text, prediction in zip(some, texts, answers):
+            for group in ("all", page.kind, "several tiles" if page.large else "one tile"):
+                right[group] += prediction == gold
+                errors[group] += edit_distance(text, page.text)
+                characters[group] += len(page.text)
+                count[group] += 1
+    return {group: {"exact_match": right[group] / count[group], "cer": errors[group] / characters[group],
+                    "n": count[group]} for group in sorted(count)}
+
+
+def build(stage: int, args, tokenizer: Tokenizer) -> AlignVLM:
+    """The model as a stage starts: from the last stage's folder, or from scratch where the toy has none."""
+    if stage > 1 or (stage == 1 and args.preset == "toy"):
+        model = AlignVLM.from_pretrained(args.out / f"stage{stage - 1}")
+        if stage == 1:
+            model.connector.init_weights(model.llm.head)        # W2 starts from the head that stage 0 has trained
+        return model
+    torch.manual_seed(args.seed)
+    config = ALIGNVLM_PRESETS[args.preset]
+    model = AlignVLM(replace(config, llm=replace(config.llm, vocab_size=len(tokenizer))))
+    model.vision.init_weights()
+    model.llm.init_weights()
+    model.connector.init_weights(model.llm.head)
+    return model
+
+
+def keep_heap() -> None:
+    """Let glibc keep freed memory: by default each large buffer goes back to the kernel, and its pages fault in anew
+    at the next operation, a third of a training step on a CPU."""
+    if sys.platform == "linux" and hasattr(libc := ctypes.CDLL(None), "mallopt"):
+        m_trim_threshold, m_mmap_max = -1, -4
+        libc.mallopt(m_mmap_max, 0)
+        libc.mallopt(m_trim_threshold, 2 ** 31 - 1)
+
+
+def start_processes() -> torch.device:
+    """Join torchrun's processes, or be the only one; nccl on CUDA, gloo on a CPU."""
+    device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0))) if torch.cuda.is_available() else torch.device("cpu")
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+    backend = "nccl" if device.type == "cuda" else "gloo"
+    if "RANK" in os.environ:
+        dist.init_process_group(backend)
+    else:
+        dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
+    return device
+
+
+def parse_args() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    add = parser.add_argument
+    add("--preset", choices=list(ALIGNVLM_PRESETS), default="toy", help="model and recipe (default: %(default)s)")
+    add("--stage", type=int, choices=[0, 1, 2, 3], help="train this stage only (default: all, in order)")
+    add("--out", type=Path, help="the run's folder (default: out/PRESET)")
+    add("--retrain", action="store_true", help="train also what is already complete in --out")
+    add("--seed", type=int, default=0, help="of weights and data (default: %(default)s)")
+    add("--steps", type=int, help="optimizer steps of each stage (default: the recipe's)")
+    add("--batch-size", type=int, help="samples a step, over all processes (default: the recipe's)")
+    add("--micro-batch", type=int, help="samples a forward pass, per process; the rest accumulates (default: all)")
+    add("--lr", type=float, help="peak learning rate (default: the recipe's)")
+    add("--workers", type=int, default=0, help="data loading processes per process (default: %(default)s)")
+    add("--held-out", type=int, default=200, help="held-out documents read at the end (default: %(default)s; 0: none)")
+    return parser.parse_args()
+
+
+def main() -> None:
+    args = parse_args()
+    args.out = args.out or Path("out") / args.preset
+    keep_heap()
+    device = start_processes()
+    main_rank, world = dist.get_rank() == 0, dist.get_world_size()
+    complete = [stage for stage in range(4) if (args.out / f"stage{stage}" / "config.json").exists()]
+    stages = [args.stage] if args.stage is not None else [1, 2, 3]
+    if 1 in stages and 0 not in complete:
+        stages = [0, *stages]       # the toy's LLM is pretrained, as a released one is
+    for stage in stages:
+        folder = args.out / f"stage{stage}"
+        if stage in complete and not args.retrain:
+            if main_rank:
+                print(f"stage {stage} is complete in {folder} (--retrain trains it again)")
+            continue
+        given = {"steps": args.steps, "batch_size": args.batch_size, "lr": args.lr}
+        recipe = replace(RECIPES[args.preset][stage], **{k: v for k, v in given.items() if v is not None})
+        partial = folder.with_name(folder.name + ".partial")
+        if main_rank:
+            partial.mkdir(parents=True, exist_ok=True)
+            write_toy_tokenizer(args.out / "tokenizer.model")
+        dist.barrier()
+        tokenizer = Tokenizer(args.out / "tokenizer.model")
+        model = build(stage, args, tokenizer)
+        state = train_stage(stage, recipe, model, tokenizer, args, device)
+        if main_rank:
+            save_checkpoint(folder, model.config, state, tokenizer.path)
+        dist.barrier()
+    folder = args.out / "stage3"
+    if main_rank and 3 in stages and args.held_out:
+        model = AlignVLM.from_pretrained(folder).to(device).eval()
+        scores = held_out_scores(model, Tokenizer(folder / "tokenizer.model"), args.held_out, args.seed)
+        (folder / "held_out.json").write_text(json.dumps(scores, indent=2) + "\n")
+        for group, s in scores.items():
+            print(f"{'held-out' if group == 'all' else group}: exact_match={s['exact_match']:.3f} cer={s['cer']:.4f} n={s['n']}")
+    dist.barrier()
+    dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    try:
+        main()
+    except CheckpointError as error:
+        print(f"train.py: {error}", file=sys.stderr)
+        sys.exit(2)

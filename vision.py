@@ -1,0 +1,237 @@
+"""Page -> tiles -> features F: the first station of AlignVLM (paper section 3.1, part 1).
+
+A page is cut into at most 9 tiles by Ovis' coverage ratio, each tile is resized onto an S x S canvas, and a SigLIP
+vision transformer (https://arxiv.org/abs/2303.15343) turns it into N feature vectors of size d, one per patch.
+
+    config = SIGLIP_PRESETS["so400m-patch14-384"]
+    pixels = tile(read_image("page.png"), config)      # (T, 3, 384, 384)
+    F = SigLIP(config)(pixels)                         # (T, 729, 1152)
+
+The parameter names are those of the released checkpoints (transformers' SiglipVisionModel), without any prefix.
+"""
+from dataclasses import dataclass
+from struct import error as struct_error
+
+import numpy as np
+import torch
+import torch.nn.functional as nnf
+from PIL import Image, ImageOps
+from torch import Tensor, nn
+
+MAX_PIXELS = 100_000_000  # a page of 10,000 x 10,000; beyond that a small file could fill the memory
+
+
+@dataclass
+class SigLIPConfig:
+    """The architecture of a SigLIP vision tower and its preprocessing; the defaults are so400m-patch14-384's."""
+    hidden_size: int = 1152            # d
+    n_layers: int = 27
+    n_heads: int = 16
+    intermediate_size: int = 4304
+    image_size: int = 384              # S, the side of a tile in pixels
+    patch_size: int = 14
+    layer_norm_eps: float = 1e-6
+    # Which state is F: None is last_hidden_state (after post_layernorm); an integer indexes transformers'
+    # hidden_states, where 0 is the embeddings and n_layers the last layer's output without post_layernorm.
+    feature_layer: int | None = None
+    image_mean: float = 0.5
+    image_std: float = 0.5
+
+    @property
+    def patches_per_side(self) -> int:
+        """Patches along one side of a tile: the convolution is "valid", so 384 = 27 * 14 + 6 drops 6 pixels."""
+        return self.image_size // self.patch_size
+
+    @property
+    def n_patches(self) -> int:
+        """N, the number of features of one tile."""
+        return self.patches_per_side ** 2
+
+
+SIGLIP_PRESETS = {
+    "so400m-patch14-384": SigLIPConfig(),
+    # Mean 1: paper becomes 0 and only ink is a signal. With the usual 0.5 a small encoder trained from scratch
+    # spends its first tens of thousands of pages on the white background.
+    "toy": SigLIPConfig(hidden_size=128, n_layers=2, n_heads=4, intermediate_size=512, image_size=112, image_mean=1.0),
+}
+
+
+class Embeddings(nn.Module):
+    """Patches -> vectors: one strided convolution plus a learned position embedding."""
+
+    def __init__(self, config: SigLIPConfig):
+        super().__init__()
+        d, patch = config.hidden_size, config.patch_size
+        self.patch_embedding = nn.Conv2d(3, d, kernel_size=patch, stride=patch)
+        self.position_embedding = nn.Embedding(config.n_patches, d)
+
+    def forward(self, pixels: Tensor) -> Tensor:
+        patches = self.patch_embedding(pixels)              # (T, d, side, side)
+        patches = patches.flatten(2).transpose(1, 2)        # (T, N, d), row by row
+        return patches + self.position_embedding.weight     # (T, N, d)
+
+
+class Attention(nn.Module):
+    """Bidirectional multi-head attention among the patches of one tile."""
+
+    def __init__(self, config: SigLIPConfig):
+        super().__init__()
+        d = config.hidden_size
+        self.n_heads = config.n_heads
+        self.q_proj, self.k_proj, self.v_proj, self.out_proj = (nn.Linear(d, d) for _ in range(4))
+
+    def forward(self, x: Tensor) -> Tensor:
+        T, N, d = x.shape
+        q, k, v = (proj(x).view(T, N, self.n_heads, -1).transpose(1, 2)      # (T, heads, N, d / heads)
+                   for proj in (self.q_proj, self.k_proj, self.v_proj))
+        y = nnf.scaled_dot_product_attention(q, k, v)                        # (T, heads, N, d / heads)
+        return self.out_proj(y.transpose(1, 2).reshape(T, N, d))
+
+
+class MLP(nn.Module):
+    def __init__(self, config: SigLIPConfig):
+        super().__init__()
+        self.fc1 = nn.Linear(config.hidden_size, config.intermediate_size)
+        self.fc2 = nn.Linear(config.intermediate_size, config.hidden_size)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.fc2(nnf.gelu(self.fc1(x), approximate="tanh"))
+
+
+class Layer(nn.Module):
+    """One pre-LayerNorm transformer block."""
+
+    def __init__(self, config: SigLIPConfig):
+        super().__init__()
+        self.layer_norm1 = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
+        self.self_attn = Attention(config)
+        self.layer_norm2 = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
+        self.mlp = MLP(config)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = x + self.self_attn(self.layer_norm1(x))
+        return x + self.mlp(self.layer_norm2(x))
+
+
+class SigLIP(nn.Module):
+    """The vision tower of SigLIP without its pooling head, which a vision-language model does not use."""
+
+    def __init__(self, config: SigLIPConfig):
+        super().__init__()
+        self.config = config
+        self.embeddings = Embeddings(config)
+        self.encoder = nn.ModuleDict({"layers": nn.ModuleList(Layer(config) for _ in range(config.n_layers))})
+        self.post_layernorm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
+
+    def forward(self, pixels: Tensor) -> Tensor:
+        """pixels (T, 3, S, S), normalised -> F (T, N, d), the features of section 3.1; same dtype."""
+        layers, k = self.encoder["layers"], self.config.feature_layer
+        x = self.embeddings(pixels)                         # (T, N, d)
+        for layer in layers if k is None else layers[:k if k >= 0 else len(layers) + 1 + k]:
+            x = layer(x)                                    # (T, N, d)
+        return self.post_layernorm(x) if k is None else x
+
+    @torch.no_grad()
+    def init_weights(self) -> None:
+        """Weights for training from scratch: every projection keeps its input's variance."""
+        for name, p in self.named_parameters():
+            if "norm" in name:
+                p.fill_(float(name.endswith("weight")))
+            elif name.endswith("bias"):
+                p.zero_()
+            elif "position" in name:
+                p.normal_(std=self.config.hidden_size ** -0.5)
+            else:
+                p.normal_(std=p[0].numel() ** -0.5)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Pages and tiles
+
+
+class ImageError(ValueError):
+    """An image that cannot be used; the message is one line that says why."""
+
+
+def read_image(file) -> Image.Image:
+    """A path or a binary file -> an upright RGB image: EXIF rotation applied, transparency laid on white.
+
+    Raises ImageError for what is no image, is truncated, or has more than MAX_PIXELS (nothing is decoded then).
+    """
+    name = getattr(file, "name", file if isinstance(file, str) or hasattr(file, "__fspath__") else "image")
+    try:
+        with Image.open(file) as image:
+            if image.width * image.height > MAX_PIXELS:
+                raise ImageError(f"{name}: {image.width} x {image.height} pixels are more than {MAX_PIXELS:,}; "
+                                 "scale it down first")
+            image.load()
+            image = ImageOps.exif_transpose(image)
+            if image.mode.startswith("I") or image.mode == "F":     # 16 and 32 bits a sample: PIL would clip at 255
+                grey = np.asarray(image, dtype=np.float64)
+                top = 65535.0 if grey.max() > 255 else 255.0
+                image = Image.fromarray((grey / top * 255).clip(0, 255).round().astype(np.uint8))
+            if "A" in image.getbands() or "transparency" in image.info:
+                image = image.convert("RGBA")
+                image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
+            return image.convert("RGB")
+    except ImageError:
+        raise
+    except FileNotFoundError:
+        raise ImageError(f"{name}: no such file") from None
+    except Image.DecompressionBombError:
+        raise ImageError(f"{name}: more than {MAX_PIXELS:,} pixels; scale it down first") from None
+    except (OSError, ValueError, SyntaxError, EOFError, KeyError, IndexError, OverflowError, struct_error) as error:
+        raise ImageError(f"{name}: not a readable image ({error})") from None
+
+
+def choose_grid(width: int, height: int, side: int, max_tiles: int = 9) -> tuple[int, int]:
+    """The (rows, columns) into which a page of width x height pixels is cut, by Ovis 1.6's coverage ratio.
+
+    A grid's coverage is the share of the page's pixels that survive when each box is scaled down until its long side
+    is `side` pixels. The fewest tiles that keep more than 90 % win; if none do, the grid that keeps the most.
+    """
+    def coverage(rows: int, columns: int) -> float:
+        heights = [height // rows] * (rows - 1) + [height - height // rows * (rows - 1)]
+        widths = [width // columns] * (columns - 1) + [width - width // columns * (columns - 1)]
+        covered = 0.0
+        for long, short in ((max(h, w), min(h, w)) for h in heights for w in widths):
+            covered += long * short if long <= side else side * (short / long * side)
+        return covered / (width * height)
+
+    grids = [(r, c) for r in range(1, max_tiles + 1) for c in range(1, max_tiles // r + 1) if r <= height and c <= width]
+    ratios = {grid: coverage(*grid) for grid in grids}
+    enough = [grid for grid in grids if ratios[grid] > 0.9]
+    if enough:
+        return min(enough, key=lambda g: (g[0] * g[1], -ratios[g]))     # min keeps the first of equals
+    return min(grids, key=lambda g: (-ratios[g], g[0] * g[1]))
+
+
+def tile_boxes(width: int, height: int, config: SigLIPConfig, max_tiles: int = 9) -> list[tuple[int, int, int, int]]:
+    """The (left, top, right, bottom) of each tile in page pixels; of several, the whole page comes first."""
+    rows, columns = choose_grid(width, height, config.image_size, max_tiles)
+    h, w = height // rows, width // columns
+    boxes = [(c * w, r * h, width if c == columns - 1 else (c + 1) * w, height if r == rows - 1 else (r + 1) * h)
+             for r in range(rows) for c in range(columns)]
+    return boxes if len(boxes) == 1 else [(0, 0, width, height)] + boxes
+
+
+def tile(image: Image.Image, config: SigLIPConfig, max_tiles: int = 9) -> Tensor:
+    """A page -> its tiles, pixels (T, 3, S, S) in float32, normalised; T <= max_tiles + 1 with the whole page.
+
+    Each box keeps its aspect ratio: its long side becomes S (bicubic) and it is centred on a canvas of zeros in
+    normalised space (mid-grey for the released encoders). Raises ValueError if max_tiles < 1.
+    """
+    if max_tiles < 1:
+        raise ValueError(f"max_tiles is {max_tiles}; a page needs at least one tile")
+    side = config.image_size
+    image = image.convert("RGB")
+    boxes = tile_boxes(*image.size, config, max_tiles)
+    pixels = np.zeros((len(boxes), side, side, 3), dtype=np.float32)
+    for canvas, (left, top, right, bottom) in zip(pixels, boxes):
+        w, h = right - left, bottom - top
+        new = (side, max(1, int(h / w * side))) if w >= h else (max(1, int(w / h * side)), side)
+        crop = image.crop((left, top, right, bottom))
+        crop = crop if crop.size == new else crop.resize(new, Image.Resampling.BICUBIC)
+        x, y = (side - new[0]) // 2, (side - new[1]) // 2
+        canvas[y:y + new[1], x:x + new[0]] = (np.asarray(crop, np.float32) / 255 - config.image_mean) / config.image_std
+    return torch.from_numpy(pixels).permute(0, 3, 1, 2).contiguous()    # (T, 3, S, S)
