@@ -19,7 +19,7 @@ import torch
 from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
-from model import IGNORE, IMAGE, AlignVLM
+from model import IGNORE, IMAGE, AlignVLM, CheckpointError
 from vision import SigLIPConfig, tile, tile_boxes
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -40,11 +40,15 @@ class Tokenizer:
     """Llama 3's tokenizer.model: lines of `base64 rank`, read into a tiktoken Encoding with Llama 3's special tokens."""
 
     def __init__(self, path: str | Path):
-        self.path = Path(path)
-        ranks = {}
-        for line in self.path.read_bytes().splitlines():
-            token, rank = line.split()
-            ranks[base64.b64decode(token)] = int(rank)
+        self.path, ranks = Path(path), {}
+        try:
+            for line in self.path.read_bytes().splitlines():
+                token, rank = line.split()
+                ranks[base64.b64decode(token, validate=True)] = int(rank)
+        except FileNotFoundError:
+            raise CheckpointError(f"{path}: no such file; a model folder holds its tokenizer") from None
+        except ValueError as error:
+            raise CheckpointError(f"{path}: not lines of `base64 rank` ({error})") from None
         names = LLAMA3_SPECIALS + [f"<|reserved_special_token_{i}|>" for i in range(2, 256 - len(LLAMA3_SPECIALS) + 2)]
         self.special = {name: len(ranks) + i for i, name in enumerate(names)}
         self.encoding = tiktoken.Encoding(self.path.name, pat_str=LLAMA3_PATTERN, mergeable_ranks=ranks,
@@ -179,6 +183,15 @@ def code(rng: random.Random, low: int, high: int) -> str:
     return "".join(rng.choices(SYMBOLS, k=rng.randint(low, high)))
 
 
+def distinct_codes(rng: random.Random, n: int) -> list[str]:
+    """n different names of three symbols, none of them a word that the page uses itself."""
+    codes: list[str] = []
+    while len(codes) < n:
+        name = code(rng, 3, 3)
+        codes += [name] if name not in ("SUM", "KEY", *codes) else []
+    return codes
+
+
 def value(rng: random.Random, room: int) -> str:
     """A random string, amount or date of three symbols or more, in at most `room` >= 4 characters."""
     kind = rng.random()
@@ -217,10 +230,7 @@ def receipt(rng: random.Random, large: bool) -> Page:
     shop = code(rng, 4, 7)
     page.write(0, ((8 - len(shop)) // 2, shop))
     *rows, last = rows_of(rng, page.rows, 1, rng.randint(4, 6) if large else rng.randint(3, 4))
-    items: set[str] = set()
-    while len(items) < len(rows):
-        items.add(code(rng, 3, 3))
-    for row, item in zip([*rows, last], [*sorted(items, key=lambda _: rng.random()), "SUM"]):
+    for row, item in zip([*rows, last], [*distinct_codes(rng, len(rows)), "SUM"]):
         price = f"{rng.randint(1, 9)}.{rng.randint(0, 99):02}"
         page.write(row, (0, item), (4, price))
         page.questions.append((f"what is {item}?", price))
@@ -253,10 +263,7 @@ def table(rng: random.Random, large: bool) -> Page:
     header = rng.sample([name for name in LABELS if len(name) == 3], 3 if large else 1)
     rows = rows_of(rng, 8, 1, rng.randint(2, 3) if large else rng.randint(3, 4))
     page.write(0, (0, "KEY"), *((4 * i, name) for i, name in enumerate(header, 1)))
-    keys: set[str] = set()
-    while len(keys) < len(rows):
-        keys.add(code(rng, 3, 3))
-    for row, key in zip(rows, sorted(keys, key=lambda _: rng.random())):
+    for row, key in zip(rows, distinct_codes(rng, len(rows))):
         values = [code(rng, 3, 3) for _ in header]
         page.write(row, (0, key), *((4 * i, v) for i, v in enumerate(values, 1)))
         page.questions += [(f"what is {name} of {key}?", v) for name, v in zip(header, values)]
@@ -281,10 +288,14 @@ def dense_text(rng: random.Random) -> Page:
 
 
 def eye_chart(rng: random.Random) -> Page:
-    """Random characters in every cell, read as one line. The k-th character of the answer is the k-th patch of the
-    image: the LLM can look at the right patch before it reads any, and every patch gets its own error signal."""
+    """A character in every cell, read as one line: the k-th of the answer is the k-th patch of the image.
+
+    So the LLM can look at the right patch before it can read any, and every patch gets an error signal of its own.
+    Some charts have few different characters: what stands where is then no help to find one's place.
+    """
     page = Page("chart", 8, 8)
-    cells = "".join(" " if rng.random() < 0.25 else rng.choice(SYMBOLS + "./:") for _ in range(64))
+    alphabet = rng.sample(SYMBOLS + "./:", rng.randint(1, 39))
+    cells = "".join(" " if rng.random() < 0.25 else rng.choice(alphabet) for _ in range(64))
     page.words = [(row, 0, cells[8 * row:8 * row + 8]) for row in range(8)]
     page.lines = [cells]
     return page
@@ -363,7 +374,7 @@ class ToyDocuments(torch.utils.data.Dataset):
 
     def lesson(self, rng: random.Random, progress: float) -> tuple[Page, list[tuple[str, str]]]:
         """The page of a sample and what is asked about it, (prompt, answer) pairs; easier ones come first in a stage."""
-        if self.stage == 0 and rng.random() < 0.15 or self.stage == 1 and rng.random() < 1.5 - 1.5 * progress:
+        if self.stage == 0 and rng.random() < 0.2 or self.stage == 1 and rng.random() < 1.5 - 1.5 * progress:
             page = eye_chart(rng)
         elif self.stage == 0 and rng.random() > progress / 0.3 - 0.5:
             page = dense_text(rng)

@@ -55,7 +55,7 @@ LLAMA_PRESETS = {
     "llama-3.2-3b": LlamaConfig(hidden_size=3072, n_layers=28, n_heads=24, head_dim=128),
     "llama-3.1-8b": LlamaConfig(hidden_size=4096, n_layers=32, head_dim=128, intermediate_size=14_336,
                                 rope_factor=8.0, tie_embeddings=False),
-    "toy": LlamaConfig(vocab_size=640, hidden_size=128, n_layers=4, n_heads=4, n_kv_heads=2, head_dim=32,
+    "toy": LlamaConfig(vocab_size=542, hidden_size=128, n_layers=4, n_heads=4, n_kv_heads=2, head_dim=32,
                        intermediate_size=384, rope_theta=10_000.0, rope_factor=1.0),
 }
 
@@ -67,7 +67,7 @@ def rope(positions: Tensor, config: LlamaConfig) -> tuple[Tensor, Tensor]:
     between the two are interpolated. Computed, not stored: no buffer to lose on the meta device or in a bf16 cast.
     """
     half = torch.arange(0, config.head_dim, 2, dtype=torch.float32, device=positions.device)
-    freq = config.rope_theta ** -(half / config.head_dim)                          # (head_dim / 2)
+    freq = 1.0 / config.rope_theta ** (half / config.head_dim)                     # (head_dim / 2)
     wavelength = 2 * math.pi / freq
     low, high = config.rope_low_freq_factor, config.rope_high_freq_factor
     keep = ((config.rope_original_length / wavelength - low) / (high - low)).clamp(0, 1)
@@ -269,13 +269,14 @@ class AlignVLM(nn.Module):
         """
         E_text = self.llm.embed_tokens.weight                                      # (V, D)
         image = tokens == IMAGE                                                    # (B, L)
+        n = len(pixels) * self.config.vision.n_patches
+        if image.sum() != n:
+            raise ValueError(f"{int(image.sum())} image positions for {n} visual tokens")
         H = nnf.embedding(tokens.masked_fill(image, 0), E_text)                    # (B, L, D), equation 3
-        if len(pixels) == 0:
+        if n == 0:
             return H
         F = self.vision(pixels)                                                    # (T, N, d)
         F_align = self.connector(F, E_text).flatten(0, 1)                          # (T * N, D), equations 1 and 2
-        if image.sum() != len(F_align):
-            raise ValueError(f"{int(image.sum())} image positions for {len(F_align)} visual tokens")
         return H.masked_scatter(image[..., None], F_align.to(H.dtype))
 
     def forward(self, tokens: Tensor, labels: Tensor, pixels: Tensor, lengths: list[int]) -> Tensor:
@@ -327,15 +328,15 @@ class AlignVLM(nn.Module):
         h = self.llm.hidden(x, None, cache, positions)                            # (B, L, D)
         h, position = h[torch.arange(B), lengths - 1], lengths[:, None]           # (B, D): each row's last token
         done = [False] * B
-        for _ in range(max_new_tokens):
+        for step in range(max_new_tokens):
+            if step > 0:    # a padded row's stale keys lie beyond its position: unseen until the row overwrites them
+                h = self.llm.hidden(self.llm.embed_tokens(ids[:, None]), None, cache, position)[:, 0]
+                position = position + 1
             ids = choose(nnf.linear(h, self.llm.head), temperature, top_p, generator)      # (B,)
             done = [d or i in stop for d, i in zip(done, ids.tolist())]
             if all(done):
                 return
             yield [None if d else i for d, i in zip(done, ids.tolist())]
-            # A padded row's stale keys lie beyond its position: they are unseen until the row itself overwrites them.
-            h = self.llm.hidden(self.llm.embed_tokens(ids[:, None]), None, cache, position)[:, 0]
-            position = position + 1
 
 
 def choose(logits: Tensor, temperature: float, top_p: float, generator: torch.Generator) -> Tensor:

@@ -49,6 +49,10 @@ class Recipe:
     steps: int | None = None            # the toy draws its documents: it has steps, not epochs
 
 
+class InputError(ValueError):
+    """Bad input from the command line; the message is one line that says what to do."""
+
+
 ALL, LATE = ("vision", "connector", "llm"), ("connector", "llm")    # stage 3 freezes the vision encoder
 TOY = dict(batch_size=16, warmup=0.03, final_lr=0.1)
 RECIPES = {
@@ -63,12 +67,12 @@ RECIPES = {
 }
 
 
-def learning_rate(step: int, steps: int, recipe: Recipe) -> float:
+def learning_rate(step: int, recipe: Recipe) -> float:
     """Linear warmup, then a cosine to final_lr * lr."""
-    warmup = max(1, round(recipe.warmup * steps))
+    warmup = max(1, round(recipe.warmup * recipe.steps))
     if step < warmup:
         return recipe.lr * (step + 1) / warmup
-    cosine = 0.5 * (1 + math.cos(math.pi * (step - warmup) / max(1, steps - warmup)))
+    cosine = 0.5 * (1 + math.cos(math.pi * (step - warmup) / max(1, recipe.steps - warmup)))
     return recipe.lr * (recipe.final_lr + (1 - recipe.final_lr) * cosine)
 
 
@@ -82,56 +86,66 @@ def shard(model: AlignVLM, device: torch.device) -> None:
         fully_shard(module, mesh=mesh, mp_policy=policy)
 
 
-def learning_batches(n_steps: int, recipe: Recipe, micro: int) -> list[list[int]]:
-    """The sample indices of this rank's micro-batches, in order: step s owns the interval [s * B, (s + 1) * B)."""
+def batch_indices(recipe: Recipe, micro: int) -> list[list[int]]:
+    """The sample indices of this rank's micro-batches, in order. Step s owns the interval [s * B, (s + 1) * B), so a
+    step learns from the same samples on any number of ranks. Raises InputError where B cannot be shared evenly."""
     rank, world, B = dist.get_rank(), dist.get_world_size(), recipe.batch_size
+    if B % (world * micro):
+        raise InputError(f"a batch of {B} is not a multiple of {world} processes x {micro} samples: "
+                         "change --batch-size or --micro-batch")
     return [list(range(first + rank * micro, first + (rank + 1) * micro))
-            for step in range(n_steps) for first in range(step * B, (step + 1) * B, world * micro)]
+            for step in range(recipe.steps) for first in range(step * B, (step + 1) * B, world * micro)]
+
+
+def accumulate_gradients(model: AlignVLM, batches: list[tuple], device: torch.device) -> tuple[float, int]:
+    """Gradients of the mean loss over all supervised tokens of a step, on all ranks, however it is split into
+    micro-batches. Returns that loss (nats per token) and the step's number of tokens."""
+    counts = torch.tensor([sum(int((labels != IGNORE).sum()) for _, labels, _, _ in batches),
+                           sum(tokens.numel() for tokens, _, _, _ in batches)], device=device)
+    dist.all_reduce(counts)
+    supervised, n_tokens = counts.tolist()
+    if supervised == 0:
+        raise InputError("a step without a single supervised token: no answer in its samples")
+    total = torch.zeros((), device=device)
+    for i, (tokens, labels, pixels, lengths) in enumerate(batches):
+        model.set_requires_gradient_sync(i == len(batches) - 1)
+        loss = model(tokens.to(device), labels.to(device), pixels.to(device), lengths)      # a sum
+        (loss * dist.get_world_size() / supervised).backward()      # times the ranks: FSDP averages over them
+        total += loss.detach()
+    dist.all_reduce(total)
+    return total.item() / supervised, n_tokens
 
 
 def train_stage(stage: int, recipe: Recipe, model: AlignVLM, tokenizer: Tokenizer, args, device: torch.device) -> dict:
-    """Train one stage in place; returns the full state dict on rank 0 (empty on the others). Logs a line per step."""
-    main, world = dist.get_rank() == 0, dist.get_world_size()
+    """Train one stage, a line of log.jsonl per step; returns the full state dict on rank 0, nothing on the others."""
+    rank, world = dist.get_rank(), dist.get_world_size()
     for name, module in model.named_children():
         module.requires_grad_(name in recipe.trainable)
-    shard(model, device)
+    shard(model.to(device), device)
     params = [p for p in model.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW([{"params": [p for p in params if p.ndim > 1], "weight_decay": recipe.weight_decay},
                                    {"params": [p for p in params if p.ndim <= 1], "weight_decay": 0.0}],
-                                  lr=recipe.lr, betas=recipe.betas, fused=True)
-    micro = args.micro_batch or recipe.batch_size // world
+                                  betas=recipe.betas, fused=True)
+    micro = args.micro_batch or max(1, recipe.batch_size // world)
     documents = ToyDocuments(stage, recipe.steps * recipe.batch_size, args.seed, tokenizer, model.config.vision)
-    loader = DataLoader(documents, batch_sampler=learning_batches(recipe.steps, recipe, micro), collate_fn=pack,
-                        num_workers=args.workers, pin_memory=device.type == "cuda")
-    batches = iter(loader)
-    accumulate = recipe.batch_size // (world * micro)
-    bar = tqdm(range(recipe.steps), desc=f"stage {stage}", disable=not main, mininterval=1)
-    with open(args.out / f"stage{stage}.partial" / "log.jsonl" if main else os.devnull, "w") as log:
+    loader = iter(DataLoader(documents, batch_sampler=batch_indices(recipe, micro), collate_fn=pack,
+                             num_workers=args.workers, pin_memory=device.type == "cuda"))
+    log = args.out / f"stage{stage}.partial" / "log.jsonl" if rank == 0 else os.devnull
+    with open(log, "w") as log, tqdm(range(recipe.steps), f"stage {stage}", disable=rank > 0, mininterval=1) as bar:
         for step in bar:
             start = time.perf_counter()
-            step_batches = [next(batches) for _ in range(accumulate)]
-            count = torch.tensor([sum(int((b[1] != IGNORE).sum()) for b in step_batches),
-                                  sum(b[0].numel() for b in step_batches)], device=device)
-            dist.all_reduce(count)                      # over all ranks: supervised tokens, tokens
-            supervised, n_tokens = count.tolist()
-            total = torch.zeros((), device=device)
-            for i, (tokens, labels, pixels, lengths) in enumerate(step_batches):
-                model.set_requires_gradient_sync(i == accumulate - 1)
-                loss = model(tokens.to(device), labels.to(device), pixels.to(device), lengths)
-                # FSDP averages the gradients over the ranks; the loss is a mean over all the step's supervised tokens.
-                (loss * world / supervised).backward()
-                total += loss.detach()
-            dist.all_reduce(total)
-            norm = torch.nn.utils.clip_grad_norm_(params, recipe.clip).full_tensor()
-            lr = learning_rate(step, recipe.steps, recipe)
+            batches = [next(loader) for _ in range(recipe.batch_size // (world * micro))]
+            loss, n_tokens = accumulate_gradients(model, batches, device)
+            norm = torch.nn.utils.clip_grad_norm_(params, recipe.clip).full_tensor().item()
+            lr = learning_rate(step, recipe)
             for group in optimizer.param_groups:
                 group["lr"] = lr
             optimizer.step()
-            optimizer.zero_grad(set_to_none=True)
-            line = {"stage": stage, "step": step, "loss": total.item() / supervised, "lr": lr, "grad_norm": norm.item(),
-                    "tokens_per_s": n_tokens / (time.perf_counter() - start)}
-            log.write(json.dumps(line) + "\n")
-            bar.set_postfix_str(f"loss {line['loss']:.3f}, lr {lr:.1e}, {line['tokens_per_s']:,.0f} tokens/s", refresh=False)
+            optimizer.zero_grad()
+            speed = n_tokens / (time.perf_counter() - start)
+            log.write(json.dumps({"stage": stage, "step": step, "loss": loss, "lr": lr, "grad_norm": norm,
+                                  "tokens_per_s": speed}) + "\n")
+            bar.set_postfix_str(f"loss {loss:.3f}, lr {lr:.1e}, {speed:,.0f} tokens/s", refresh=False)
     return get_model_state_dict(model, options=StateDictOptions(full_state_dict=True, cpu_offload=True))
 
 
@@ -157,7 +171,7 @@ def held_out_scores(model: AlignVLM, tokenizer: Tokenizer, n: int, seed: int) ->
                     "n": count[group]} for group in sorted(count)}
 
 
-def build(stage: int, args, tokenizer: Tokenizer) -> AlignVLM:
+def build(stage: int, args) -> AlignVLM:
     """The model as a stage starts: from the last stage's folder, or from scratch where the toy has none."""
     if stage > 1 or (stage == 1 and args.preset == "toy"):
         model = AlignVLM.from_pretrained(args.out / f"stage{stage - 1}")
@@ -165,8 +179,7 @@ def build(stage: int, args, tokenizer: Tokenizer) -> AlignVLM:
             model.connector.init_weights(model.llm.head)        # W2 starts from the head that stage 0 has trained
         return model
     torch.manual_seed(args.seed)
-    config = ALIGNVLM_PRESETS[args.preset]
-    model = AlignVLM(replace(config, llm=replace(config.llm, vocab_size=len(tokenizer))))
+    model = AlignVLM(ALIGNVLM_PRESETS[args.preset])
     model.vision.init_weights()
     model.llm.init_weights()
     model.connector.init_weights(model.llm.head)
@@ -236,7 +249,7 @@ def main() -> None:
             write_toy_tokenizer(args.out / "tokenizer.model")
         dist.barrier()
         tokenizer = Tokenizer(args.out / "tokenizer.model")
-        model = build(stage, args, tokenizer)
+        model = build(stage, args)
         state = train_stage(stage, recipe, model, tokenizer, args, device)
         if main_rank:
             save_checkpoint(folder, model.config, state, tokenizer.path)
@@ -246,8 +259,9 @@ def main() -> None:
         model = AlignVLM.from_pretrained(folder).to(device).eval()
         scores = held_out_scores(model, Tokenizer(folder / "tokenizer.model"), args.held_out, args.seed)
         (folder / "held_out.json").write_text(json.dumps(scores, indent=2) + "\n")
-        for group, s in scores.items():
-            print(f"{'held-out' if group == 'all' else group}: exact_match={s['exact_match']:.3f} cer={s['cer']:.4f} n={s['n']}")
+        for group in [*(group for group in scores if group != "all"), "all"]:
+            name, s = "held-out" if group == "all" else group, scores[group]
+            print(f"{name}: exact_match={s['exact_match']:.3f} cer={s['cer']:.3f} n={s['n']}")
     dist.barrier()
     dist.destroy_process_group()
 
@@ -255,6 +269,6 @@ def main() -> None:
 if __name__ == "__main__":
     try:
         main()
-    except CheckpointError as error:
+    except (InputError, CheckpointError) as error:
         print(f"train.py: {error}", file=sys.stderr)
         sys.exit(2)

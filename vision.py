@@ -9,6 +9,8 @@ vision transformer (https://arxiv.org/abs/2303.15343) turns it into N feature ve
 
 The parameter names are those of the released checkpoints (transformers' SiglipVisionModel), without any prefix.
 """
+import os
+import warnings
 from dataclasses import dataclass
 from struct import error as struct_error
 
@@ -118,6 +120,8 @@ class SigLIP(nn.Module):
 
     def __init__(self, config: SigLIPConfig):
         super().__init__()
+        if config.feature_layer is not None and not -config.n_layers - 1 <= config.feature_layer <= config.n_layers:
+            raise ValueError(f"feature_layer {config.feature_layer} of an encoder with {config.n_layers} layers")
         self.config = config
         self.embeddings = Embeddings(config)
         self.encoder = nn.ModuleDict({"layers": nn.ModuleList(Layer(config) for _ in range(config.n_layers))})
@@ -158,17 +162,20 @@ def read_image(file) -> Image.Image:
 
     Raises ImageError for what is no image, is truncated, or has more than MAX_PIXELS (nothing is decoded then).
     """
-    name = getattr(file, "name", file if isinstance(file, str) or hasattr(file, "__fspath__") else "image")
+    name = file if isinstance(file, (str, os.PathLike)) else getattr(file, "name", "image")
     try:
-        with Image.open(file) as image:
+        with warnings.catch_warnings():         # MAX_PIXELS is ours; Pillow's own limits are near it
+            warnings.simplefilter("ignore", Image.DecompressionBombWarning)
+            image = Image.open(file)
+        with image:
             if image.width * image.height > MAX_PIXELS:
                 raise ImageError(f"{name}: {image.width} x {image.height} pixels are more than {MAX_PIXELS:,}; "
                                  "scale it down first")
             image.load()
             image = ImageOps.exif_transpose(image)
-            if image.mode.startswith("I") or image.mode == "F":     # 16 and 32 bits a sample: PIL would clip at 255
+            if image.mode.startswith("I") or image.mode == "F":     # 16 and 32 bits a sample: Pillow would clip at 255
                 grey = np.asarray(image, dtype=np.float64)
-                top = 65535.0 if grey.max() > 255 else 255.0
+                top = 65535 if image.mode.startswith("I;16") or grey.max() > 255 else 255 if grey.max() > 1 else 1
                 image = Image.fromarray((grey / top * 255).clip(0, 255).round().astype(np.uint8))
             if "A" in image.getbands() or "transparency" in image.info:
                 image = image.convert("RGBA")
@@ -180,7 +187,7 @@ def read_image(file) -> Image.Image:
         raise ImageError(f"{name}: no such file") from None
     except Image.DecompressionBombError:
         raise ImageError(f"{name}: more than {MAX_PIXELS:,} pixels; scale it down first") from None
-    except (OSError, ValueError, SyntaxError, EOFError, KeyError, IndexError, OverflowError, struct_error) as error:
+    except (OSError, ValueError, SyntaxError, EOFError, KeyError, IndexError, RuntimeError, OverflowError, struct_error) as error:
         raise ImageError(f"{name}: not a readable image ({error})") from None
 
 

@@ -8,7 +8,8 @@ from model import IMAGE, AlignVLM, AlignVLMConfig, LlamaConfig
 from vision import SigLIPConfig
 
 # (leading dimensions, d, D, V). No d of 1 or D of 2: a LayerNorm's output is then +-1 and F's gradient pure rounding.
-SHAPES = [((2, 4), 8, 16, 32), ((3, 5), 7, 11, 13), ((1, 1), 3, 4, 5), ((), 6, 5, 29), ((2, 3, 2), 9, 4, 101), ((7,), 2, 6, 3)]
+SHAPES = [((2, 4), 8, 16, 32), ((3, 5), 7, 11, 13), ((1, 1), 3, 4, 5), ((), 6, 5, 29), ((2, 3, 2), 9, 4, 101),
+          ((7,), 2, 6, 3)]
 
 
 def inputs(shape, d, D, V, dtype=torch.float64):

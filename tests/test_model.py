@@ -46,7 +46,8 @@ def small(**changes) -> LlamaConfig:
                           **changes})
 
 
-# An original length of 64 puts the wavelengths of head_dim 24 (6 to 29,000) into all three ranges: under 16, over 64, between.
+# An original length of 64 puts the wavelengths of head_dim 24 (6 to 29,000) into all three ranges: under 16, over 64,
+# between.
 SCALED = dict(rope_factor=8.0, rope_original_length=64)
 CASES = {
     "round":               (small(hidden_size=32, head_dim=8), 2, 16),
@@ -230,7 +231,8 @@ def test_embed_refuses_a_wrong_count(positions, tiles):
         small_vlm().embed(tokens, torch.zeros(tiles, 3, 9, 9))
 
 
-@pytest.mark.parametrize("llm", [dict(), dict(tie_embeddings=True, head_dim=10), dict(n_heads=3, n_kv_heads=1, head_dim=24, **SCALED)],
+@pytest.mark.parametrize("llm", [dict(), dict(tie_embeddings=True, head_dim=10),
+                                 dict(n_heads=3, n_kv_heads=1, head_dim=24, **SCALED)],
                          ids=["untied", "tied", "MQA, scaled"])
 def test_packed_equals_one_by_one_and_the_full_logits(llm):
     """Loss and gradients: the packed row; its samples one by one; each as cross-entropy of all its logits, by a loop."""
@@ -281,6 +283,15 @@ def test_packed_samples_do_not_see_each_other(changed):
     after[changed].square().sum().backward()
     parts = x.grad.split([len(t) for t, _ in SAMPLES], dim=1)
     assert [bool(g.any()) for g in parts] == [i == changed for i in range(len(SAMPLES))]
+
+
+def test_each_packed_sample_starts_at_position_0():
+    """The 500th of 500 equal samples reads as the first; at position 20,000 the angles of RoPE are off by 1e-3."""
+    vlm = small_vlm()
+    x = torch.randn(1, 40, 24, generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        h = vlm.llm.hidden(x.repeat(1, 500, 1), [40] * 500).view(500, 40, 24)
+        close(h, vlm.llm.hidden(x).expand(500, -1, -1))
 
 
 class Rows(TorchDispatchMode):
@@ -336,7 +347,8 @@ def without_cache(vlm, tokens, pixels, steps=STEPS):
     """Greedy decoding that reads the whole sequence again for every token."""
     new = []
     for _ in range(steps):
-        logits = vlm.llm(embeddings=naive_embed(vlm, torch.cat([tokens, torch.tensor(new, dtype=torch.int64)])[None], pixels))
+        sequence = torch.cat([tokens, torch.tensor(new, dtype=torch.int64)])[None]
+        logits = vlm.llm(embeddings=naive_embed(vlm, sequence, pixels))
         new.append(logits[0, -1].argmax().item())
     return new
 

@@ -1,4 +1,5 @@
 """SigLIP against transformers, tiling against the test vectors and a naive version, read_image against hostile files."""
+import functools
 import io
 import re
 import resource
@@ -111,6 +112,7 @@ def test_toy_has_the_parameters_of_the_same_architecture():
 # Tiling
 
 
+@functools.cache
 def naive_boxes(width, height, rows, columns):
     """Every box's set of x and y, found pixel by pixel: each belongs to box min(x // box width, last)."""
     xs = [[x for x in range(width) if min(x // (width // columns), columns - 1) == c] for c in range(columns)]
@@ -118,6 +120,7 @@ def naive_boxes(width, height, rows, columns):
     return [(x[0], y[0], x[-1] + 1, y[-1] + 1) for y in ys for x in xs]
 
 
+@functools.cache
 def naive_ratio(width, height, rows, columns, side):
     """The coverage ratio in exact fractions: a box keeps its area times the square of the scale it is shown at."""
     covered = Fraction(0)
@@ -378,8 +381,9 @@ def refused(path):
 
 
 BAD = {
-    "truncated.png": bytes_of("PNG")[:1500], "truncated.jpg": bytes_of("JPEG")[:1000], "truncated.gif": bytes_of("GIF")[:900],
-    "truncated.tiff": bytes_of("TIFF")[:1000], "truncated.webp": bytes_of("WEBP")[:500], "truncated.bmp": bytes_of("BMP")[:900],
+    "truncated.png": bytes_of("PNG")[:1500], "truncated.jpg": bytes_of("JPEG")[:1000],
+    "truncated.gif": bytes_of("GIF")[:900], "truncated.tiff": bytes_of("TIFF")[:1000],
+    "truncated.webp": bytes_of("WEBP")[:500], "truncated.bmp": bytes_of("BMP")[:900],
     "header.png": bytes_of("PNG")[:8], "half_a_header.png": bytes_of("PNG")[:20], "header.jpg": bytes_of("JPEG")[:3],
     "wrong_checksum.png": bytes_of("PNG").replace(b"IHDR", b"IHDR\xff", 1), "no_rows.png": png(9, 9),
     "text.png": b"this is no image\n" * 9, "empty.png": b"", "zeros.jpg": bytes(999), "zero_wide.png": png(0, 5),

@@ -1,0 +1,232 @@
+"""train.py and sample.py end to end on small runs, as their users start them."""
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from PIL import Image
+from safetensors.torch import load_file
+
+from model import LLAMA_PRESETS
+from train import RECIPES, learning_rate
+
+ROOT = Path(__file__).parent.parent
+ENV = {**os.environ, "OMP_NUM_THREADS": "1"}
+
+
+def run(*command, code=0):
+    done = subprocess.run([sys.executable, *map(str, command)], cwd=ROOT, env=ENV, capture_output=True, text=True)
+    assert done.returncode == code, done.stdout + done.stderr
+    return done
+
+
+def torchrun(processes, *command):
+    return run("-m", "torch.distributed.run", "--standalone", "--nproc_per_node", processes, *command)
+
+
+def log(folder):
+    return [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory):
+    """All stages of the toy, two steps each: the files are real, the answers are noise."""
+    out = tmp_path_factory.mktemp("run")
+    done = run("train.py", "--steps", 2, "--batch-size", 4, "--held-out", 15, "--out", out)
+    return out, done
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Training
+
+
+def test_the_last_line_is_the_held_out_score(trained):
+    out, done = trained
+    last = done.stdout.splitlines()[-1]
+    scores = json.loads((out / "stage3" / "held_out.json").read_text())["all"]
+    assert last == f"held-out: exact_match={scores['exact_match']:.3f} cer={scores['cer']:.3f} n=15"
+    assert sum(line.startswith(tuple("invoice receipt letter form table".split())) for line in done.stdout.splitlines()) == 5
+
+
+def test_every_stage_leaves_a_complete_folder(trained):
+    out, _ = trained
+    assert sorted(path.name for path in out.iterdir()) == ["stage0", "stage1", "stage2", "stage3", "tokenizer.model"]
+    for stage in range(4):
+        names = {path.name for path in (out / f"stage{stage}").iterdir()} - {"held_out.json"}
+        assert names == {"config.json", "model.safetensors", "tokenizer.model", "log.jsonl"}
+        lines = log(out / f"stage{stage}")
+        assert [line["step"] for line in lines] == [0, 1]
+        assert {"stage", "step", "loss", "lr", "grad_norm", "tokens_per_s"} == set(lines[0])
+
+
+def test_each_stage_trains_its_modules_and_no_others(trained):
+    out, _ = trained
+    states = [load_file(out / f"stage{stage}" / "model.safetensors") for stage in range(4)]
+    for stage, trainable in [(1, {"vision", "connector", "llm"}), (2, {"vision", "connector", "llm"}), (3, {"connector", "llm"})]:
+        before, after = states[stage - 1], states[stage]
+        # W2 starts from the LM head, W1 and the norms from scratch, so stage 1's connector is compared with that.
+        if stage == 1:
+            before = {**before, "connector.W2.weight": before["llm.embed_tokens.weight"]}
+        changed = {name.split(".")[0] for name in after if not torch.equal(before[name], after[name])}
+        assert changed == trainable, stage
+
+
+def test_a_complete_stage_is_not_trained_again_unless_asked(trained):
+    out, _ = trained
+    before = (out / "stage1" / "model.safetensors").stat().st_mtime_ns
+    done = run("train.py", "--stage", 1, "--steps", 2, "--batch-size", 4, "--out", out)
+    assert "complete" in done.stdout and (out / "stage1" / "model.safetensors").stat().st_mtime_ns == before
+    run("train.py", "--stage", 1, "--steps", 2, "--batch-size", 4, "--out", out, "--retrain", "--seed", 0)
+    assert (out / "stage1" / "model.safetensors").stat().st_mtime_ns > before
+
+
+def test_stage_1_pretrains_the_llm_when_it_is_missing_and_stage_2_says_what_is(tmp_path):
+    run("train.py", "--stage", 1, "--steps", 1, "--batch-size", 2, "--out", tmp_path / "a")
+    assert (tmp_path / "a" / "stage0" / "config.json").exists()
+    done = run("train.py", "--stage", 3, "--steps", 1, "--out", tmp_path / "b", code=2)
+    assert len(done.stderr.splitlines()) == 1 and "stage2" in done.stderr
+
+
+def test_a_batch_that_cannot_be_shared_is_one_line(tmp_path):
+    done = run("train.py", "--stage", 0, "--steps", 1, "--batch-size", 5, "--micro-batch", 2, "--out", tmp_path, code=2)
+    assert len(done.stderr.splitlines()) == 1 and "--micro-batch" in done.stderr
+
+
+def test_recipes_are_the_papers():
+    table = {"llama-3.2-1b": [(512, 1024, 1, 1e-5), (512, 2048, 1, 5e-5), (512, 2048, 5, 5e-5)],
+             "llama-3.2-3b": [(512, 1024, 1, 1e-5), (256, 2048, 1, 5e-5), (256, 2048, 5, 5e-5)],
+             "llama-3.1-8b": [(512, 1024, 1, 1e-5), (256, 2048, 1, 1e-5), (256, 2048, 5, 1e-5)]}
+    assert set(RECIPES) == {"toy", *table} == set(LLAMA_PRESETS)
+    for preset, rows in table.items():
+        for stage, row in enumerate(rows, 1):
+            recipe = RECIPES[preset][stage]
+            assert (recipe.batch_size, recipe.max_length, recipe.epochs, recipe.lr) == row
+    for stages in RECIPES.values():
+        assert all((stages[stage].trainable == ("connector", "llm")) == (stage == 3) for stage in (1, 2, 3))
+
+
+def test_learning_rate_warms_up_and_decays():
+    recipe = RECIPES["toy"][2]
+    rates = [learning_rate(step, recipe) for step in range(recipe.steps)]
+    peak = rates.index(max(rates))
+    assert max(rates) == recipe.lr and rates[0] < rates[1] and rates[:peak + 1] == sorted(rates[:peak + 1])
+    assert rates[peak:] == sorted(rates[peak:], reverse=True)
+    assert rates[-1] == pytest.approx(recipe.final_lr * recipe.lr, rel=1e-2)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# One process and two
+
+
+def test_two_processes_learn_what_one_does(trained, tmp_path):
+    """The same global batch: gradients of the first step within 1e-6 of their largest, losses within 1e-5 relative."""
+    out, _ = trained
+    runs = {"one": (1, []), "two": (2, []), "accumulated": (1, ["--micro-batch", 2])}
+    for name, (processes, more) in runs.items():
+        torchrun(processes, ROOT / "tests" / "gradients.py", out / "stage1", tmp_path / f"{name}.safetensors", *more)
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "stage1").symlink_to(out / "stage1")
+        torchrun(processes, "train.py", "--stage", 2, "--steps", 20, "--batch-size", 8, "--out", tmp_path / name, *more)
+    one = load_file(tmp_path / "one.safetensors")
+    losses = [line["loss"] for line in log(tmp_path / "one" / "stage2")]
+    largest = max(g.abs().max() for g in one.values())
+    assert largest > 0 and len(losses) == 20 and len(set(losses)) == 20
+    for name in ("two", "accumulated"):
+        other = load_file(tmp_path / f"{name}.safetensors")
+        assert other.keys() == one.keys()
+        assert max((one[key] - other[key]).abs().max() for key in one) <= 1e-6 * largest
+        assert [line["loss"] for line in log(tmp_path / name / "stage2")] == pytest.approx(losses, rel=1e-5)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Sampling
+
+
+def sample(*options, code=0):
+    return run("sample.py", "--device", "cpu", *options, code=code)
+
+
+@pytest.mark.parametrize("mode", ["RGB", "RGBA", "L", "LA", "P", "1", "I;16", "CMYK", "one pixel", "long", "rotated"])
+def test_any_image_can_be_asked_about(trained, tmp_path, mode):
+    out, _ = trained
+    size = {"one pixel": (1, 1), "long": (3, 4000)}.get(mode, (120, 90))
+    path = tmp_path / ("page.tiff" if mode == "CMYK" else "page.jpg" if mode == "rotated" else "page.png")
+    image = Image.new(mode if mode in ("RGB", "RGBA", "L", "LA", "P", "1", "I;16", "CMYK") else "RGB", size, 0)
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    image.save(path, **({"exif": exif} if mode == "rotated" else {}))
+    done = sample("--checkpoint", out / "stage3", "--image", path, "--max-new-tokens", 3)
+    assert f"model: {out / 'stage3'}" in done.stderr
+
+
+def test_bad_images_are_one_line_and_status_2(trained, tmp_path):
+    out, _ = trained
+    Image.effect_noise((200, 200), 50).save(tmp_path / "good.png")
+    good = (tmp_path / "good.png").read_bytes()
+    (tmp_path / "truncated.png").write_bytes(good[:len(good) // 2])
+    (tmp_path / "text.png").write_text("not an image")
+    (tmp_path / "empty.png").write_bytes(b"")
+    bomb = good[:16] + (60_000).to_bytes(4, "big") * 2 + good[24:]
+    (tmp_path / "bomb.png").write_bytes(bomb)
+    for name in ["truncated.png", "text.png", "empty.png", "bomb.png", "missing.png"]:
+        done = sample("--checkpoint", out / "stage3", "--image", tmp_path / name, code=2)
+        line = done.stderr.splitlines()[-1]
+        assert name in line and "Traceback" not in done.stderr and done.stdout == "", done.stderr
+
+
+def test_questions_file(trained, tmp_path):
+    out, _ = trained
+    run("data.py", "--draw", 5, tmp_path)
+    questions = [json.loads(line) for line in (tmp_path / "questions.jsonl").read_text().splitlines()]
+    sample("--checkpoint", out / "stage3", "--questions", tmp_path / "questions.jsonl", "--answers", tmp_path / "a.jsonl",
+           "--max-new-tokens", 4)
+    answers = [json.loads(line) for line in (tmp_path / "a.jsonl").read_text().splitlines()]
+    assert [{k: v for k, v in row.items() if k != "prediction"} for row in answers] == questions
+    assert all(isinstance(row["prediction"], str) for row in answers) and not (tmp_path / "a.jsonl.partial").exists()
+    for bad in ["{", '{"image": 3, "prompt": "x"}', '{"image": "0000-invoice.png"}', '{"image": "gone.png", "prompt": "x"}', "[1]"]:
+        (tmp_path / "bad.jsonl").write_text(bad + "\n")
+        done = sample("--checkpoint", out / "stage3", "--questions", tmp_path / "bad.jsonl", "--answers", tmp_path / "a.jsonl",
+                      code=2)
+        assert "Traceback" not in done.stderr and ("bad.jsonl" in done.stderr or "gone.png" in done.stderr)
+        assert [json.loads(line) for line in (tmp_path / "a.jsonl").read_text().splitlines()] == answers, "answers were lost"
+
+
+def test_bad_checkpoints_are_one_line_and_status_2(trained, tmp_path):
+    out, _ = trained
+    page = tmp_path / "page.png"
+    Image.new("RGB", (50, 50)).save(page)
+    weights = (out / "stage3" / "model.safetensors").read_bytes()
+    config = (out / "stage3" / "config.json").read_text()
+    for name, files in {"empty": {}, "config": {"config.json": b"{"}, "keys": {"config.json": b"{}"},
+                        "no weights": {"config.json": config.encode()},
+                        "truncated": {"config.json": config.encode(), "model.safetensors": weights[:1000]},
+                        "shape": {"config.json": config.replace('"n_layers": 2', '"n_layers": 3').encode(),
+                                  "model.safetensors": weights},
+                        "no tokenizer": {"config.json": config.encode(), "model.safetensors": weights}}.items():
+        folder = tmp_path / name
+        folder.mkdir()
+        for file, data in files.items():
+            (folder / file).write_bytes(data)
+        done = sample("--checkpoint", folder, "--image", page, code=2)
+        assert str(folder) in done.stderr and "Traceback" not in done.stderr and len(done.stderr.splitlines()) == 1
+
+
+def test_without_any_checkpoint_it_says_what_makes_one(tmp_path):
+    page = tmp_path / "page.png"
+    Image.new("RGB", (50, 50)).save(page)
+    done = subprocess.run([sys.executable, ROOT / "sample.py", "--image", page], cwd=tmp_path, env=ENV, capture_output=True, text=True)
+    assert done.returncode == 2 and "python train.py" in done.stderr
+
+
+def test_the_newest_checkpoint_is_taken_and_named(trained, tmp_path):
+    out, _ = trained
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "toy").symlink_to(out)
+    page = tmp_path / "page.png"
+    Image.new("RGB", (50, 50)).save(page)
+    done = subprocess.run([sys.executable, ROOT / "sample.py", "--image", page, "--max-new-tokens", "2"], cwd=tmp_path, env=ENV,
+                          capture_output=True, text=True)
+    assert done.returncode == 0 and "stage" in done.stderr.splitlines()[0]
