@@ -11,6 +11,7 @@ import functools
 import json
 import random
 import zlib
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -288,14 +289,14 @@ def dense_text(rng: random.Random) -> Page:
 
 
 def eye_chart(rng: random.Random) -> Page:
-    """A character in every cell, read as one line: the k-th of the answer is the k-th patch of the image.
+    """Random characters all over the page, read as one line: the k-th of the answer is the k-th patch of the image.
 
     So the LLM can look at the right patch before it can read any, and every patch gets an error signal of its own.
-    Some charts have few different characters: what stands where is then no help to find one's place.
+    What is ink and what is not comes first; a share of blanks that differs from chart to chart makes that worth knowing.
     """
     page = Page("chart", 8, 8)
-    alphabet = rng.sample(SYMBOLS + "./:", rng.randint(1, 39))
-    cells = "".join(" " if rng.random() < 0.25 else rng.choice(alphabet) for _ in range(64))
+    blank = rng.uniform(0.1, 0.9)
+    cells = "".join(" " if rng.random() < blank else rng.choice(SYMBOLS + "./:") for _ in range(64))
     page.words = [(row, 0, cells[8 * row:8 * row + 8]) for row in range(8)]
     page.lines = [cells]
     return page
@@ -363,7 +364,7 @@ class ToyDocuments(torch.utils.data.Dataset):
         rng = random.Random(f"{self.seed}/{self.stage}/{index}")
         page, asks = self.lesson(rng, index / self.n)
         if self.stage == 0:     # text in the image's place: laid out like the patches, or to begin with as plain lines
-            laid_out = page.kind == "chart" or page.kind != "text" and rng.random() < 6 * (index / self.n - 0.3)
+            laid_out = page.kind == "chart" or page.kind != "text" and rng.random() < 6 * (index / self.n - 0.35)
             first, images = (plain_text(page, self.config) if laid_out else page.text), []
         else:
             first, images = IMAGE, [draw(page)]
@@ -374,14 +375,14 @@ class ToyDocuments(torch.utils.data.Dataset):
 
     def lesson(self, rng: random.Random, progress: float) -> tuple[Page, list[tuple[str, str]]]:
         """The page of a sample and what is asked about it, (prompt, answer) pairs; easier ones come first in a stage."""
-        if self.stage == 0 and rng.random() < 0.2 or self.stage == 1 and rng.random() < 1.5 - 1.5 * progress:
+        if self.stage == 0 and rng.random() < 0.15 or self.stage == 1 and rng.random() < (1.0 if progress < 0.6 else 0.4):
             page = eye_chart(rng)
         elif self.stage == 0 and rng.random() > progress / 0.3 - 0.5:
             page = dense_text(rng)
         elif self.stage == 1 or self.stage == 0 and rng.random() < 0.1:
             page = label(rng)
         else:
-            page = drawn_page(rng, rng.choice(KINDS), rng.random() < 0.25, "train")
+            page = drawn_page(rng, rng.choice(KINDS), rng.random() < 0.4 * min(1, progress / 0.3), "train")
         if self.stage == 1 or not page.questions:
             return page, [("", page.text)]
         if rng.random() < {0: 0.5, 2: 0.0, 3: 0.75}[self.stage]:
@@ -400,16 +401,21 @@ def held_out_documents(n: int, seed: int) -> list[tuple[Page, str, str]]:
     return documents
 
 
-def answer(model: AlignVLM, tokenizer: Tokenizer, images: list[Image.Image], prompts: list[str],
-           max_new_tokens: int = 256, max_tiles: int = 9) -> list[str]:
-    """One answer to each (image, prompt), greedily and as a batch."""
-    samples = [prepare(Example([image], [Turn("user", [IMAGE, prompt])], ""), tokenizer, model.config.vision, max_tiles)
-               for image, prompt in zip(images, prompts)]
+def answer(model: AlignVLM, tokenizer: Tokenizer, images: list[Image.Image], prompts: list[str], max_tiles: int = 9,
+           **generation) -> Iterator[list[str]]:
+    """Answer each (image, prompt) as one batch; yields the answers so far after every token, the last time complete.
+
+    generation: what AlignVLM.generate takes (max_new_tokens, temperature, top_p, seed). An empty prompt asks for a
+    caption: the user's turn is the image alone, as in stage 1.
+    """
+    samples = [prepare(Example([image], [Turn("user", [IMAGE, prompt] if prompt else [IMAGE])], ""), tokenizer,
+                       model.config.vision, max_tiles) for image, prompt in zip(images, prompts)]
     ids: list[list[int]] = [[] for _ in samples]
-    for step in model.generate([s.tokens for s in samples], [s.pixels for s in samples], tokenizer.stop, max_new_tokens):
+    for step in model.generate([s.tokens for s in samples], [s.pixels for s in samples], tokenizer.stop, **generation):
         for row, token in zip(ids, step):
             row += [] if token is None else [token]
-    return [tokenizer.decode(row) for row in ids]
+        yield [tokenizer.decode(row) for row in ids]
+    yield [tokenizer.decode(row) for row in ids]
 
 
 def edit_distance(a: str, b: str) -> int:

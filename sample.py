@@ -10,14 +10,13 @@ import argparse
 import json
 import os
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 
 import torch
 from tqdm import tqdm
 
-from data import READ, Example, Tokenizer, Turn, prepare
-from model import IMAGE, AlignVLM, CheckpointError
+from data import READ, Tokenizer, answer
+from model import AlignVLM, CheckpointError
 from vision import ImageError, read_image
 
 
@@ -33,22 +32,6 @@ def newest_checkpoint(out: Path = Path("out")) -> Path:
     return max(stages, key=lambda folder: (folder / "model.safetensors").stat().st_mtime)
 
 
-def answer(model: AlignVLM, tokenizer: Tokenizer, image_file, prompt: str, args) -> Iterator[str]:
-    """The answer to one prompt about one image, in the pieces in which it becomes readable."""
-    image = read_image(image_file)
-    example = Example([image], [Turn("user", [IMAGE, prompt] if prompt else [IMAGE])], str(image_file))
-    sample = prepare(example, tokenizer, model.config.vision, args.max_tiles)
-    ids, shown = [], 0
-    for [token] in model.generate([sample.tokens], [sample.pixels], tokenizer.stop, args.max_new_tokens,
-                                  args.temperature, args.top_p, args.seed):
-        ids.append(token)
-        text = tokenizer.decode(ids)
-        if not text.endswith("\ufffd"):         # the first bytes of a character wait for the rest of it
-            yield text[shown:]
-            shown = len(text)
-    yield tokenizer.decode(ids)[shown:]
-
-
 def answer_file(model: AlignVLM, tokenizer: Tokenizer, args) -> None:
     """JSONL in (image, prompt, ...), the same rows with `prediction` out; written beside, then renamed."""
     questions = Path(args.questions)
@@ -62,11 +45,20 @@ def answer_file(model: AlignVLM, tokenizer: Tokenizer, args) -> None:
         if not isinstance(row, dict) or not isinstance(row.get("image"), str) or not isinstance(row.get("prompt"), str):
             raise InputError(f'{questions}: row {number} needs "image" and "prompt", both strings')
     partial = Path(args.answers + ".partial")
-    with partial.open("w") as out:
-        for row in tqdm(rows, desc="questions"):
-            prediction = "".join(answer(model, tokenizer, questions.parent / row["image"], row["prompt"], args))
-            out.write(json.dumps({**row, "prediction": prediction}, ensure_ascii=False) + "\n")
+    with partial.open("w") as out, tqdm(total=len(rows), desc="questions") as bar:
+        for first in range(0, len(rows), 16):
+            batch = rows[first:first + 16]
+            images = [read_image(questions.parent / row["image"]) for row in batch]
+            *_, predictions = answer(model, tokenizer, images, [row["prompt"] for row in batch], **generation(args))
+            for row, prediction in zip(batch, predictions):
+                out.write(json.dumps({**row, "prediction": prediction}, ensure_ascii=False) + "\n")
+            bar.update(len(batch))
     os.replace(partial, args.answers)
+
+
+def generation(args) -> dict:
+    names = ["max_tiles", "max_new_tokens", "temperature", "top_p", "seed"]
+    return {name: getattr(args, name) for name in names}
 
 
 def main() -> None:
@@ -87,7 +79,7 @@ def main() -> None:
         parser.error("give either --image, or --questions with --answers")
     if args.temperature < 0 or not 0 < args.top_p <= 1 or args.max_new_tokens < 1 or args.max_tiles < 1:
         parser.error("--temperature is at least 0, --top-p in (0, 1], --max-new-tokens and --max-tiles at least 1")
-    device = args.device or ("cuda" if torch.cuda.is_available() else "mps" if torch.mps.is_available() else "cpu")
+    device = args.device or ("cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu")
     try:
         folder = Path(args.checkpoint) if args.checkpoint else newest_checkpoint()
         model = AlignVLM.from_pretrained(folder).to(device).eval()
@@ -96,10 +88,13 @@ def main() -> None:
         if args.questions:
             answer_file(model, tokenizer, args)
         else:
-            for piece in answer(model, tokenizer, args.image, args.prompt, args):
-                print(piece, end="", flush=True)
+            shown = 0
+            for [text] in answer(model, tokenizer, [read_image(args.image)], [args.prompt], **generation(args)):
+                text = text.rstrip("\ufffd")       # the first bytes of a character wait for the rest of it
+                print(text[shown:], end="", flush=True)
+                shown = max(shown, len(text))
             print()
-    except (InputError, ImageError, CheckpointError) as error:
+    except (InputError, ImageError, CheckpointError, OSError) as error:
         print(f"sample.py: {error}", file=sys.stderr)
         sys.exit(2)
 

@@ -16,7 +16,7 @@ import os
 import sys
 import time
 from collections import Counter
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import torch
@@ -46,6 +46,10 @@ class Recipe:
     betas: tuple[float, float] = (0.9, 0.95)
     clip: float = 1.0                   # of the gradient's norm
 
+    # Adam moves a word that never occurs as far as any other, and all of them the same way: with torch's 1e-8 most of
+    # the toy's E_text would be one long vector, in which the connector's mean drowns. 1e-5 holds them back.
+    eps: float = 1e-8
+    lr_scale: dict[str, float] = field(default_factory=dict)    # by module, times lr
     steps: int | None = None            # the toy draws its documents: it has steps, not epochs
 
 
@@ -54,11 +58,11 @@ class InputError(ValueError):
 
 
 ALL, LATE = ("vision", "connector", "llm"), ("connector", "llm")    # stage 3 freezes the vision encoder
-TOY = dict(batch_size=16, warmup=0.03, final_lr=0.1)
+TOY = dict(batch_size=16, warmup=0.03, final_lr=0.1, eps=1e-5)
 RECIPES = {
-    "toy": {0: Recipe(("llm",), lr=1.5e-3, steps=900, **TOY),
-            1: Recipe(ALL, lr=1e-3, steps=400, **TOY),
-            2: Recipe(ALL, lr=1e-3, steps=800, **TOY),
+    "toy": {0: Recipe(("llm",), lr=1.5e-3, steps=1200, **TOY),
+            1: Recipe(ALL, lr=1e-3, steps=500, lr_scale={"llm": 0.5}, **TOY),
+            2: Recipe(ALL, lr=1e-3, steps=700, **TOY),
             3: Recipe(LATE, lr=5e-4, steps=400, **TOY)},
     "llama-3.2-1b": {1: Recipe(ALL), 2: Recipe(ALL, lr=5e-5, max_length=2048),
                      3: Recipe(LATE, lr=5e-5, max_length=2048, epochs=5)},
@@ -123,9 +127,10 @@ def train_stage(stage: int, recipe: Recipe, model: AlignVLM, tokenizer: Tokenize
         module.requires_grad_(name in recipe.trainable)
     shard(model.to(device), device)
     params = [p for p in model.parameters() if p.requires_grad]
-    optimizer = torch.optim.AdamW([{"params": [p for p in params if p.ndim > 1], "weight_decay": recipe.weight_decay},
-                                   {"params": [p for p in params if p.ndim <= 1], "weight_decay": 0.0}],
-                                  betas=recipe.betas, fused=True)
+    optimizer = torch.optim.AdamW(
+        [{"params": [p for p in getattr(model, name).parameters() if (p.ndim > 1) == matrices],
+          "weight_decay": recipe.weight_decay if matrices else 0.0, "scale": recipe.lr_scale.get(name, 1.0)}
+         for name in recipe.trainable for matrices in (True, False)], betas=recipe.betas, eps=recipe.eps, fused=True)
     micro = args.micro_batch or max(1, recipe.batch_size // world)
     documents = ToyDocuments(stage, recipe.steps * recipe.batch_size, args.seed, tokenizer, model.config.vision)
     loader = iter(DataLoader(documents, batch_sampler=batch_indices(recipe, micro), collate_fn=pack,
@@ -139,7 +144,7 @@ def train_stage(stage: int, recipe: Recipe, model: AlignVLM, tokenizer: Tokenize
             norm = torch.nn.utils.clip_grad_norm_(params, recipe.clip).full_tensor().item()
             lr = learning_rate(step, recipe)
             for group in optimizer.param_groups:
-                group["lr"] = lr
+                group["lr"] = lr * group["scale"]
             optimizer.step()
             optimizer.zero_grad()
             speed = n_tokens / (time.perf_counter() - start)
@@ -159,8 +164,8 @@ def held_out_scores(model: AlignVLM, tokenizer: Tokenizer, n: int, seed: int) ->
     for first in tqdm(range(0, n, 50), desc="held-out"):
         some = documents[first:first + 50]
         images = [draw(page) for page, _, _ in some]
-        texts = answer(model, tokenizer, images, [READ] * len(some))
-        answers = answer(model, tokenizer, images, [prompt for _, prompt, _ in some])
+        *_, texts = answer(model, tokenizer, images, [READ] * len(some))
+        *_, answers = answer(model, tokenizer, images, [prompt for _, prompt, _ in some])
         for (page, _, gold), text, prediction in zip(some, texts, answers):
             for group in ("all", page.kind, "several tiles" if page.large else "one tile"):
                 right[group] += prediction == gold
@@ -230,10 +235,12 @@ def main() -> None:
     args.out = args.out or Path("out") / args.preset
     keep_heap()
     device = start_processes()
-    main_rank, world = dist.get_rank() == 0, dist.get_world_size()
+    main_rank = dist.get_rank() == 0
     complete = [stage for stage in range(4) if (args.out / f"stage{stage}" / "config.json").exists()]
     stages = [args.stage] if args.stage is not None else [1, 2, 3]
-    if 1 in stages and 0 not in complete:
+    if args.preset != "toy" and args.stage == 0:
+        raise InputError(f"--preset {args.preset} has no stage 0: its LLM comes pretrained")
+    if args.preset == "toy" and 1 in stages and (0 not in complete or args.retrain and args.stage is None):
         stages = [0, *stages]       # the toy's LLM is pretrained, as a released one is
     for stage in stages:
         folder = args.out / f"stage{stage}"
@@ -243,10 +250,15 @@ def main() -> None:
             continue
         given = {"steps": args.steps, "batch_size": args.batch_size, "lr": args.lr}
         recipe = replace(RECIPES[args.preset][stage], **{k: v for k, v in given.items() if v is not None})
+        if recipe.steps is None:
+            raise InputError(f"--preset {args.preset} needs --steps: the drawn documents have no epochs")
         partial = folder.with_name(folder.name + ".partial")
         if main_rank:
-            partial.mkdir(parents=True, exist_ok=True)
-            write_toy_tokenizer(args.out / "tokenizer.model")
+            try:
+                partial.mkdir(parents=True, exist_ok=True)
+                write_toy_tokenizer(args.out / "tokenizer.model")
+            except OSError as error:
+                raise InputError(f"--out {args.out}: {error.strerror}") from None
         dist.barrier()
         tokenizer = Tokenizer(args.out / "tokenizer.model")
         model = build(stage, args)
