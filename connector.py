@@ -7,7 +7,7 @@ Every visual token that the LLM receives is a convex combination of its own word
 never negative and sum to one, so F' lies inside the convex hull of the rows of E_text.
 """
 import torch
-import torch.nn.functional as nnf
+import torch.nn.functional as nnf      # F is the paper's name for the features
 from torch import Tensor, nn
 
 
@@ -41,4 +41,4 @@ class Align(nn.Module):
 
     def forward(self, F: Tensor, E_text: Tensor) -> Tensor:
         """F (..., d), E_text (V, D), the LLM's live input embedding -> F' (..., D), equation 2."""
-        return self.p_vocab(F) @ E_text            # (..., D)
+        return self.p_vocab(F) @ E_text            # (..., D); a row of P_vocab per feature: the paper's transpose is in it

@@ -10,6 +10,7 @@ import base64
 import functools
 import json
 import random
+import re
 import zlib
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -46,6 +47,8 @@ class Tokenizer:
             for line in self.path.read_bytes().splitlines():
                 token, rank = line.split()
                 ranks[base64.b64decode(token, validate=True)] = int(rank)
+            if not ranks:
+                raise ValueError("empty")
         except FileNotFoundError:
             raise CheckpointError(f"{path}: no such file; a model folder holds its tokenizer") from None
         except ValueError as error:
@@ -60,7 +63,7 @@ class Tokenizer:
         return self.encoding.n_vocab
 
     def encode(self, text: str) -> list[int]:
-        """Text -> ids. Text is only ever text: `<|eot_id|>` in it is eight bytes of prose, not the token."""
+        """Text -> ids. Text is only ever text: `<|eot_id|>` in it is ten characters of prose, not the token."""
         return self.encoding.encode_ordinary(text)
 
     def decode(self, ids: list[int]) -> str:
@@ -84,6 +87,15 @@ class Turn:
     """One message: its parts in order, each a string or IMAGE, the place of the sample's next image."""
     role: str
     parts: list
+
+
+def split_images(text: str) -> list:
+    """A data set's text -> a turn's parts: its `<image>` or `<|image|>` marks where an image goes.
+
+    For the readers of data sets only: what a user types stays text.
+    """
+    return [IMAGE if part in ("<image>", "<|image|>") else part
+            for part in re.split(r"(<image>|<\|image\|>)", text) if part]
 
 
 @dataclass
@@ -112,9 +124,9 @@ def encode_chat(turns: list[Turn], tokenizer: Tokenizer, visual_tokens: list[int
     special, counts = tokenizer.special, iter(visual_tokens)
     tokens, answers = [special["<|begin_of_text|>"]], [False]
 
-    def add(ids: list[int], answer: bool = False) -> None:
+    def add(ids: list[int], supervised: bool = False) -> None:
         tokens.extend(ids)
-        answers.extend([answer] * len(ids))
+        answers.extend([supervised] * len(ids))
 
     def header(role: str) -> None:
         add([special["<|start_header_id|>"], *tokenizer.encode(role), special["<|end_header_id|>"],
@@ -122,10 +134,10 @@ def encode_chat(turns: list[Turn], tokenizer: Tokenizer, visual_tokens: list[int
 
     for turn in turns:
         header(turn.role)
-        answer = turn.role == "assistant"
+        supervised = turn.role == "assistant"
         for part in turn.parts:
-            add([IMAGE] * next(counts) if part == IMAGE else tokenizer.encode(part), answer)
-        add([special["<|eot_id|>"]], answer)
+            add([IMAGE] * next(counts) if part == IMAGE else tokenizer.encode(part), supervised)
+        add([special["<|eot_id|>"]], supervised)
     if turns[-1].role != "assistant":
         header("assistant")
     labels = [t if a else IGNORE for t, a in zip(tokens[1:] + [0], answers[1:] + [False])]
@@ -189,7 +201,8 @@ def distinct_codes(rng: random.Random, n: int) -> list[str]:
     codes: list[str] = []
     while len(codes) < n:
         name = code(rng, 3, 3)
-        codes += [name] if name not in ("SUM", "KEY", *codes) else []
+        if name not in ("SUM", "KEY", *codes):
+            codes.append(name)
     return codes
 
 
@@ -208,21 +221,23 @@ def rows_of(rng: random.Random, rows: int, first: int, n: int) -> list[int]:
     return sorted(rng.sample(range(first, rows), n))
 
 
-def labelled(rng: random.Random, page: Page, rows: list[int], column: int = 0, sign: str = "") -> None:
-    """Lines of `LABEL value`, each with its question."""
-    used = {prompt for prompt, _ in page.questions}
-    labels = rng.sample([name for name in LABELS if f"what is {name}?" not in used], len(rows))
+def fields(rng: random.Random, page: Page, rows: list[int], column: int = 0, colon: bool = False) -> None:
+    """Lines of `LABEL value`, or `LABEL:value`, each with its question."""
+    asked = {prompt for prompt, _ in page.questions}
+    labels = rng.sample([label for label in LABELS if f"what is {label}?" not in asked], len(rows))
     for row, label in zip(rows, labels):
-        answer = value(rng, 7 - len(label))
-        page.write(row, (column, label + sign + answer)) if sign else \
-            page.write(row, (column, label), (column + len(label) + 1, answer))
-        page.questions.append((f"what is {label}?", answer))
+        gold = value(rng, 7 - len(label))
+        if colon:
+            page.write(row, (column, f"{label}:{gold}"))
+        else:
+            page.write(row, (column, label), (column + len(label) + 1, gold))
+        page.questions.append((f"what is {label}?", gold))
 
 
 def invoice(rng: random.Random, large: bool) -> Page:
     page = Page("invoice", 8, 16 if large else rng.choice([6, 8]))
     page.write(0, (rng.randint(0, 1), "INVOICE"))
-    labelled(rng, page, rows_of(rng, page.rows, 1, rng.randint(4, 6) if large else rng.randint(2, 4)))
+    fields(rng, page, rows_of(rng, page.rows, 1, rng.randint(4, 6) if large else rng.randint(2, 4)))
     return page
 
 
@@ -242,7 +257,7 @@ def letter(rng: random.Random, large: bool) -> Page:
     page = Page("letter", 8, 16 if large else 8)
     n, body = (3, rng.randint(2, 4)) if large else (2, rng.randint(1, 2))
     rows = rows_of(rng, page.rows, 0, n + body)
-    labelled(rng, page, rows[:n])
+    fields(rng, page, rows[:n])
     for row in rows[n:]:
         first = code(rng, 2, 5)
         rest = code(rng, 1, 7 - len(first))
@@ -254,7 +269,7 @@ def form(rng: random.Random, large: bool) -> Page:
     """`LABEL:value`; a large form has two columns, read one after the other."""
     page = Page("form", 16 if large else 8, 8)
     for column in (0, 8) if large else (0,):
-        labelled(rng, page, rows_of(rng, 8, 0, rng.randint(2, 3) if large else rng.randint(3, 4)), column, ":")
+        fields(rng, page, rows_of(rng, 8, 0, rng.randint(2, 3) if large else rng.randint(3, 4)), column, colon=True)
     return page
 
 
@@ -271,9 +286,9 @@ def table(rng: random.Random, large: bool) -> Page:
     return page
 
 
-def label(rng: random.Random) -> Page:
+def sticker(rng: random.Random) -> Page:
     """A few words on an otherwise empty page."""
-    page = Page("label", 8, 8)
+    page = Page("sticker", 8, 8)
     for row in rows_of(rng, 8, 0, rng.randint(1, 3)):
         word = code(rng, 1, 8)
         page.write(row, (rng.randint(0, 8 - len(word)), word))
@@ -282,20 +297,18 @@ def label(rng: random.Random) -> Page:
 
 def dense_text(rng: random.Random) -> Page:
     """Full lines of random words: most tokens of a transcript teach to copy."""
-    page = Page("text", 8, 8)
+    page = Page("dense", 8, 8)
     for row in rows_of(rng, 8, 0, rng.randint(3, 6)):
         page.write(row, (0, code(rng, 3, 8)))
     return page
 
 
-def eye_chart(rng: random.Random) -> Page:
+def eye_chart(rng: random.Random, blank: float = 0.25) -> Page:
     """Random characters all over the page, read as one line: the k-th of the answer is the k-th patch of the image.
 
     So the LLM can look at the right patch before it can read any, and every patch gets an error signal of its own.
-    What is ink and what is not comes first; a share of blanks that differs from chart to chart makes that worth knowing.
     """
     page = Page("chart", 8, 8)
-    blank = rng.uniform(0.1, 0.9)
     cells = "".join(" " if rng.random() < blank else rng.choice(SYMBOLS + "./:") for _ in range(64))
     page.words = [(row, 0, cells[8 * row:8 * row + 8]) for row in range(8)]
     page.lines = [cells]
@@ -342,13 +355,63 @@ def plain_text(page: Page, config: SigLIPConfig) -> str:
         cells[row][column:column + len(word)] = word
     side, text = config.patches_per_side, ""
     for left, top, right, bottom in tile_boxes(page.columns * CELL, page.rows * CELL, config):
-        crop = ["".join(row[left // CELL:right // CELL]) for row in cells[top // CELL:bottom // CELL]]
         if max(right - left, bottom - top) > config.image_size:
-            crop = []
+            text += " " * side * side
+            continue
         x, y = (side - (right - left) // CELL) // 2, (side - (bottom - top) // CELL) // 2       # a tile is centred
-        lines = [""] * y + [" " * x + line for line in crop]
+        lines = [""] * y + [" " * x + "".join(row[left // CELL:right // CELL]) for row in cells[top // CELL:bottom // CELL]]
         text += "".join(line.ljust(side) for line in lines).ljust(side * side)
     return text
+
+
+# What a stage teaches, (page, [(prompt, answer), ...]), from its beginning (progress 0) to its end (1): easier pages first.
+
+
+def text_lesson(rng: random.Random, progress: float) -> tuple[Page, list[tuple[str, str]]]:
+    """Stage 0, plain text: to copy (dense pages, and charts all along), then to read and to look things up."""
+    kind = rng.random()
+    if kind < 0.15:
+        page = eye_chart(rng)
+        return page, [("", page.text)]
+    if rng.random() > 4 * progress - 0.5:               # all dense for an eighth of the stage, none after three eighths
+        page = dense_text(rng)
+        return page, [("", page.text)]
+    if kind < 0.25:
+        page = sticker(rng)
+        return page, [("", page.text)]
+    page = drawn_page(rng, rng.choice(KINDS), progress > 0.25 and rng.random() < 0.25, "train")
+    return page, questions(rng, page) if rng.random() < 0.5 else [(READ, page.text)]
+
+
+def caption_lesson(rng: random.Random, progress: float) -> tuple[Page, list[tuple[str, str]]]:
+    """Stage 1: to see. Charts until every character is known in its patch, then words in free places among them."""
+    if progress < 0.2:      # ink or no ink comes first: a share of blanks that varies makes it worth knowing
+        page = eye_chart(rng, rng.uniform(0.1, 0.9))
+    elif progress < 0.7 or rng.random() < 0.4:
+        page = eye_chart(rng)
+    else:
+        page = sticker(rng)
+    return page, [("", page.text)]
+
+
+def document_lesson(rng: random.Random, progress: float) -> tuple[Page, list[tuple[str, str]]]:
+    """Stage 2: to read whole pages; those of several tiles come in over the first fifth."""
+    page = drawn_page(rng, rng.choice(KINDS), rng.random() < 0.35 * min(1, 5 * progress), "train")
+    return page, [(READ, page.text)]
+
+
+def instruction_lesson(rng: random.Random, progress: float) -> tuple[Page, list[tuple[str, str]]]:
+    """Stage 3: to answer, and not to forget reading."""
+    page = drawn_page(rng, rng.choice(KINDS), rng.random() < 0.35, "train")
+    return page, questions(rng, page) if rng.random() < 0.75 else [(READ, page.text)]
+
+
+def questions(rng: random.Random, page: Page) -> list[tuple[str, str]]:
+    """Up to three of a page's questions: several turns cost its image once."""
+    return rng.sample(page.questions, min(3, len(page.questions)))
+
+
+LESSONS = [text_lesson, caption_lesson, document_lesson, instruction_lesson]
 
 
 class ToyDocuments(torch.utils.data.Dataset):
@@ -361,33 +424,20 @@ class ToyDocuments(torch.utils.data.Dataset):
         return self.n
 
     def __getitem__(self, index: int) -> Sample:
-        rng = random.Random(f"{self.seed}/{self.stage}/{index}")
-        page, asks = self.lesson(rng, index / self.n)
-        if self.stage == 0:     # text in the image's place: laid out like the patches, or to begin with as plain lines
-            laid_out = page.kind == "chart" or page.kind != "text" and rng.random() < 6 * (index / self.n - 0.35)
-            first, images = (plain_text(page, self.config) if laid_out else page.text), []
-        else:
-            first, images = IMAGE, [draw(page)]
+        rng, progress = random.Random(f"{self.seed}/{self.stage}/{index}"), index / self.n
+        page, asks = LESSONS[self.stage](rng, progress)
+        images = [draw(page)] if self.stage > 0 else []
+        first = IMAGE if self.stage > 0 else self.as_text(rng, page, progress)
         turns = []
-        for prompt, gold in asks:
-            turns += [Turn("user", [part for part in (None if turns else first, prompt) if part]), Turn("assistant", [gold])]
+        for i, (prompt, gold) in enumerate(asks):
+            parts = [first] if i == 0 else []
+            turns += [Turn("user", parts + [prompt] if prompt else parts), Turn("assistant", [gold])]
         return prepare(Example(images, turns, f"toy/{self.stage}/{index}"), self.tokenizer, self.config)
 
-    def lesson(self, rng: random.Random, progress: float) -> tuple[Page, list[tuple[str, str]]]:
-        """The page of a sample and what is asked about it, (prompt, answer) pairs; easier ones come first in a stage."""
-        if self.stage == 0 and rng.random() < 0.15 or self.stage == 1 and rng.random() < (1.0 if progress < 0.6 else 0.4):
-            page = eye_chart(rng)
-        elif self.stage == 0 and rng.random() > progress / 0.3 - 0.5:
-            page = dense_text(rng)
-        elif self.stage == 1 or self.stage == 0 and rng.random() < 0.1:
-            page = label(rng)
-        else:
-            page = drawn_page(rng, rng.choice(KINDS), rng.random() < 0.4 * min(1, progress / 0.3), "train")
-        if self.stage == 1 or not page.questions:
-            return page, [("", page.text)]
-        if rng.random() < {0: 0.5, 2: 0.0, 3: 0.75}[self.stage]:
-            return page, rng.sample(page.questions, min(3, len(page.questions)))
-        return page, [(READ, page.text)]
+    def as_text(self, rng: random.Random, page: Page, progress: float) -> str:
+        """Stage 0's page in the image's place: more and more often laid out as the patches will be, else as plain lines."""
+        laid_out = {"chart": 1.0, "dense": 0.25}.get(page.kind, 0.5 + 0.5 * progress)
+        return plain_text(page, self.config) if rng.random() < laid_out else page.text
 
 
 def held_out_documents(n: int, seed: int) -> list[tuple[Page, str, str]]:
@@ -434,7 +484,10 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0, help="which pages (default: %(default)s)")
     parser.add_argument("folder", type=Path, help="where the PNGs and questions.jsonl go; made if missing")
     args = parser.parse_args()
-    args.folder.mkdir(parents=True, exist_ok=True)
+    try:
+        args.folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        parser.error(f"{args.folder}: {error.strerror}")
     rows = []
     for i, (page, prompt, gold) in enumerate(held_out_documents(args.draw, args.seed)):
         name = f"{i:04}-{page.kind}.png"

@@ -25,7 +25,7 @@ from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
 
 from connector import Align
-from vision import SIGLIP_PRESETS, SigLIP, SigLIPConfig
+from vision import SIGLIP_PRESETS, InputError, SigLIP, SigLIPConfig
 
 IMAGE = -1      # marks the position of a visual token in a token sequence; no vocabulary has this id
 IGNORE = -100   # marks a label that is not supervised, as in torch's cross_entropy
@@ -236,16 +236,16 @@ ALIGNVLM_PRESETS = {
 }
 
 
-class CheckpointError(ValueError):
-    """A model folder that cannot be used; the message is one line that names the file."""
+class CheckpointError(InputError):
+    """A model folder that cannot be used; the message names the file."""
 
 
-def save_checkpoint(folder: Path, config: AlignVLMConfig, state: dict[str, Tensor], tokenizer_file: Path) -> None:
-    """Write config.json, model.safetensors and tokenizer.model beside `folder`, then rename: it is complete or not there."""
+def save_checkpoint(folder: Path, config: AlignVLMConfig, state: dict[str, Tensor]) -> None:
+    """Write config.json and model.safetensors into FOLDER.partial, then rename that: a folder is complete or not there."""
     partial = folder.with_name(folder.name + ".partial")
     partial.mkdir(parents=True, exist_ok=True)
     save_file({name: tensor.contiguous() for name, tensor in state.items()}, partial / "model.safetensors")
-    shutil.copyfile(tokenizer_file, partial / "tokenizer.model")
+    os.chmod(partial / "model.safetensors", 0o644)     # safetensors makes it the owner's alone
     (partial / "config.json").write_text(json.dumps(asdict(config), indent=2) + "\n")
     if folder.exists():
         shutil.rmtree(folder)
@@ -273,7 +273,7 @@ class AlignVLM(nn.Module):
         if image.sum() != n:
             raise ValueError(f"{int(image.sum())} image positions for {n} visual tokens")
         H = nnf.embedding(tokens.masked_fill(image, 0), E_text)                    # (B, L, D), equation 3
-        if n == 0:
+        if n == 0:      # where some ranks have images and others none, FSDP would wait here: every toy stage has one kind
             return H
         F = self.vision(pixels)                                                    # (T, N, d)
         F_align = self.connector(F, E_text).flatten(0, 1)                          # (T * N, D), equations 1 and 2
@@ -293,26 +293,26 @@ class AlignVLM(nn.Module):
     @classmethod
     def from_pretrained(cls, folder: str | Path) -> "AlignVLM":
         """The model of a folder that save_checkpoint wrote. Raises CheckpointError, which names the file."""
-        folder = Path(folder)
+        config_file, weights = Path(folder) / "config.json", Path(folder) / "model.safetensors"
+        for file in (config_file, weights):
+            if not file.is_file():
+                raise CheckpointError(f"{file}: no such file; a model folder is one of a run's stages, out/toy/stage3 say")
         try:
-            text = json.loads((folder / "config.json").read_text())
-            config = AlignVLMConfig(SigLIPConfig(**text["vision"]), LlamaConfig(**text["llm"]))
+            text = json.loads(config_file.read_text())
             with torch.device("meta"):
-                model = cls(config)
-            model.load_state_dict(load_file(folder / "model.safetensors"), assign=True)
-        except FileNotFoundError as error:
-            raise CheckpointError(f"{error.filename or folder}: no such file; is {folder} a model folder?") from None
-        except (json.JSONDecodeError, KeyError, TypeError) as error:
-            raise CheckpointError(f"{folder / 'config.json'}: not an AlignVLM configuration ({error})") from None
+                model = cls(AlignVLMConfig(SigLIPConfig(**text["vision"]), LlamaConfig(**text["llm"])))
+        except (ValueError, KeyError, TypeError, ArithmeticError, RuntimeError) as error:
+            raise CheckpointError(f"{config_file}: not an AlignVLM configuration ({error})") from None
+        try:
+            model.load_state_dict(load_file(weights), assign=True)
         except (SafetensorError, RuntimeError) as error:
-            reason = " ".join(str(error).split())
-            raise CheckpointError(f"{folder / 'model.safetensors'}: {reason}") from None
+            raise CheckpointError(f"{weights}: {' '.join(str(error).split())[:300]}") from None
         return model
 
     @torch.inference_mode()
     def generate(self, prompts: list[Tensor], pixels: list[Tensor], stop: set[int], max_new_tokens: int = 256,
                  temperature: float = 0.0, top_p: float = 1.0, seed: int = 0) -> Iterator[list[int | None]]:
-        """Continue B prompts (L_b,) with their tiles (T_b, 3, S, S) together, each as if it were alone.
+        """Continue B prompts (L_b,) with their tiles (T_b, 3, S, S) together; greedily, each as if it were alone.
 
         Yields once a step the B new token ids, None for a row that has met a token of `stop` (which is not yielded).
         temperature 0 is greedy; otherwise sampling from the smallest set of words that holds top_p of the probability.

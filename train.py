@@ -13,10 +13,11 @@ import ctypes
 import json
 import math
 import os
+import shutil
 import sys
 import time
 from collections import Counter
-from dataclasses import dataclass, field, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 
 import torch
@@ -28,7 +29,8 @@ from torch.utils.data import DataLoader
 from tqdm import tqdm
 
 from data import READ, Tokenizer, ToyDocuments, answer, draw, edit_distance, held_out_documents, pack, write_toy_tokenizer
-from model import ALIGNVLM_PRESETS, IGNORE, AlignVLM, CheckpointError, save_checkpoint
+from model import ALIGNVLM_PRESETS, IGNORE, AlignVLM, save_checkpoint
+from vision import InputError
 
 
 @dataclass
@@ -46,28 +48,26 @@ class Recipe:
     betas: tuple[float, float] = (0.9, 0.95)
     clip: float = 1.0                   # of the gradient's norm
 
-    # Adam moves a word that never occurs as far as any other, and all of them the same way: with torch's 1e-8 most of
-    # the toy's E_text would be one long vector, in which the connector's mean drowns. 1e-5 holds them back.
     eps: float = 1e-8
     lr_scale: dict[str, float] = field(default_factory=dict)    # by module, times lr
     steps: int | None = None            # the toy draws its documents: it has steps, not epochs
 
 
-class InputError(ValueError):
-    """Bad input from the command line; the message is one line that says what to do."""
-
-
 ALL, LATE = ("vision", "connector", "llm"), ("connector", "llm")    # stage 3 freezes the vision encoder
+# Adam moves a word that never occurs as far as any other, and all of them the same way: with an eps of 1e-8 most of the
+# toy's E_text becomes one long vector, in which the connector's mean drowns. 1e-5 holds them back.
 TOY = dict(batch_size=16, warmup=0.03, final_lr=0.1, eps=1e-5)
 RECIPES = {
-    "toy": {0: Recipe(("llm",), lr=1.5e-3, steps=1200, **TOY),
-            1: Recipe(ALL, lr=1e-3, steps=500, lr_scale={"llm": 0.5}, **TOY),
-            2: Recipe(ALL, lr=1e-3, steps=700, **TOY),
+    "toy": {0: Recipe(("llm",), lr=1.5e-3, steps=1500, **TOY),
+            1: Recipe(ALL, lr=1e-3, steps=400, lr_scale={"llm": 0.5}, **TOY),
+            2: Recipe(ALL, lr=1e-3, steps=600, **TOY),
             3: Recipe(LATE, lr=5e-4, steps=400, **TOY)},
     "llama-3.2-1b": {1: Recipe(ALL), 2: Recipe(ALL, lr=5e-5, max_length=2048),
                      3: Recipe(LATE, lr=5e-5, max_length=2048, epochs=5)},
-    "llama-3.2-3b": {1: Recipe(ALL), 2: Recipe(ALL, 256, 5e-5, 2048), 3: Recipe(LATE, 256, 5e-5, 2048, 5)},
-    "llama-3.1-8b": {1: Recipe(ALL), 2: Recipe(ALL, 256, 1e-5, 2048), 3: Recipe(LATE, 256, 1e-5, 2048, 5)},
+    "llama-3.2-3b": {1: Recipe(ALL), 2: Recipe(ALL, batch_size=256, lr=5e-5, max_length=2048),
+                     3: Recipe(LATE, batch_size=256, lr=5e-5, max_length=2048, epochs=5)},
+    "llama-3.1-8b": {1: Recipe(ALL), 2: Recipe(ALL, batch_size=256, lr=1e-5, max_length=2048),
+                     3: Recipe(LATE, batch_size=256, lr=1e-5, max_length=2048, epochs=5)},
 }
 
 
@@ -135,13 +135,15 @@ def train_stage(stage: int, recipe: Recipe, model: AlignVLM, tokenizer: Tokenize
     documents = ToyDocuments(stage, recipe.steps * recipe.batch_size, args.seed, tokenizer, model.config.vision)
     loader = iter(DataLoader(documents, batch_sampler=batch_indices(recipe, micro), collate_fn=pack,
                              num_workers=args.workers, pin_memory=device.type == "cuda"))
-    log = args.out / f"stage{stage}.partial" / "log.jsonl" if rank == 0 else os.devnull
-    with open(log, "w") as log, tqdm(range(recipe.steps), f"stage {stage}", disable=rank > 0, mininterval=1) as bar:
+    log_file = args.out / f"stage{stage}.partial" / "log.jsonl" if rank == 0 else os.devnull
+    with open(log_file, "w") as log, tqdm(range(recipe.steps), f"stage {stage}", disable=rank > 0, mininterval=1) as bar:
         for step in bar:
             start = time.perf_counter()
             batches = [next(loader) for _ in range(recipe.batch_size // (world * micro))]
             loss, n_tokens = accumulate_gradients(model, batches, device)
             norm = torch.nn.utils.clip_grad_norm_(params, recipe.clip).full_tensor().item()
+            if not math.isfinite(norm):
+                raise InputError(f"stage {stage}, step {step}: the gradient's norm is {norm}; try a lower --lr")
             lr = learning_rate(step, recipe)
             for group in optimizer.param_groups:
                 group["lr"] = lr * group["scale"]
@@ -157,23 +159,25 @@ def train_stage(stage: int, recipe: Recipe, model: AlignVLM, tokenizer: Tokenize
 def held_out_scores(model: AlignVLM, tokenizer: Tokenizer, n: int, seed: int) -> dict[str, dict]:
     """Read n held-out documents aloud and answer one question about each, greedily, 50 at a time.
 
-    Returns, for "all" and each kind, exact_match (of answers), cer (edit distance over reference characters) and n.
+    Returns exact_match (of answers), cer (edit distance over reference characters) and n, of each kind of page, of
+    pages of one and of several tiles, and last of all "held-out" ones.
     """
     documents = held_out_documents(n, seed)
     right, errors, characters, count = (Counter() for _ in range(4))
-    for first in tqdm(range(0, n, 50), desc="held-out"):
+    for first in tqdm(range(0, n, 50), desc="reading held-out pages"):
         some = documents[first:first + 50]
         images = [draw(page) for page, _, _ in some]
         *_, texts = answer(model, tokenizer, images, [READ] * len(some))
         *_, answers = answer(model, tokenizer, images, [prompt for _, prompt, _ in some])
         for (page, _, gold), text, prediction in zip(some, texts, answers):
-            for group in ("all", page.kind, "several tiles" if page.large else "one tile"):
+            for group in (page.kind, "several tiles" if page.large else "one tile", "held-out"):
                 right[group] += prediction == gold
                 errors[group] += edit_distance(text, page.text)
                 characters[group] += len(page.text)
                 count[group] += 1
+    groups = sorted(set(count) - {"held-out"}) + ["held-out"]
     return {group: {"exact_match": right[group] / count[group], "cer": errors[group] / characters[group],
-                    "n": count[group]} for group in sorted(count)}
+                    "n": count[group]} for group in groups}
 
 
 def build(stage: int, args) -> AlignVLM:
@@ -227,53 +231,80 @@ def parse_args() -> argparse.Namespace:
     add("--lr", type=float, help="peak learning rate (default: the recipe's)")
     add("--workers", type=int, default=0, help="data loading processes per process (default: %(default)s)")
     add("--held-out", type=int, default=200, help="held-out documents read at the end (default: %(default)s; 0: none)")
-    return parser.parse_args()
+    args = parser.parse_args()
+    if any(x is not None and not x > 0 for x in (args.steps, args.batch_size, args.micro_batch, args.lr)):
+        parser.error("--steps, --batch-size, --micro-batch and --lr are more than 0")
+    if min(args.workers, args.held_out) < 0:
+        parser.error("--workers and --held-out are at least 0")
+    args.out = args.out or Path("out") / args.preset
+    return args
+
+
+def is_complete(stage: int, out: Path) -> bool:
+    """Whether a stage's folder is there, and not older than the stage that it started from."""
+    weights = [out / f"stage{s}" / "model.safetensors" for s in (stage, stage - 1)]
+    return weights[0].exists() and (not weights[1].exists() or weights[0].stat().st_mtime >= weights[1].stat().st_mtime)
+
+
+def check_recipe(folder: Path, recipe: dict) -> None:
+    """Raise InputError if a complete stage was trained with another recipe than is asked for now."""
+    before = json.loads((folder / "recipe.json").read_text())
+    changed = [f"{key} {before.get(key)}, not {value}" for key, value in recipe.items() if before.get(key) != value]
+    if changed:
+        raise InputError(f"{folder} was trained with {', '.join(changed)}: take another --out, or --retrain")
 
 
 def main() -> None:
     args = parse_args()
-    args.out = args.out or Path("out") / args.preset
+    if args.preset != "toy" and args.steps is None:
+        raise InputError(f"--preset {args.preset} needs --steps: the drawn documents have no epochs")
     keep_heap()
     device = start_processes()
     main_rank = dist.get_rank() == 0
-    complete = [stage for stage in range(4) if (args.out / f"stage{stage}" / "config.json").exists()]
-    stages = [args.stage] if args.stage is not None else [1, 2, 3]
-    if args.preset != "toy" and args.stage == 0:
-        raise InputError(f"--preset {args.preset} has no stage 0: its LLM comes pretrained")
-    if args.preset == "toy" and 1 in stages and (0 not in complete or args.retrain and args.stage is None):
+    toy = args.preset == "toy"
+    stages = [1, 2, 3] if args.stage is None else [args.stage]
+    if toy and 1 in stages and not is_complete(0, args.out) and (args.retrain or not is_complete(1, args.out)):
         stages = [0, *stages]       # the toy's LLM is pretrained, as a released one is
+    given = {"steps": args.steps, "batch_size": args.batch_size, "lr": args.lr}
     for stage in stages:
+        if stage not in RECIPES[args.preset]:
+            raise InputError(f"--preset {args.preset} has no stage {stage}")
+        recipe = replace(RECIPES[args.preset][stage], **{k: v for k, v in given.items() if v is not None})
+        record = json.loads(json.dumps({"preset": args.preset, "seed": args.seed, **asdict(recipe)}))
         folder = args.out / f"stage{stage}"
-        if stage in complete and not args.retrain:
+        if is_complete(stage, args.out) and not args.retrain:
+            check_recipe(folder, record)
             if main_rank:
                 print(f"stage {stage} is complete in {folder} (--retrain trains it again)")
             continue
-        given = {"steps": args.steps, "batch_size": args.batch_size, "lr": args.lr}
-        recipe = replace(RECIPES[args.preset][stage], **{k: v for k, v in given.items() if v is not None})
-        if recipe.steps is None:
-            raise InputError(f"--preset {args.preset} needs --steps: the drawn documents have no epochs")
+        if stage > 1 and not (args.out / f"stage{stage - 1}" / "config.json").exists():
+            raise InputError(f"stage {stage} starts from stage {stage - 1}, and {args.out} has none: train that first")
         partial = folder.with_name(folder.name + ".partial")
+        previous = args.out / f"stage{stage - 1}" / "tokenizer.model"
         if main_rank:
             try:
                 partial.mkdir(parents=True, exist_ok=True)
-                write_toy_tokenizer(args.out / "tokenizer.model")
+                (partial / "recipe.json").write_text(json.dumps(record, indent=2) + "\n")
+                if previous.exists():
+                    shutil.copyfile(previous, partial / "tokenizer.model")
+                else:
+                    write_toy_tokenizer(partial / "tokenizer.model")
             except OSError as error:
                 raise InputError(f"--out {args.out}: {error.strerror}") from None
         dist.barrier()
-        tokenizer = Tokenizer(args.out / "tokenizer.model")
+        tokenizer = Tokenizer(partial / "tokenizer.model")
         model = build(stage, args)
         state = train_stage(stage, recipe, model, tokenizer, args, device)
         if main_rank:
-            save_checkpoint(folder, model.config, state, tokenizer.path)
+            save_checkpoint(folder, model.config, state)
         dist.barrier()
-    folder = args.out / "stage3"
-    if main_rank and 3 in stages and args.held_out:
+    if toy and main_rank and 3 in stages and args.held_out:
+        folder = args.out / "stage3"
         model = AlignVLM.from_pretrained(folder).to(device).eval()
         scores = held_out_scores(model, Tokenizer(folder / "tokenizer.model"), args.held_out, args.seed)
         (folder / "held_out.json").write_text(json.dumps(scores, indent=2) + "\n")
-        for group in [*(group for group in scores if group != "all"), "all"]:
-            name, s = "held-out" if group == "all" else group, scores[group]
-            print(f"{name}: exact_match={s['exact_match']:.3f} cer={s['cer']:.3f} n={s['n']}")
+        for group, s in scores.items():
+            print(f"{group}: exact_match={s['exact_match']:.3f} cer={s['cer']:.3f} n={s['n']}")
     dist.barrier()
     dist.destroy_process_group()
 
@@ -281,6 +312,9 @@ def main() -> None:
 if __name__ == "__main__":
     try:
         main()
-    except (InputError, CheckpointError) as error:
+    except InputError as error:
         print(f"train.py: {error}", file=sys.stderr)
         sys.exit(2)
+    except KeyboardInterrupt:
+        print("train.py: interrupted; the stages that were complete are kept", file=sys.stderr)
+        sys.exit(130)

@@ -16,7 +16,7 @@ from struct import error as struct_error
 
 import numpy as np
 import torch
-import torch.nn.functional as nnf
+import torch.nn.functional as nnf      # F is the paper's name for the features
 from PIL import Image, ImageOps
 from torch import Tensor, nn
 
@@ -123,17 +123,17 @@ class SigLIP(nn.Module):
         if config.feature_layer is not None and not -config.n_layers - 1 <= config.feature_layer <= config.n_layers:
             raise ValueError(f"feature_layer {config.feature_layer} of an encoder with {config.n_layers} layers")
         self.config = config
+        self.depth = range(config.n_layers + 1)[-1 if config.feature_layer is None else config.feature_layer]
         self.embeddings = Embeddings(config)
         self.encoder = nn.ModuleDict({"layers": nn.ModuleList(Layer(config) for _ in range(config.n_layers))})
         self.post_layernorm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
 
     def forward(self, pixels: Tensor) -> Tensor:
         """pixels (T, 3, S, S), normalised -> F (T, N, d), the features of section 3.1; same dtype."""
-        layers, k = self.encoder["layers"], self.config.feature_layer
         x = self.embeddings(pixels)                         # (T, N, d)
-        for layer in layers if k is None else layers[:k if k >= 0 else len(layers) + 1 + k]:
+        for layer in self.encoder["layers"][:self.depth]:
             x = layer(x)                                    # (T, N, d)
-        return self.post_layernorm(x) if k is None else x
+        return self.post_layernorm(x) if self.config.feature_layer is None else x
 
     @torch.no_grad()
     def init_weights(self) -> None:
@@ -153,8 +153,12 @@ class SigLIP(nn.Module):
 # Pages and tiles
 
 
-class ImageError(ValueError):
-    """An image that cannot be used; the message is one line that says why."""
+class InputError(ValueError):
+    """Bad input: the message is one line that says what is wrong and what to do. The commands exit with status 2."""
+
+
+class ImageError(InputError):
+    """An image that cannot be used."""
 
 
 def read_image(file) -> Image.Image:
@@ -174,7 +178,7 @@ def read_image(file) -> Image.Image:
             image.load()
             image = ImageOps.exif_transpose(image)
             if image.mode.startswith("I") or image.mode == "F":     # 16 and 32 bits a sample: Pillow would clip at 255
-                grey = np.asarray(image, dtype=np.float64)
+                grey = np.nan_to_num(np.asarray(image, dtype=np.float64))
                 top = 65535 if image.mode.startswith("I;16") or grey.max() > 255 else 255 if grey.max() > 1 else 1
                 image = Image.fromarray((grey / top * 255).clip(0, 255).round().astype(np.uint8))
             if "A" in image.getbands() or "transparency" in image.info:

@@ -12,7 +12,7 @@ from PIL import Image
 
 from data import (CELL, IGNORE, IMAGE, KINDS, Example, Page, Tokenizer, ToyDocuments, Turn, draw, drawn_page,
                   edit_distance, encode_chat, eye_chart, glyph, held_out_documents, pack, plain_text, prepare,
-                  write_toy_tokenizer)
+                  split_images, write_toy_tokenizer)
 from model import LLAMA_PRESETS
 from vision import SIGLIP_PRESETS, tile
 
@@ -56,6 +56,12 @@ def test_user_text_never_becomes_a_special_token(tokenizer):
     tokens, _ = encode_chat([Turn("user", [IMAGE, text])], tokenizer, [3])
     plain, _ = encode_chat([Turn("user", [IMAGE, "x"])], tokenizer, [3])
     assert (tokens >= first).sum() == (plain >= first).sum() and (tokens == IMAGE).sum() == 3
+
+
+def test_a_data_sets_own_marker_becomes_an_image_position():
+    assert split_images("<image>\nQ") == [IMAGE, "\nQ"]
+    assert split_images("a<|image|>b <image>") == ["a", IMAGE, "b ", IMAGE]
+    assert split_images("no < image > here") == ["no < image > here"] and split_images("") == []
 
 
 def test_encode_chat_is_llama3s_format_with_labels_on_answers_only(tokenizer):

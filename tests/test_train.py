@@ -1,6 +1,7 @@
 """train.py and sample.py end to end on small runs, as their users start them."""
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -46,17 +47,17 @@ def trained(tmp_path_factory):
 def test_the_last_line_is_the_held_out_score(trained):
     out, done = trained
     last = done.stdout.splitlines()[-1]
-    scores = json.loads((out / "stage3" / "held_out.json").read_text())["all"]
+    scores = json.loads((out / "stage3" / "held_out.json").read_text())["held-out"]
     assert last == f"held-out: exact_match={scores['exact_match']:.3f} cer={scores['cer']:.3f} n=15"
     assert sum(line.startswith(tuple("invoice receipt letter form table".split())) for line in done.stdout.splitlines()) == 5
 
 
 def test_every_stage_leaves_a_complete_folder(trained):
     out, _ = trained
-    assert sorted(path.name for path in out.iterdir()) == ["stage0", "stage1", "stage2", "stage3", "tokenizer.model"]
+    assert sorted(path.name for path in out.iterdir()) == ["stage0", "stage1", "stage2", "stage3"]
     for stage in range(4):
         names = {path.name for path in (out / f"stage{stage}").iterdir()} - {"held_out.json"}
-        assert names == {"config.json", "model.safetensors", "tokenizer.model", "log.jsonl"}
+        assert names == {"config.json", "model.safetensors", "tokenizer.model", "log.jsonl", "recipe.json"}
         lines = log(out / f"stage{stage}")
         assert [line["step"] for line in lines] == [0, 1]
         assert {"stage", "step", "loss", "lr", "grad_norm", "tokens_per_s"} == set(lines[0])
@@ -74,13 +75,38 @@ def test_each_stage_trains_its_modules_and_no_others(trained):
         assert changed == trainable, stage
 
 
-def test_a_complete_stage_is_not_trained_again_unless_asked(trained):
-    out, _ = trained
-    before = (out / "stage1" / "model.safetensors").stat().st_mtime_ns
-    done = run("train.py", "--stage", 1, "--steps", 2, "--batch-size", 4, "--out", out)
-    assert "complete" in done.stdout and (out / "stage1" / "model.safetensors").stat().st_mtime_ns == before
-    run("train.py", "--stage", 1, "--steps", 2, "--batch-size", 4, "--out", out, "--retrain", "--seed", 0)
-    assert (out / "stage1" / "model.safetensors").stat().st_mtime_ns > before
+def test_a_complete_stage_is_not_trained_again_unless_asked(trained, tmp_path):
+    out = tmp_path / "run"
+    shutil.copytree(trained[0], out)
+    same = ["--steps", 2, "--batch-size", 4, "--held-out", 0, "--out", out]
+
+    def written():
+        return [(out / f"stage{stage}" / "model.safetensors").stat().st_mtime_ns for stage in range(4)]
+
+    before = written()
+    assert run("train.py", *same).stdout.count("is complete") == 3 and written() == before
+    done = run("train.py", "--steps", 3, "--batch-size", 4, "--out", out, code=2)      # it is not what was asked for
+    assert done.stderr.splitlines() == [f"train.py: {out / 'stage1'} was trained with steps 2, not 3: take another --out, "
+                                        "or --retrain"]
+    run("train.py", *same, "--stage", 2, "--retrain")
+    assert [a == b for a, b in zip(written(), before)] == [True, True, False, True]
+    run("train.py", *same)                                  # stage 3 came from the old stage 2
+    assert [a == b for a, b in zip(written(), before)] == [True, True, False, False]
+    shutil.rmtree(out / "stage0")                           # no longer needed
+    run("train.py", *same)
+    assert not (out / "stage0").exists()
+
+
+def test_a_run_that_diverges_stops(tmp_path):
+    done = run("train.py", "--stage", 0, "--steps", 3, "--batch-size", 2, "--lr", "1e30", "--out", tmp_path, code=2)
+    assert "--lr" in done.stderr.splitlines()[-1] and not (tmp_path / "stage0").exists()
+
+
+@pytest.mark.parametrize("flags", [["--steps", 0], ["--lr", -1], ["--lr", "nan"], ["--batch-size", 0], ["--micro-batch", -2],
+                                   ["--workers", -1], ["--held-out", -5], ["--preset", "llama-3.2-1b"]])
+def test_impossible_flags_are_one_line(tmp_path, flags):
+    done = run("train.py", *flags, "--out", tmp_path / "out", code=2)
+    assert "Traceback" not in done.stderr and not (tmp_path / "out").exists()
 
 
 def test_stage_1_pretrains_the_llm_when_it_is_missing_and_stage_2_says_what_is(tmp_path):
