@@ -303,13 +303,13 @@ def dense_text(rng: random.Random) -> Page:
     return page
 
 
-def eye_chart(rng: random.Random, blank: float = 0.25) -> Page:
+def eye_chart(rng: random.Random) -> Page:
     """Random characters all over the page, read as one line: the k-th of the answer is the k-th patch of the image.
 
     So the LLM can look at the right patch before it can read any, and every patch gets an error signal of its own.
     """
     page = Page("chart", 8, 8)
-    cells = "".join(" " if rng.random() < blank else rng.choice(SYMBOLS + "./:") for _ in range(64))
+    cells = "".join(" " if rng.random() < 0.25 else rng.choice(SYMBOLS + "./:") for _ in range(64))
     page.words = [(row, 0, cells[8 * row:8 * row + 8]) for row in range(8)]
     page.lines = [cells]
     return page
@@ -370,13 +370,13 @@ def plain_text(page: Page, config: SigLIPConfig) -> str:
 def text_lesson(rng: random.Random, progress: float) -> tuple[Page, list[tuple[str, str]]]:
     """Stage 0, plain text: to copy (dense pages, and charts all along), then to read and to look things up."""
     kind = rng.random()
-    if kind < 0.15:
+    if kind < 0.2:
         page = eye_chart(rng)
         return page, [("", page.text)]
     if rng.random() > 4 * progress - 0.5:               # all dense for an eighth of the stage, none after three eighths
         page = dense_text(rng)
         return page, [("", page.text)]
-    if kind < 0.25:
+    if kind < 0.3:
         page = sticker(rng)
         return page, [("", page.text)]
     page = drawn_page(rng, rng.choice(KINDS), progress > 0.25 and rng.random() < 0.25, "train")
@@ -385,12 +385,7 @@ def text_lesson(rng: random.Random, progress: float) -> tuple[Page, list[tuple[s
 
 def caption_lesson(rng: random.Random, progress: float) -> tuple[Page, list[tuple[str, str]]]:
     """Stage 1: to see. Charts until every character is known in its patch, then words in free places among them."""
-    if progress < 0.2:      # ink or no ink comes first: a share of blanks that varies makes it worth knowing
-        page = eye_chart(rng, rng.uniform(0.1, 0.9))
-    elif progress < 0.7 or rng.random() < 0.4:
-        page = eye_chart(rng)
-    else:
-        page = sticker(rng)
+    page = eye_chart(rng) if progress < 0.6 or rng.random() < 0.4 else sticker(rng)
     return page, [("", page.text)]
 
 
@@ -432,7 +427,24 @@ class ToyDocuments(torch.utils.data.Dataset):
         for i, (prompt, gold) in enumerate(asks):
             parts = [first] if i == 0 else []
             turns += [Turn("user", parts + [prompt] if prompt else parts), Turn("assistant", [gold])]
-        return prepare(Example(images, turns, f"toy/{self.stage}/{index}"), self.tokenizer, self.config)
+        sample = prepare(Example(images, turns, f"toy/{self.stage}/{index}"), self.tokenizer, self.config)
+        if self.stage == 0 and page.kind == "chart" and rng.random() < 0.5:
+            self.smudge(rng, sample)
+        return sample
+
+    def smudge(self, rng: random.Random, sample: Sample) -> None:
+        """Overwrite a share of a text chart's characters by any words, and do not ask for these.
+
+        An LLM that has only met legible charts finds its place by what stands there. In stage 1 nothing legible does,
+        at first: it looks nowhere, and the encoder learns nothing. A smudged chart can only be read by counting places.
+        """
+        cells = sample.tokens.tolist().index(self.tokenizer.special["<|end_header_id|>"]) + 2   # after "\n\n"
+        answers = (sample.labels != IGNORE).nonzero()[0].item()
+        share = rng.uniform(0.2, 1.0)
+        for i in range(self.config.n_patches):
+            if rng.random() < share:
+                sample.tokens[cells + i] = rng.randrange(min(self.tokenizer.special.values()))
+                sample.labels[answers + i] = IGNORE
 
     def as_text(self, rng: random.Random, page: Page, progress: float) -> str:
         """Stage 0's page in the image's place: more and more often laid out as the patches will be, else as plain lines."""
