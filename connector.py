@@ -10,6 +10,8 @@ import torch
 import torch.nn.functional as nnf
 from torch import Tensor, nn
 
+from vision import own_rows
+
 
 class Align(nn.Module):
     """The Align connector of equations 1 and 2.
@@ -28,7 +30,9 @@ class Align(nn.Module):
     @torch.no_grad()
     def init_weights(self, lm_head: Tensor) -> None:
         """W2 starts as a copy of the LLM's head (V, D), "recycling" its semantics (section 3.2), then trains by itself."""
-        self.W1.weight.normal_(std=self.W1.in_features ** -0.5)
+        W1 = torch.empty(self.W1.weight.shape).normal_(std=self.W1.in_features ** -0.5)
+        here, first = own_rows(self.W1.weight)          # each rank draws all of it and keeps its part
+        here.copy_(W1[first:first + len(here)])
         self.W2.weight.copy_(lm_head)
         for norm in (self.norm_D, self.norm_V):
             norm.reset_parameters()

@@ -10,6 +10,7 @@ import base64
 import functools
 import json
 import random
+import re
 import zlib
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -20,7 +21,7 @@ from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
 from model import IGNORE, IMAGE, AlignVLM, CheckpointError
-from vision import SigLIPConfig, tile, tile_boxes
+from vision import Settings, SigLIPConfig, tile, tile_boxes
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Tokenizer
@@ -36,34 +37,149 @@ LLAMA3_SPECIALS = ["<|begin_of_text|>", "<|end_of_text|>", "<|reserved_special_t
 TOY_WORDS = ["user", "assistant", "\n\n", "what", " is", " the", " of", "read", " page", " it", "?", "."]
 
 
-class Tokenizer:
-    """Llama 3's tokenizer.model: lines of `base64 rank`, read into a tiktoken Encoding with Llama 3's special tokens."""
+# GPT-2's split, and the same after single digits were cut out, as SmolLM2 does it in two steps: the look-ahead to
+# a digit stands for the end of the text before it.
+GPT2_PATTERN = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
+DIGITS_PATTERN = GPT2_PATTERN.replace(r" ?\p{N}+", r"\p{N}").replace(r"|\s+(?!", r"|\s+(?=\p{N})|\s+(?!")
 
-    def __init__(self, path: str | Path):
-        self.path, ranks = Path(path), {}
+
+@dataclass
+class ChatFormat:
+    """How a chat is laid out: texts, and special tokens by name. A header has the role between its two ends."""
+    begin: list[str]
+    header: tuple[list[str], list[str]]
+    end: list[str]
+    stop: list[str]             # tokens after which an answer is over
+
+
+# A tokenizer has the first format whose special tokens it knows. No system message is added where none is given.
+CHAT_FORMATS = {
+    "Llama 3": ChatFormat(["<|begin_of_text|>"], (["<|start_header_id|>"], ["<|end_header_id|>", "\n\n"]),
+                          ["<|eot_id|>"], ["<|eot_id|>", "<|eom_id|>", "<|end_of_text|>"]),
+    "ChatML": ChatFormat([], (["<|im_start|>"], ["\n"]), ["<|im_end|>", "\n"], ["<|im_end|>", "<|endoftext|>"]),
+}
+
+
+class TextError(ValueError):
+    """A text that no tokenizer can encode; the message is one line."""
+
+
+class Tokenizer:
+    """A byte-level BPE as a tiktoken Encoding: Llama 3's tokenizer.model, or a tokenizer.json like SmolLM2's.
+
+    path: the file, or the folder that holds it. vocab_size: what the model has, which must be the same. Attributes:
+    path, special (name -> id), chat (its ChatFormat), stop (ids). Raises CheckpointError for a file that it cannot read
+    or that asks for something else (another model type, a normaliser, an unknown split of text).
+    """
+
+    def __init__(self, path: str | Path, vocab_size: int | None = None):
+        path = Path(path)
+        if path.is_dir():
+            path = path / ("tokenizer.json" if (path / "tokenizer.json").exists() else "tokenizer.model")
+        self.path = path
+        ranks, pattern, self.special = (read_tokenizer_json if path.suffix == ".json" else read_tokenizer_model)(path)
+        ids = [*ranks.values(), *self.special.values()]
+        if len(set(ids)) < len(ids) or not all(type(i) is int and 0 <= i < 2 ** 31 for i in ids) or not ranks:
+            raise CheckpointError(f"{path}: not a vocabulary: ids that are no numbers, or that two tokens share")
+        self.size = 1 + max(ids)
+        if vocab_size not in (None, self.size):
+            raise CheckpointError(f"{path}: {self.size} tokens, but the model's vocab_size is {vocab_size}")
+        # tiktoken panics at a byte that is no token. The reference drops it, so it gets an id that encode() drops.
+        missing = [bytes([b]) for b in range(256) if bytes([b]) not in ranks]
+        self.missing = "".join(re.escape(chr(b[0])) for b in missing if b[0] < 128)
         try:
-            for line in self.path.read_bytes().splitlines():
-                token, rank = line.split()
-                ranks[base64.b64decode(token, validate=True)] = int(rank)
-        except FileNotFoundError:
-            raise CheckpointError(f"{path}: no such file; a model folder holds its tokenizer") from None
+            self.encoding = tiktoken.Encoding(path.name, pat_str=pattern, special_tokens=self.special, mergeable_ranks={
+                **ranks, **{b: self.size + i for i, b in enumerate(missing)}})
         except ValueError as error:
-            raise CheckpointError(f"{path}: not lines of `base64 rank` ({error})") from None
-        names = LLAMA3_SPECIALS + [f"<|reserved_special_token_{i}|>" for i in range(2, 256 - len(LLAMA3_SPECIALS) + 2)]
-        self.special = {name: len(ranks) + i for i, name in enumerate(names)}
-        self.encoding = tiktoken.Encoding(self.path.name, pat_str=LLAMA3_PATTERN, mergeable_ranks=ranks,
-                                          special_tokens=self.special)
-        self.stop = {self.special["<|end_of_text|>"], self.special["<|eom_id|>"], self.special["<|eot_id|>"]}
+            raise CheckpointError(f"{path}: not a vocabulary ({' '.join(str(error).split())})") from None
+        self.chat = next((chat for chat in CHAT_FORMATS.values()
+                          if {*chat.header[0], chat.end[0]} <= self.special.keys()), None)
+        self.stop = {self.special[name] for name in (self.chat.stop if self.chat else []) if name in self.special}
 
     def __len__(self) -> int:
-        return self.encoding.n_vocab
+        return self.size
 
     def encode(self, text: str) -> list[int]:
-        """Text -> ids. Text is only ever text: `<|eot_id|>` in it is eight bytes of prose, not the token."""
-        return self.encoding.encode_ordinary(text)
+        """Text -> ids. Text is only ever text: `<|eot_id|>` in it is eight bytes of prose, not the token.
+
+        Raises TextError for text with lone surrogates, which is what Python makes of bytes that are no UTF-8.
+        """
+        try:
+            text.encode()
+        except UnicodeEncodeError as error:
+            raise TextError(f"text with the lone surrogate {text[error.start]!r} at position {error.start}: "
+                            "it was not valid UTF-8") from None
+        if self.missing and re.search(f"[{self.missing}]", text):
+            # They are dropped between split and merging: what stood around one in its piece (a run without letters,
+            # digits and spaces) may merge, what stood in two pieces may not. So one stays, at the end of the run.
+            text = re.sub(rf"(?:[^\w\s]|_)*[{self.missing}](?:[^\w\s]|_)*", lambda run: re.sub(
+                f"[{self.missing}]", "", run[0]) + re.search(f"[{self.missing}]", run[0])[0], text)
+        ids = self.encoding.encode_ordinary(text)
+        return [i for i in ids if i < self.size] if self.missing else ids
 
     def decode(self, ids: list[int]) -> str:
         return self.encoding.decode(ids)
+
+    def layout(self, parts: list[str]) -> list[int]:
+        """The ids of a chat format's parts, where a special token's name is that token."""
+        return [i for part in parts for i in ([self.special[part]] if part in self.special else self.encode(part))]
+
+
+def read_tokenizer_model(path: Path) -> tuple[dict[bytes, int], str, dict[str, int]]:
+    """Lines of `base64 rank`, after which come Llama 3's 256 special tokens -> ranks, split pattern, special tokens."""
+    ranks = {}
+    try:
+        for line in path.read_bytes().splitlines():
+            token, rank = line.split()
+            ranks[base64.b64decode(token, validate=True)] = int(rank)
+    except OSError as error:
+        raise CheckpointError(f"{path}: {error.strerror}; a model folder holds its tokenizer") from None
+    except ValueError as error:
+        raise CheckpointError(f"{path}: not lines of `base64 rank` ({error})") from None
+    names = LLAMA3_SPECIALS + [f"<|reserved_special_token_{i}|>" for i in range(2, 256 - len(LLAMA3_SPECIALS) + 2)]
+    return ranks, LLAMA3_PATTERN, {name: len(ranks) + i for i, name in enumerate(names)}
+
+
+def read_tokenizer_json(path: Path) -> tuple[dict[bytes, int], str, dict[str, int]]:
+    """A byte-level BPE of the tokenizers library -> ranks, split pattern, special tokens.
+
+    tiktoken merges the pair whose result has the lowest id, so the merges must be listed in the order of their ids.
+    """
+    top = Settings(path)
+    model, steps = top.section("model"), top.section("pre_tokenizer").values
+    top.only("normalizer", None)
+    model.only("type", "BPE")
+    for key in ("dropout", "continuing_subword_prefix", "end_of_word_suffix", "byte_fallback"):
+        model.only(key, None, False, "")
+    try:
+        special = {token["content"]: token["id"] for token in top.values.get("added_tokens", [])}
+        # Every byte is written as one character: a printable one as itself, the others as those from 256 on.
+        printable = [*range(33, 127), *range(161, 173), *range(174, 256)]
+        others = [b for b in range(256) if b not in printable]
+        byte_of = {chr(b): b for b in printable} | {chr(256 + i): b for i, b in enumerate(others)}
+        ranks = {bytes(byte_of[c] for c in token): i for token, i in model.values["vocab"].items()
+                 if token not in special}
+        last = -1
+        for merge in model.values["merges"]:
+            left, right = merge.split(" ") if isinstance(merge, str) else merge
+            this = model.values["vocab"][left + right]
+            if this < last:
+                raise top.error("model.merges", f"are not in the order of the vocabulary at {merge!r}: not implemented")
+            last = this
+    except CheckpointError:
+        raise
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
+        raise CheckpointError(f"{path}: not a byte-level BPE vocabulary ({type(error).__name__}: {error})") from None
+    match steps.get("pretokenizers", [steps]):
+        case [{"type": "ByteLevel", "add_prefix_space": False, **rest}] if rest.get("use_regex", True):
+            return ranks, GPT2_PATTERN, special
+        case [{"type": "Digits", "individual_digits": True},
+              {"type": "ByteLevel", "add_prefix_space": False, **rest}] if rest.get("use_regex", True):
+            return ranks, DIGITS_PATTERN, special
+        case [{"type": "Split", "pattern": {"Regex": str(pattern)}, "behavior": "Isolated", "invert": False},
+              {"type": "ByteLevel", "add_prefix_space": False, "use_regex": False}]:
+            return ranks, pattern, special
+    raise top.error("pre_tokenizer", "is none of the implemented: ByteLevel, Digits + ByteLevel, Split + ByteLevel")
 
 
 def write_toy_tokenizer(path: Path) -> None:
@@ -103,28 +219,31 @@ class Sample:
 
 
 def encode_chat(turns: list[Turn], tokenizer: Tokenizer, visual_tokens: list[int]) -> tuple[Tensor, Tensor]:
-    """Turns -> tokens and labels (L,) in Llama 3's chat format; image i takes visual_tokens[i] positions.
+    """Turns -> tokens and labels (L,) in the tokenizer's chat format; image i takes visual_tokens[i] positions.
 
     labels[t] is the token that should follow tokens[t], or IGNORE outside the assistant's answers. Unless the last
-    turn is the assistant's, the sequence ends with its header, ready to be continued.
+    turn is the assistant's, the sequence ends with its header, ready to be continued. Raises CheckpointError where
+    the tokenizer has no chat format.
     """
-    special, counts = tokenizer.special, iter(visual_tokens)
-    tokens, answers = [special["<|begin_of_text|>"]], [False]
+    chat, counts = tokenizer.chat, iter(visual_tokens)
+    if chat is None:
+        raise CheckpointError(f"{tokenizer.path}: its special tokens fit no chat format ({' or '.join(CHAT_FORMATS)})")
+    tokens, answers = tokenizer.layout(chat.begin), [False] * len(chat.begin)
 
     def add(ids: list[int], answer: bool = False) -> None:
         tokens.extend(ids)
         answers.extend([answer] * len(ids))
 
     def header(role: str) -> None:
-        add([special["<|start_header_id|>"], *tokenizer.encode(role), special["<|end_header_id|>"],
-             *tokenizer.encode("\n\n")])
+        add(tokenizer.layout(chat.header[0]) + tokenizer.encode(role) + tokenizer.layout(chat.header[1]))
 
     for turn in turns:
         header(turn.role)
         answer = turn.role == "assistant"
         for part in turn.parts:
             add([IMAGE] * next(counts) if part == IMAGE else tokenizer.encode(part), answer)
-        add([special["<|eot_id|>"]], answer)
+        add(tokenizer.layout(chat.end[:1]), answer)
+        add(tokenizer.layout(chat.end[1:]))         # not to be learnt: generation has stopped before
     if turns[-1].role != "assistant":
         header("assistant")
     labels = [t if a else IGNORE for t, a in zip(tokens[1:] + [0], answers[1:] + [False])]

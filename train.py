@@ -2,7 +2,8 @@
 
     python train.py                                     # the toy: all stages, on a laptop, in ten minutes
     python train.py --stage 1                           # one of them; it starts from the last one's checkpoint
-    torchrun --nproc_per_node 8 train.py --stage 1      # the same on 8 GPUs
+    torchrun --nproc_per_node 8 train.py --stage 1 --vision siglip-so400m-patch14-384 --llm Llama-3.2-1B --out out/1b
+                                                        # on 8 GPUs, from two folders with released weights
 
 Stage 0 stands for what a released LLM brings along: the toy's own LLM learns to read pages as plain text, before it
 meets an image. Every stage writes a folder OUT/stageN (config.json, model.safetensors, tokenizer.model, log.jsonl)
@@ -21,14 +22,13 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
-from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.utils.data import DataLoader
 from tqdm import tqdm
 
 from data import READ, Tokenizer, ToyDocuments, answer, draw, edit_distance, held_out_documents, pack, write_toy_tokenizer
-from model import ALIGNVLM_PRESETS, IGNORE, AlignVLM, CheckpointError, save_checkpoint
+from model import ALIGNVLM_PRESETS, IGNORE, LLAMA_PRESETS, AlignVLM, CheckpointError, read_llama
 
 
 @dataclass
@@ -116,12 +116,9 @@ def accumulate_gradients(model: AlignVLM, batches: list[tuple], device: torch.de
     return total.item() / supervised, n_tokens
 
 
-def train_stage(stage: int, recipe: Recipe, model: AlignVLM, tokenizer: Tokenizer, args, device: torch.device) -> dict:
-    """Train one stage, a line of log.jsonl per step; returns the full state dict on rank 0, nothing on the others."""
+def train_stage(stage: int, recipe: Recipe, model: AlignVLM, tokenizer: Tokenizer, args, device: torch.device) -> None:
+    """Train one stage of a sharded model, a line of log.jsonl per step."""
     rank, world = dist.get_rank(), dist.get_world_size()
-    for name, module in model.named_children():
-        module.requires_grad_(name in recipe.trainable)
-    shard(model.to(device), device)
     params = [p for p in model.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW([{"params": [p for p in params if p.ndim > 1], "weight_decay": recipe.weight_decay},
                                    {"params": [p for p in params if p.ndim <= 1], "weight_decay": 0.0}],
@@ -146,7 +143,6 @@ def train_stage(stage: int, recipe: Recipe, model: AlignVLM, tokenizer: Tokenize
             log.write(json.dumps({"stage": stage, "step": step, "loss": loss, "lr": lr, "grad_norm": norm,
                                   "tokens_per_s": speed}) + "\n")
             bar.set_postfix_str(f"loss {loss:.3f}, lr {lr:.1e}, {speed:,.0f} tokens/s", refresh=False)
-    return get_model_state_dict(model, options=StateDictOptions(full_state_dict=True, cpu_offload=True))
 
 
 def held_out_scores(model: AlignVLM, tokenizer: Tokenizer, n: int, seed: int) -> dict[str, dict]:
@@ -171,18 +167,27 @@ def held_out_scores(model: AlignVLM, tokenizer: Tokenizer, n: int, seed: int) ->
                     "n": count[group]} for group in sorted(count)}
 
 
-def build(stage: int, args) -> AlignVLM:
-    """The model as a stage starts: from the last stage's folder, or from scratch where the toy has none."""
-    if stage > 1 or (stage == 1 and args.preset == "toy"):
-        model = AlignVLM.from_pretrained(args.out / f"stage{stage - 1}")
+def build(stage: int, recipe: Recipe, args, device: torch.device) -> AlignVLM:
+    """The model as a stage starts, in fp32 and sharded: from released weights, from the last stage's folder, or for
+    the toy's first stage from scratch. Sharding comes before reading, so that a rank reads no more than its part."""
+    def prepare(model: AlignVLM) -> None:
+        for name, module in model.named_children():
+            module.requires_grad_(name in recipe.trainable)
+        shard(model, device)
+
+    torch.manual_seed(args.seed)
+    if stage == 1 and args.llm:
+        return AlignVLM.from_backbones(args.vision, args.llm, torch.float32, device, prepare)
+    if stage > 0:
+        model = AlignVLM.from_pretrained(args.out / f"stage{stage - 1}", torch.float32, device, prepare)
         if stage == 1:
             model.connector.init_weights(model.llm.head)        # W2 starts from the head that stage 0 has trained
         return model
-    torch.manual_seed(args.seed)
-    model = AlignVLM(ALIGNVLM_PRESETS[args.preset])
+    model = AlignVLM(ALIGNVLM_PRESETS["toy"])
     model.vision.init_weights()
     model.llm.init_weights()
     model.connector.init_weights(model.llm.head)
+    prepare(model.to(device))
     return model
 
 
@@ -211,7 +216,9 @@ def start_processes() -> torch.device:
 def parse_args() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
-    add("--preset", choices=list(ALIGNVLM_PRESETS), default="toy", help="model and recipe (default: %(default)s)")
+    add("--preset", choices=list(RECIPES), help="recipe (default: by the size of --llm; without one the toy's)")
+    add("--vision", type=Path, help="folder with a released SigLIP, for stage 1 (default: the toy's own)")
+    add("--llm", type=Path, help="folder with a released Llama and its tokenizer, for stage 1 (default: the toy's own)")
     add("--stage", type=int, choices=[0, 1, 2, 3], help="train this stage only (default: all, in order)")
     add("--out", type=Path, help="the run's folder (default: out/PRESET)")
     add("--retrain", action="store_true", help="train also what is already complete in --out")
@@ -222,19 +229,35 @@ def parse_args() -> argparse.Namespace:
     add("--lr", type=float, help="peak learning rate (default: the recipe's)")
     add("--workers", type=int, default=0, help="data loading processes per process (default: %(default)s)")
     add("--held-out", type=int, default=200, help="held-out documents read at the end (default: %(default)s; 0: none)")
-    return parser.parse_args()
+    args = parser.parse_args()
+    if bool(args.vision) != bool(args.llm):
+        parser.error("--vision and --llm go together: two folders with released weights")
+    return args
+
+
+def choose_preset(args) -> str:
+    """The recipe that was asked for, or the one that goes with the size of --llm; the toy's without one."""
+    if args.preset is None and args.llm:
+        llm = read_llama(args.llm)[0]
+        sizes = {(config.hidden_size, config.n_layers): name for name, config in LLAMA_PRESETS.items()}
+        return sizes.get((llm.hidden_size, llm.n_layers), "llama-3.2-1b")
+    return args.preset or "toy"
 
 
 def main() -> None:
     args = parse_args()
+    args.preset = choose_preset(args)
     args.out = args.out or Path("out") / args.preset
     keep_heap()
     device = start_processes()
     main_rank, world = dist.get_rank() == 0, dist.get_world_size()
     complete = [stage for stage in range(4) if (args.out / f"stage{stage}" / "config.json").exists()]
     stages = [args.stage] if args.stage is not None else [1, 2, 3]
-    if 1 in stages and 0 not in complete:
+    if 1 in stages and 0 not in complete and not args.llm:
         stages = [0, *stages]       # the toy's LLM is pretrained, as a released one is
+    if args.preset != "toy" and (0 in stages or args.steps is None):
+        raise InputError(f"the recipe {args.preset} is for released weights: give stage 1 --vision and --llm"
+                         if 0 in stages else f"the recipe {args.preset} counts epochs, drawn pages have none: give --steps")
     for stage in stages:
         folder = args.out / f"stage{stage}"
         if stage in complete and not args.retrain:
@@ -244,20 +267,22 @@ def main() -> None:
         given = {"steps": args.steps, "batch_size": args.batch_size, "lr": args.lr}
         recipe = replace(RECIPES[args.preset][stage], **{k: v for k, v in given.items() if v is not None})
         partial = folder.with_name(folder.name + ".partial")
-        if main_rank:
-            partial.mkdir(parents=True, exist_ok=True)
+        if stage == 0 and main_rank:
+            args.out.mkdir(parents=True, exist_ok=True)
             write_toy_tokenizer(args.out / "tokenizer.model")
         dist.barrier()
-        tokenizer = Tokenizer(args.out / "tokenizer.model")
-        model = build(stage, args)
-        state = train_stage(stage, recipe, model, tokenizer, args, device)
+        # A tokenizer goes with its LLM: the released one's, or the one in the folder from which the stage starts.
+        source = args.out if stage == 0 else args.llm if stage == 1 and args.llm else args.out / f"stage{stage - 1}"
+        model = build(stage, recipe, args, device)
+        tokenizer = Tokenizer(source, model.config.llm.vocab_size)
         if main_rank:
-            save_checkpoint(folder, model.config, state, tokenizer.path)
-        dist.barrier()
+            partial.mkdir(parents=True, exist_ok=True)
+        train_stage(stage, recipe, model, tokenizer, args, device)
+        model.save_pretrained(folder, tokenizer.path, torch.float32 if args.preset == "toy" else torch.bfloat16)
     folder = args.out / "stage3"
     if main_rank and 3 in stages and args.held_out:
-        model = AlignVLM.from_pretrained(folder).to(device).eval()
-        scores = held_out_scores(model, Tokenizer(folder / "tokenizer.model"), args.held_out, args.seed)
+        model = AlignVLM.from_pretrained(folder, device=device).eval()
+        scores = held_out_scores(model, Tokenizer(folder, model.config.llm.vocab_size), args.held_out, args.seed)
         (folder / "held_out.json").write_text(json.dumps(scores, indent=2) + "\n")
         for group in [*(group for group in scores if group != "all"), "all"]:
             name, s = "held-out" if group == "all" else group, scores[group]

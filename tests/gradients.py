@@ -26,7 +26,7 @@ device = start_processes()
 model = AlignVLM.from_pretrained(args.folder).to(device)
 shard(model, device)
 recipe = replace(RECIPES["toy"][2], batch_size=8, steps=1)
-documents = ToyDocuments(2, 8, 0, Tokenizer(args.folder / "tokenizer.model"), model.config.vision)
+documents = ToyDocuments(2, 8, 0, Tokenizer(args.folder), model.config.vision)
 micro = args.micro_batch or 8 // dist.get_world_size()
 batches = [pack([documents[i] for i in indices]) for indices in batch_indices(recipe, micro)]
 accumulate_gradients(model, batches, device)
