@@ -239,13 +239,14 @@ class Llama(nn.Module):
             yield [None if d else i for d, i in zip(done, ids.tolist())]
 
     @classmethod
-    def from_pretrained(cls, folder: str | Path, dtype: torch.dtype | None = None, device="cpu") -> "Llama":
+    def from_pretrained(cls, folder: str | Path, dtype: torch.dtype | None = None, device="cpu",
+                        shard: Callable[[nn.Module], None] | None = None) -> "Llama":
         """The decoder of a folder in hub format or in Meta's own (see read_llama); dtype None keeps the stored one.
 
-        Raises CheckpointError, one line that names the file and the key.
+        shard: see vision.load. Raises CheckpointError, one line that names the file and the key.
         """
         config, weights = read_llama(Path(folder))
-        return load(lambda: cls(config), {"": weights}, dtype, device)
+        return load(lambda: cls(config), {"": weights}, dtype, device, shard)
 
     @torch.no_grad()
     def init_weights(self) -> None:
@@ -544,8 +545,10 @@ class AlignVLM(nn.Module):
                 index = {"metadata": {"total_size": total}, "weight_map": places}
                 (partial / "model.safetensors.index.json").write_text(json.dumps(index, indent=2) + "\n")
             shutil.copyfile(tokenizer_file, partial / tokenizer_file.name)
-            (partial / "config.json").write_text(json.dumps({"model_type": "alignvlm", **asdict(self.config)}, indent=2)
-                                                 + "\n")
+            config = json.dumps({"model_type": "alignvlm", **asdict(self.config)}, indent=2)
+            (partial / "config.json").write_text(config + "\n")
+            for file in file_names:         # save_file lets nobody but its owner read them
+                shutil.copymode(partial / "config.json", partial / file)
             if folder.exists():
                 shutil.rmtree(folder)
             os.rename(partial, folder)

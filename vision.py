@@ -144,13 +144,14 @@ class SigLIP(nn.Module):
         return self.post_layernorm(x) if k is None else x
 
     @classmethod
-    def from_pretrained(cls, folder: str | Path, dtype: torch.dtype | None = None, device="cpu") -> "SigLIP":
-        """The vision tower of a folder in hub format (see read_siglip); dtype None keeps the stored one.
+    def from_pretrained(cls, folder: str | Path, dtype: torch.dtype | None = None, device="cpu",
+                        shard: Callable[[nn.Module], None] | None = None) -> "SigLIP":
+        """The vision tower of a folder in hub format (see read_siglip); dtype None keeps the stored one, shard: see load.
 
         Raises CheckpointError, one line that names the file and the key.
         """
         config, weights = read_siglip(Path(folder))
-        return load(lambda: cls(config), {"": weights}, dtype, device)
+        return load(lambda: cls(config), {"": weights}, dtype, device, shard)
 
     @torch.no_grad()
     def init_weights(self) -> None:

@@ -1,0 +1,307 @@
+"""Weights on disk: every format against transformers, released ones where there are, memory and time, bad folders."""
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from transformers import (LlamaForCausalLM, SiglipConfig, SiglipModel, SiglipTextConfig, SiglipVisionConfig,
+                          SiglipVisionModel)
+from transformers import LlamaConfig as TheirConfig
+
+import sample
+from conftest import close, randomise
+from data import Tokenizer, Turn, encode_chat, write_toy_tokenizer
+from model import LLAMA_PRESETS, AlignVLM, Llama, LlamaConfig
+from released import META_NAMES, fetched, llama3_tokenizer, smollm2, write_meta
+from vision import SIGLIP_PRESETS, CheckpointError, SigLIP, SigLIPConfig
+
+ROOT = Path(__file__).parent.parent
+ENV = {**os.environ, "OMP_NUM_THREADS": "1"}
+ROPE = {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
+        "original_max_position_embeddings": 64}
+
+
+def run(*command, code=0):
+    done = subprocess.run([sys.executable, *map(str, command)], cwd=ROOT, env=ENV, capture_output=True, text=True)
+    assert done.returncode == code, done.stdout + done.stderr
+    return done
+
+
+def torchrun(processes, *command):
+    return run("-m", "torch.distributed.run", "--standalone", "--nproc_per_node", processes, *command)
+
+
+def edit(file: Path, **changes) -> None:
+    """Change settings of a JSON file; None removes one."""
+    values = {**json.loads(file.read_text()), **changes}
+    file.write_text(json.dumps({key: value for key, value in values.items() if value is not None}))
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# SigLIP
+
+
+def small_siglip() -> SiglipConfig:
+    vision = dict(hidden_size=24, num_hidden_layers=2, num_attention_heads=3, intermediate_size=40, image_size=36,
+                  patch_size=7)
+    text = dict(vocab_size=11, hidden_size=24, num_hidden_layers=1, num_attention_heads=2, intermediate_size=30)
+    return SiglipConfig(text_config=SiglipTextConfig(**text).to_dict(),
+                        vision_config=SiglipVisionConfig(**vision).to_dict())
+
+
+@pytest.fixture(scope="module")
+def siglip_folder(tmp_path_factory):
+    """Both towers, as the hub has the released ones."""
+    folder = tmp_path_factory.mktemp("siglip")
+    randomise(SiglipModel(small_siglip())).save_pretrained(folder)
+    return folder
+
+
+@pytest.mark.parametrize("form", ["both towers", "vision only", "vision only, bare names", "sharded"])
+def test_siglip_folders(siglip_folder, tmp_path, form):
+    theirs = SiglipModel.from_pretrained(siglip_folder).eval().vision_model
+    folder = tmp_path / "weights"
+    if form == "both towers":
+        folder = siglip_folder
+        assert any(key.startswith("text_model.") for key in load_file(folder / "model.safetensors"))
+    elif form == "sharded":
+        SiglipModel.from_pretrained(siglip_folder).save_pretrained(folder, max_shard_size="20KB")
+        assert len(list(folder.glob("*.safetensors"))) > 3
+    else:
+        tower = SiglipVisionModel.from_pretrained(siglip_folder)
+        tower.save_pretrained(folder)
+        prefix = "" if "bare" in form else "vision_model."
+        state = {prefix + key.removeprefix("vision_model."): p for key, p in load_file(folder / "model.safetensors").items()}
+        save_file(state, folder / "model.safetensors")
+    ours = SigLIP.from_pretrained(folder).eval()
+    pixels = torch.randn(2, 3, 36, 36)
+    with torch.no_grad():
+        close(ours(pixels), theirs(pixels).last_hidden_state)
+    assert SigLIP.from_pretrained(folder, torch.bfloat16).post_layernorm.weight.dtype == torch.bfloat16
+
+
+def test_siglip_configuration_of_the_hub(tmp_path):
+    """What google/siglip-so400m-patch14-384 and google/siglip-base-patch16-224 write; the latter leaves all of it out."""
+    from vision import read_siglip
+    written = {"hidden_size": 1152, "image_size": 384, "intermediate_size": 4304, "model_type": "siglip_vision_model",
+               "num_attention_heads": 16, "num_hidden_layers": 27, "patch_size": 14}
+    save_file({"x": torch.zeros(1)}, tmp_path / "model.safetensors")
+    for values, config in [(written, SIGLIP_PRESETS["so400m-patch14-384"]),
+                           ({"model_type": "siglip_vision_model"}, SigLIPConfig(768, 12, 12, 3072, 224, 16))]:
+        for top in ({"model_type": "siglip", "vision_config": values}, values):
+            (tmp_path / "config.json").write_text(json.dumps(top))
+            assert read_siglip(tmp_path)[0] == config
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Llama
+
+
+def their_config(tied: bool, **changes) -> TheirConfig:
+    return TheirConfig(**{**dict(vocab_size=542, hidden_size=24, num_hidden_layers=2, num_attention_heads=4,
+                                 num_key_value_heads=2, head_dim=6, intermediate_size=40, tie_word_embeddings=tied,
+                                 rms_norm_eps=1e-5, max_position_embeddings=512,
+                                 rope_parameters={"rope_theta": 10_000.0, **ROPE}), **changes})
+
+
+def meta_params(config: TheirConfig, **changes) -> dict:
+    return {"dim": config.hidden_size, "n_layers": config.num_hidden_layers, "n_heads": config.num_attention_heads,
+            "n_kv_heads": config.num_key_value_heads, "vocab_size": config.vocab_size, "ffn_dim_multiplier": 1.0,
+            "multiple_of": 8, "norm_eps": 1e-5, "rope_theta": 10_000.0, "use_scaled_rope": True, **changes}
+
+
+@pytest.fixture(scope="module", params=[True, False], ids=["tied", "untied"])
+def llama_folders(request, tmp_path_factory):
+    """The same weights in every form, and transformers' model of them."""
+    folder, tied = tmp_path_factory.mktemp("llama"), request.param
+    # Meta's files cannot say the factor nor the original length: what they mean is 32 or 8, and 8192.
+    rope = {**ROPE, "rope_theta": 10_000.0, "factor": 32.0 if tied else 8.0, "original_max_position_embeddings": 8192}
+    config = their_config(tied, intermediate_size=64, rope_parameters=rope)
+    theirs = randomise(LlamaForCausalLM(config)).eval()
+    theirs.save_pretrained(folder / "hub")
+    theirs.save_pretrained(folder / "sharded", max_shard_size="20KB")
+    assert len(list((folder / "sharded").glob("*.safetensors"))) > 3
+    state = {key: p.clone() for key, p in theirs.state_dict().items()}
+    assert torch.equal(state["lm_head.weight"], state["model.embed_tokens.weight"]) == tied
+    for shards in (1, 2):
+        write_meta(folder / f"meta{shards}", state, meta_params(config), shards)
+    return folder, theirs
+
+
+@pytest.mark.parametrize("form", ["hub", "sharded", "meta1", "meta2"])
+def test_llama_folders(llama_folders, form):
+    folder, theirs = llama_folders
+    ours = Llama.from_pretrained(folder / form).eval()
+    assert ours.config.tie_embeddings == theirs.config.tie_word_embeddings
+    tokens = torch.randint(0, 542, (2, 40))
+    with torch.no_grad():
+        close(ours(tokens), theirs(tokens).logits)
+    reference = Llama.from_pretrained(folder / "hub")
+    assert ours.config == reference.config
+    for (name, p), q in zip(ours.state_dict().items(), reference.state_dict().values()):
+        assert torch.equal(p, q), name      # bit by bit, whatever the format
+    half = Llama.from_pretrained(folder / form, torch.bfloat16)
+    assert all(torch.equal(p, q.bfloat16()) for p, q in zip(half.parameters(), reference.parameters()))
+
+
+def test_a_sharded_matrix_is_read_by_parts(llama_folders, monkeypatch):
+    """Blocks of a few rows that fit neither heads nor shards give the same weights."""
+    folder, _ = llama_folders
+    reference = Llama.from_pretrained(folder / "hub").state_dict()
+    monkeypatch.setattr("vision.BLOCK_BYTES", 5 * 24 * 4)
+    for form in ("sharded", "meta2"):
+        state = Llama.from_pretrained(folder / form).state_dict()
+        assert all(torch.equal(p, reference[name]) for name, p in state.items())
+
+
+def released_config(**changes) -> dict:
+    return {"model_type": "llama", "hidden_act": "silu", "vocab_size": 128256, "hidden_size": 2048, "head_dim": 64,
+            "num_hidden_layers": 16, "num_attention_heads": 32, "num_key_value_heads": 8, "intermediate_size": 8192,
+            "rms_norm_eps": 1e-5, "tie_word_embeddings": True, **changes}
+
+
+def test_both_spellings_of_rope_and_metas_silence(tmp_path):
+    from model import read_llama
+    scaling = {"factor": 32.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 8192}
+    save_file({"x": torch.zeros(1)}, tmp_path / "model.safetensors")
+    for rope in ({"rope_theta": 500000.0, "rope_scaling": {"rope_type": "llama3", **scaling}},
+                 {"rope_theta": 500000.0, "rope_scaling": {"type": "llama3", **scaling}},
+                 {"rope_parameters": {"rope_theta": 500000.0, "rope_type": "llama3", **scaling}}):
+        (tmp_path / "config.json").write_text(json.dumps(released_config(**rope)))
+        assert read_llama(tmp_path)[0] == LLAMA_PRESETS["llama-3.2-1b"]
+    for rope in ({}, {"rope_theta": 10000.0, "rope_scaling": None}, {"rope_parameters": {"rope_type": "default"}},
+                 {"rope_parameters": {"rope_theta": 10000.0, "rope_type": "default"}}):
+        (tmp_path / "config.json").write_text(json.dumps(released_config(**rope)))
+        config = read_llama(tmp_path)[0]
+        assert (config.rope_theta, config.rope_factor) == (10000.0, 1.0)
+    # Meta's numbers for the released models; one row of a vocabulary says whether the embeddings are tied.
+    for preset, multiplier, multiple in [("llama-3.2-1b", 1.5, 256), ("llama-3.2-3b", 1.0, 256), ("llama-3.1-8b", 1.3, 1024)]:
+        c = LLAMA_PRESETS[preset]
+        folder = tmp_path / preset
+        folder.mkdir()
+        (folder / "params.json").write_text(json.dumps(
+            {"dim": c.hidden_size, "n_layers": c.n_layers, "n_heads": c.n_heads, "n_kv_heads": 8, "vocab_size": 128256,
+             "ffn_dim_multiplier": multiplier, "multiple_of": multiple, "norm_eps": 1e-5, "rope_theta": 500000.0,
+             "use_scaled_rope": True}))
+        E, head = torch.ones(3, 4), torch.ones(3, 4)
+        head[2, 3] += 0 if c.tie_embeddings else 1
+        torch.save({"tok_embeddings.weight": E, "output.weight": head}, folder / "consolidated.00.pth")
+        assert read_llama(folder)[0] == c
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The assembled model
+
+
+@pytest.fixture(scope="module")
+def backbones(siglip_folder, tmp_path_factory):
+    """Two folders as people have them; the LLM's vocabulary is the toy's, in Meta's format of two shards."""
+    folder = tmp_path_factory.mktemp("backbones")
+    config = their_config(True, hidden_size=36, num_attention_heads=6, num_key_value_heads=2, intermediate_size=96)
+    theirs = randomise(LlamaForCausalLM(config), seed=1)
+    write_meta(folder / "llm", theirs.state_dict(), meta_params(config), shards=2)
+    write_toy_tokenizer(folder / "llm" / "tokenizer.model")
+    return siglip_folder, folder / "llm"
+
+
+def test_from_backbones_and_back(backbones, tmp_path):
+    torch.manual_seed(0)
+    model = AlignVLM.from_backbones(*backbones)
+    assert torch.equal(model.connector.W2.weight, model.llm.head)
+    assert model.connector.W2.weight.data_ptr() != model.llm.head.data_ptr()
+    model.save_pretrained(tmp_path / "whole", backbones[1] / "tokenizer.model")
+    model.save_pretrained(tmp_path / "shards", backbones[1] / "tokenizer.model", torch.float32, shard_bytes=100_000)
+    assert sorted(path.name for path in (tmp_path / "whole").iterdir()) == ["config.json", "model.safetensors", "tokenizer.model"]
+    index = json.loads((tmp_path / "shards" / "model.safetensors.index.json").read_text())
+    files = {path.name: path.stat().st_size for path in (tmp_path / "shards").glob("model-*.safetensors")}
+    assert set(index["weight_map"].values()) == set(files) and len(files) > 3
+    exact = AlignVLM.from_pretrained(tmp_path / "shards").state_dict()
+    rounded = AlignVLM.from_pretrained(tmp_path / "whole").state_dict()
+    for name, p in model.state_dict().items():
+        assert torch.equal(exact[name], p) and torch.equal(rounded[name], p.bfloat16())
+    # Saved again where it was: a shorter list of files leaves nothing of the longer one.
+    model.save_pretrained(tmp_path / "shards", backbones[1] / "tokenizer.model")
+    assert sorted(path.name for path in (tmp_path / "shards").iterdir()) == ["config.json", "model.safetensors", "tokenizer.model"]
+
+
+def test_two_ranks_load_and_save_what_one_does(backbones, tmp_path):
+    """Rows that two ranks cannot share evenly, among them: 25 positions, 542 words."""
+    torchrun(2, "tests/loading.py", "vlm", *backbones, tmp_path / "two")
+    torch.manual_seed(0)
+    one, two = AlignVLM.from_backbones(*backbones).state_dict(), AlignVLM.from_pretrained(tmp_path / "two").state_dict()
+    assert one.keys() == two.keys() and any(len(p) % 2 for p in one.values())
+    assert all(torch.equal(p, two[name]) for name, p in one.items())
+
+
+def test_train_from_released_weights_and_sample_elsewhere(backbones, tmp_path):
+    vision, llm = backbones
+    options = ["--vision", vision, "--llm", llm, "--steps", 2, "--batch-size", 2, "--out", tmp_path / "run"]
+    torchrun(2, "train.py", "--stage", 1, *options)
+    assert not (tmp_path / "run" / "stage0").exists()
+    run("train.py", "--stage", 2, "--preset", "llama-3.2-1b", *options[4:])
+    state = load_file(tmp_path / "run" / "stage2" / "model.safetensors")
+    assert {p.dtype for p in state.values()} == {torch.bfloat16}
+    shutil.move(tmp_path / "run" / "stage2", tmp_path / "elsewhere")
+    run("data.py", "--draw", 1, tmp_path)
+    done = run("sample.py", "--checkpoint", tmp_path / "elsewhere", "--image", tmp_path / "0000-invoice.png",
+               "--max-new-tokens", 3, "--device", "cpu")
+    assert str(tmp_path / "elsewhere") in done.stderr
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Released weights: SmolLM2-135M-Instruct
+
+
+PROMPTS = ["What is the capital of France?", "Write a haiku about the sea.", "2 + 2 =", "Translate to French: good morning",
+           "List three prime numbers.", "def fibonacci(n):", "Who wrote Hamlet?", "Explain photosynthesis to a child.",
+           "The quick brown fox", "Name the planets of the solar system in order."]
+
+
+@pytest.fixture(scope="module")
+def released():
+    folder = fetched(smollm2)
+    ours = Llama.from_pretrained(folder, torch.float32).eval()
+    theirs = LlamaForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+    tokenizer = Tokenizer(folder, ours.config.vocab_size)
+    return folder, ours, theirs, tokenizer
+
+
+def chat_ids(tokenizer, prompt):
+    return encode_chat([Turn("user", [prompt])], tokenizer, [])[0]
+
+
+def test_smollm2_logits_equal_transformers(released):
+    _, ours, theirs, tokenizer = released
+    for prompt in PROMPTS:
+        tokens = chat_ids(tokenizer, prompt)[None]
+        with torch.no_grad():
+            close(ours(tokens), theirs(tokens).logits, 1e-4, scale=1.0)
+
+
+def test_smollm2_greedy_tokens_equal_transformers_and_uncached_ones(released):
+    _, ours, theirs, tokenizer = released
+    prompts = [chat_ids(tokenizer, prompt) for prompt in PROMPTS]
+    x = ours.embed_tokens(torch.nn.utils.rnn.pad_sequence(prompts, batch_first=True))
+    new = torch.tensor(list(ours.generate(x, [len(p) for p in prompts], set(), 64))).T         # (10, 64), cached
+    with torch.no_grad():
+        for tokens, answer in zip(prompts, new):
+            # A greedy token is the best one after those before it: so, all at once, is each of theirs and, without a
+            # cache, each of ours.
+            row = torch.cat([tokens, answer])[None]
+            for model in (ours(row), theirs(row).logits):
+                assert model[0, len(tokens) - 1:-1].argmax(-1).tolist() == answer.tolist()
+        # And once through their own loop.
+        one = theirs.generate(prompts[0][None], attention_mask=torch.ones_like(prompts[0][None]), do_sample=False,
+                              max_new_tokens=64, min_new_tokens=64, eos_token_id=None, pad_token_id=2)
+    assert one[0, len(prompts[0]):].tolist() == new[0].tolist()
+
+
+def test_sample_talks_to_the_bare_llm(released):
+    folder = released[0]
+    done = run("sample.py", "--llm", folder, "--prompt", "What is the capital of France?", "--device", "cpu")
+    assert "Paris" in done.stdout and len(done.stdout.splitlines()) == 1
