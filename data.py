@@ -112,8 +112,9 @@ class Tokenizer:
         if self.missing and re.search(f"[{self.missing}]", text):
             # They are dropped between split and merging: what stood around one in its piece (a run without letters,
             # digits and spaces) may merge, what stood in two pieces may not. So one stays, at the end of the run.
-            text = re.sub(rf"(?:[^\w\s]|_)*[{self.missing}](?:[^\w\s]|_)*", lambda run: re.sub(
-                f"[{self.missing}]", "", run[0]) + re.search(f"[{self.missing}]", run[0])[0], text)
+            # That is exact for control characters, the only ones that released vocabularies lack.
+            run = r"(?:[^\w\s]|[_\x1c-\x1f])*"      # Python counts four control characters as spaces
+            text = re.sub(f"{run}([{self.missing}]){run}", lambda m: re.sub(f"[{self.missing}]", "", m[0]) + m[1], text)
         ids = self.encoding.encode_ordinary(text)
         return [i for i in ids if i < self.size] if self.missing else ids
 

