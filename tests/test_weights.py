@@ -16,9 +16,9 @@ from transformers import LlamaConfig as TheirConfig
 import sample
 from conftest import close, randomise
 from data import Tokenizer, Turn, encode_chat, write_toy_tokenizer
-from model import LLAMA_PRESETS, AlignVLM, Llama, LlamaConfig
-from released import META_NAMES, fetched, llama3_tokenizer, smollm2, write_meta
-from vision import SIGLIP_PRESETS, CheckpointError, SigLIP, SigLIPConfig
+from model import LLAMA_PRESETS, AlignVLM, Llama, read_llama
+from released import change_tensors, edit, fetched, random_state, smollm2, truncate, write_meta
+from vision import SIGLIP_PRESETS, CheckpointError, SigLIP, SigLIPConfig, read_siglip
 
 ROOT = Path(__file__).parent.parent
 ENV = {**os.environ, "OMP_NUM_THREADS": "1"}
@@ -34,12 +34,6 @@ def run(*command, code=0):
 
 def torchrun(processes, *command):
     return run("-m", "torch.distributed.run", "--standalone", "--nproc_per_node", processes, *command)
-
-
-def edit(file: Path, **changes) -> None:
-    """Change settings of a JSON file; None removes one."""
-    values = {**json.loads(file.read_text()), **changes}
-    file.write_text(json.dumps({key: value for key, value in values.items() if value is not None}))
 
 
 def names_in(folder: Path) -> list[str]:
@@ -92,7 +86,6 @@ def test_siglip_folders(siglip_folder, tmp_path, form):
 
 def test_siglip_configuration_of_the_hub(tmp_path):
     """What google/siglip-so400m-patch14-384 and -base-patch16-224 write; the latter leaves all of it out."""
-    from vision import read_siglip
     written = {"hidden_size": 1152, "image_size": 384, "intermediate_size": 4304, "model_type": "siglip_vision_model",
                "num_attention_heads": 16, "num_hidden_layers": 27, "patch_size": 14}
     save_file({"x": torch.zeros(1)}, tmp_path / "model.safetensors")
@@ -171,7 +164,6 @@ def released_config(**changes) -> dict:
 
 
 def test_both_spellings_of_rope_and_metas_silence(tmp_path):
-    from model import read_llama
     scaling = {**ROPE, "factor": 32.0, "original_max_position_embeddings": 8192}
     del scaling["rope_type"]
     save_file({"x": torch.zeros(1)}, tmp_path / "model.safetensors")
@@ -316,22 +308,187 @@ def test_sample_talks_to_the_bare_llm(released):
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Random weights at the released shapes
+# Folders that cannot be used: one line that names the file and the key, status 2, nothing half-written
 
 
-def random_state(shapes: dict, dtype=torch.bfloat16) -> dict:
-    """Weights of the size that keeps activations in range; stretches of one pool of noise, for speed."""
-    pool = torch.randn(10_000_019, generator=torch.Generator().manual_seed(0)).to(dtype)
-    state, place = {}, 0
-    for name, shape in shapes.items():
-        n = shape.numel()
-        if len(shape) == 1:
-            state[name] = (pool[:n] * 0.2 + (0 if name.endswith("bias") else 1)).to(dtype)
+class Evil:
+    """What a pickle may hold: a call."""
+
+    def __reduce__(self):
+        return os.system, ("touch executed",)
+
+
+def one_shard_of(folder: Path) -> Path:
+    return sorted(folder.glob("model-*.safetensors"))[2]
+
+
+def drop_from_index(folder: Path) -> None:
+    index = folder / "model.safetensors.index.json"
+    places = json.loads(index.read_text())["weight_map"]
+    edit(index, weight_map={key: file for key, file in places.items() if file != one_shard_of(folder).name})
+
+
+# form of the folder -> what is done to it -> the file that the message names, and the key
+BAD_LLAMAS = {
+    "no config": ("hub", lambda f: (f / "config.json").unlink(), "", "config.json"),
+    "config is no JSON": ("hub", lambda f: truncate(f / "config.json"), "config.json", "not JSON"),
+    "no weights": ("hub", lambda f: (f / "model.safetensors").unlink(), "model.safetensors", "no such file"),
+    "truncated": ("hub", lambda f: truncate(f / "model.safetensors"), "model.safetensors", "not a complete"),
+    "empty": ("hub", lambda f: (f / "model.safetensors").write_bytes(b""), "model.safetensors", "not a complete"),
+    "shard missing": ("sharded", lambda f: one_shard_of(f).unlink(), "model-00003-of-", "no such file"),
+    "shard truncated": ("sharded", lambda f: truncate(one_shard_of(f)), "model-00003-of-", "not a complete"),
+    "shard not in the index": ("sharded", drop_from_index, "model.safetensors.index.json", "model."),
+    "index elsewhere": ("sharded", lambda f: edit(f / "model.safetensors.index.json", weight_map={"x": "../x"}),
+                        "model.safetensors.index.json", "'../x'"),
+    "index without map": ("sharded", lambda f: edit(f / "model.safetensors.index.json", weight_map=None),
+                          "model.safetensors.index.json", "weight_map"),
+    "missing": ("hub", lambda f: change_tensors(f / "model.safetensors", model__norm__weight=None),
+                "model.safetensors", "model.norm.weight"),
+    "unexpected": ("hub", lambda f: change_tensors(f / "model.safetensors", model__extra=torch.zeros(1)),
+                   "model.safetensors", "model.extra"),
+    "mis-shaped": ("hub", lambda f: change_tensors(f / "model.safetensors", model__norm__weight=torch.zeros(7)),
+                   "model.safetensors", "model.norm.weight has shape [7]"),
+    "integers": ("hub", lambda f: change_tensors(f / "model.safetensors", model__norm__weight=torch.arange(24)),
+                 "model.safetensors", "model.norm.weight"),
+    "meta missing": ("meta1", lambda f: change_tensors(f / "consolidated.00.pth", norm__weight=None),
+                     "consolidated.00.pth", "norm.weight"),
+    "meta unexpected": ("meta1", lambda f: change_tensors(f / "consolidated.00.pth", extra=torch.zeros(1)),
+                        "consolidated.00.pth", "extra"),
+    "meta mis-shaped": ("meta1", lambda f: change_tensors(f / "consolidated.00.pth", norm__weight=torch.zeros(7)),
+                        "consolidated.00.pth", "norm.weight has shape [7]"),
+    "meta shards differ": ("meta2", lambda f: change_tensors(f / "consolidated.01.pth", tok_embeddings__weight=None),
+                           "consolidated.01.pth", "tok_embeddings.weight"),
+    "meta shard missing": ("meta2", lambda f: (f / "consolidated.00.pth").unlink(), "consolidated.00.pth",
+                           "no such file"),
+    "meta last shard missing": ("meta2", lambda f: (f / "consolidated.01.pth").unlink(), "consolidated.00.pth",
+                                "has shape"),
+    "meta truncated": ("meta1", lambda f: truncate(f / "consolidated.00.pth"), "consolidated.00.pth", "not a complete"),
+    "meta no weights": ("meta1", lambda f: (f / "consolidated.00.pth").unlink(), "consolidated.00.pth", "no such file"),
+    "meta params": ("meta1", lambda f: edit(f / "params.json", dim="24"), "params.json", "dim is '24'"),
+    "meta without layers": ("meta1", lambda f: edit(f / "params.json", n_layers=None), "params.json",
+                            "n_layers is missing"),
+    "evil pickle": ("meta1", lambda f: torch.save({"norm.weight": Evil()}, f / "consolidated.00.pth"),
+                    "consolidated.00.pth", "only tensors"),
+    "pickle of a number": ("meta1", lambda f: torch.save({"norm.weight": 3}, f / "consolidated.00.pth"),
+                           "consolidated.00.pth", "norm.weight is not a tensor"),
+    "pickle of a list": ("meta1", lambda f: torch.save([torch.zeros(2)], f / "consolidated.00.pth"),
+                         "consolidated.00.pth", "holds a list"),
+}
+BAD_SETTINGS = {
+    "attention_bias": True, "mlp_bias": True, "hidden_act": "gelu", "sliding_window": 4096, "model_type": "mistral",
+    "rope_parameters.rope_type": "yarn", "rope_scaling.rope_type": "linear", "rope_scaling.type": "dynamic",
+    "partial_rotary_factor": 0.5, "quantization_config": {"bits": 4}, "num_key_value_heads": 3, "hidden_size": -1,
+    "vocab_size": None, "num_hidden_layers": 2.5, "head_dim": 7, "rope_parameters": 3, "rope_parameters.factor": None}
+for key, value in BAD_SETTINGS.items():
+    def change(f, key=key, value=value):
+        section, _, name = key.rpartition(".")
+        if section:
+            rope = {**ROPE, name: value}
+            rope = {"type": value} if name == "type" else {k: v for k, v in rope.items() if v is not None}
+            edit(f / "config.json", **{"rope_parameters": None, section: rope})
         else:
-            repeats = -(-(place + n) // len(pool))
-            state[name] = (pool.repeat(repeats)[place:place + n] * (n // shape[0]) ** -0.5).view(shape)
-            place = (place + n) % len(pool)
-    return state
+            edit(f / "config.json", **{key: value})
+    BAD_LLAMAS[f"{key} {value}"] = ("hub", change, "config.json", key)
+
+
+def refused(monkeypatch, capsys, module, *options) -> str:
+    """Run a command in this process; its complaint, after the checks that all of them share."""
+    monkeypatch.setattr(sys, "argv", [f"{module.__name__}.py", *map(str, options)])
+    with pytest.raises(SystemExit) as stopped:
+        module.main()
+    assert stopped.value.code == 2
+    printed = capsys.readouterr()
+    [line] = printed.err.splitlines()
+    assert printed.out == ""
+    return line
+
+
+@pytest.mark.parametrize("case", BAD_LLAMAS)
+def test_bad_llama_folders(llama_folders, tmp_path, monkeypatch, capsys, case):
+    form, spoil, file, key = BAD_LLAMAS[case]
+    folder = tmp_path / "folder"
+    shutil.copytree(llama_folders[0] / form, folder)
+    spoil(folder)
+    monkeypatch.chdir(tmp_path)
+    line = refused(monkeypatch, capsys, sample, "--llm", folder, "--prompt", "x", "--device", "cpu")
+    assert line.startswith(f"sample.py: {folder / file}") and key in line
+    assert not (tmp_path / "executed").exists()
+
+
+def test_bad_tokenizers_and_prompts(backbones, tmp_path, monkeypatch, capsys):
+    folder = tmp_path / "folder"
+    shutil.copytree(backbones[1], folder)
+    options = ["--llm", folder, "--prompt", "x", "--device", "cpu"]
+    lines = (folder / "tokenizer.model").read_bytes().splitlines(keepends=True)
+    (folder / "tokenizer.model").write_bytes(b"".join(lines[:-1]))
+    line = refused(monkeypatch, capsys, sample, *options)
+    assert str(folder / "tokenizer.model") in line and "541" in line and "542" in line and "vocab_size" in line
+    (folder / "tokenizer.model").unlink()
+    assert str(folder / "tokenizer.model") in refused(monkeypatch, capsys, sample, *options)
+    (folder / "tokenizer.model").write_bytes(b"".join(lines))
+    done = run("sample.py", *options[:2], "--prompt", b"caf\xe9".decode("utf-8", "surrogateescape"), code=2)
+    assert len(done.stderr.splitlines()) <= 2 and "lone surrogate" in done.stderr
+
+
+BAD_SIGLIPS = {
+    "truncated": (lambda f: truncate(f / "model.safetensors"), "model.safetensors", "not a complete"),
+    "missing": (lambda f: change_tensors(f / "model.safetensors", vision_model__post_layernorm__bias=None),
+                "model.safetensors", "vision_model.post_layernorm.bias"),
+    "unexpected": (lambda f: change_tensors(f / "model.safetensors", vision_model__x=torch.zeros(1)),
+                   "model.safetensors", "vision_model.x"),
+    "mis-shaped": (lambda f: change_tensors(f / "model.safetensors", vision_model__post_layernorm__bias=torch.zeros(5)),
+                   "model.safetensors", "vision_model.post_layernorm.bias"),
+    "model_type": (lambda f: edit(f / "config.json", model_type="clip"), "config.json", "model_type"),
+    "hidden_act": (lambda f: edit(f / "config.json", vision_config={"hidden_act": "quick_gelu"}), "config.json",
+                   "vision_config.hidden_act"),
+    "heads": (lambda f: edit(f / "config.json", vision_config={"num_attention_heads": 7}), "config.json",
+              "vision_config.num_attention_heads"),
+    "a Llama": (lambda f: (f / "config.json").write_text(json.dumps(released_config())), "config.json", "model_type"),
+}
+
+
+@pytest.mark.parametrize("case", BAD_SIGLIPS)
+def test_bad_siglip_folders(siglip_folder, tmp_path, case):
+    spoil, file, key = BAD_SIGLIPS[case]
+    folder = tmp_path / "folder"
+    shutil.copytree(siglip_folder, folder)
+    spoil(folder)
+    with pytest.raises(CheckpointError) as error:
+        SigLIP.from_pretrained(folder)
+    line = str(error.value)
+    assert line.startswith(str(folder / file)) and key in line and len(line.splitlines()) == 1
+
+
+def test_bad_saved_models(backbones, tmp_path):
+    model = AlignVLM.from_backbones(*backbones)
+    model.save_pretrained(tmp_path / "good", backbones[1] / "tokenizer.model")
+    good = json.loads((tmp_path / "good" / "config.json").read_text())
+    for section, key, value in [("vision", "n_layers", 3), ("llm", "n_layers", -1), ("llm", "vocab_size", 541),
+                                ("llm", "rope_theta", "x"), ("llm", "tie_embeddings", 3), ("llm", "typo", 1),
+                                ("vision", "feature_layer", 7), ("vision", "image_mean", None)]:
+        config = {**good, section: {**good[section], key: value}}
+        (tmp_path / "good" / "config.json").write_text(json.dumps(config))
+        with pytest.raises(CheckpointError) as error:
+            AlignVLM.from_pretrained(tmp_path / "good")
+        line = str(error.value)
+        assert str(tmp_path / "good") in line and len(line.splitlines()) == 1
+        assert (f"{section}.{key}" if "config.json" in line else "model.safetensors: ") in line
+
+
+def test_training_on_a_bad_folder_writes_nothing(backbones, siglip_folder, tmp_path):
+    shutil.copytree(siglip_folder, tmp_path / "vision")
+    truncate(tmp_path / "vision" / "model.safetensors")
+    done = run("train.py", "--stage", 1, "--vision", tmp_path / "vision", "--llm", backbones[1], "--steps", 1,
+               "--out", tmp_path / "out", code=2)
+    assert len(done.stderr.splitlines()) == 1 and str(tmp_path / "vision" / "model.safetensors") in done.stderr
+    assert not (tmp_path / "out").exists()
+    done = run("train.py", "--stage", 1, "--vision", siglip_folder, "--llm", backbones[1], "--out", tmp_path / "out",
+               code=2)
+    assert len(done.stderr.splitlines()) == 1 and "--steps" in done.stderr and not (tmp_path / "out").exists()
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Random weights at the released shapes
 
 
 @pytest.fixture(scope="module")
@@ -339,7 +496,8 @@ def llama_1b(tmp_path_factory):
     """Llama-3.2-1B's shape in bf16, in shards of the hub and in Meta's format; 5.5 GB of disk."""
     folder = tmp_path_factory.mktemp("llama-3.2-1b")
     config = TheirConfig(**released_config(rope_parameters={**ROPE, "factor": 32.0, "rope_theta": 500000.0,
-                                                            "original_max_position_embeddings": 8192}))
+                                                            "original_max_position_embeddings": 8192},
+                                           max_position_embeddings=131_072))
     config.architectures = ["LlamaForCausalLM"]
     with torch.device("meta"):
         shapes = {name: p.shape for name, p in LlamaForCausalLM(config).named_parameters()}     # a tied head is none
@@ -408,8 +566,8 @@ def test_so400m_equals_transformers(tmp_path):
     state = {prefix + name: p for name, p in random_state(shapes).items()}
     config.save_pretrained(tmp_path)
     # As the released file: the text tower's tensors are there too, and are not looked at.
-    save_file({**state, "text_model.embeddings.token_embedding.weight": torch.zeros(3, 4), "logit_scale": torch.zeros(1),
-               "logit_bias": torch.zeros(1)}, tmp_path / "model.safetensors", metadata={"format": "pt"})
+    others = {"text_model.embeddings.token_embedding.weight": torch.zeros(3, 4), "logit_scale": torch.zeros(1)}
+    save_file({**state, **others}, tmp_path / "model.safetensors", metadata={"format": "pt"})
     ours = SigLIP.from_pretrained(tmp_path, torch.float32).eval()
     assert ours.config == SIGLIP_PRESETS["so400m-patch14-384"]
     theirs = SiglipVisionModel.from_pretrained(tmp_path, dtype=torch.float32).eval()
