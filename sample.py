@@ -90,7 +90,7 @@ def main() -> None:
     parser.add_argument("--questions", help="JSONL with an image (relative to the file) and a prompt in each row")
     parser.add_argument("--answers", help="where to write the rows of --questions with a prediction in each")
     parser.add_argument("--checkpoint", help="model folder (default: the newest under out/)")
-    parser.add_argument("--llm", help="folder with a released Llama and its tokenizer: ask it --prompt, without an image")
+    parser.add_argument("--llm", help="folder with a released Llama and its tokenizer: ask it --prompt, with no image")
     parser.add_argument("--max-new-tokens", type=int, default=256, help="longest answer (default: %(default)s)")
     parser.add_argument("--temperature", type=float, default=0.0, help="0 is greedy (default: %(default)s)")
     parser.add_argument("--top-p", type=float, default=1.0, help="sample from this much of the probability (default: all)")
@@ -114,8 +114,8 @@ def main() -> None:
             answer_file(model, tokenizer, args)
         else:
             prompt = READ if args.prompt is None else args.prompt
-            pieces = chat(model, tokenizer, prompt, args) if args.llm else answer(model, tokenizer, args.image, prompt, args)
-            for piece in pieces:
+            for piece in (chat(model, tokenizer, prompt, args) if args.llm else
+                          answer(model, tokenizer, args.image, prompt, args)):
                 print(piece, end="", flush=True)
             print()
     except (InputError, ImageError, CheckpointError, TextError) as error:

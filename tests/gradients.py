@@ -33,4 +33,5 @@ accumulate_gradients(model, batches, device)
 gradients = {name: p.grad.full_tensor().contiguous() for name, p in model.named_parameters()}
 if dist.get_rank() == 0:
     save_file(gradients, args.out)
+dist.barrier()      # a rank that leaves while the other still works aborts now and then
 dist.destroy_process_group()
