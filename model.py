@@ -408,7 +408,7 @@ def join_shards(paths: list[Path], head_dim: int) -> dict[str, Stored]:
 
 
 def meta_rows(paths: list[Path], key: str, dim: int | None, n: int, head_dim: int | None) -> Callable:
-    """What reads rows (start, stop) of a tensor joined along dim from shards of n rows; head_dim is for q and k alone."""
+    """What reads rows (start, stop) of a tensor joined along dim from shards of n rows; head_dim: for q and k alone."""
     def rows(start: int, stop: int) -> Tensor:
         pieces = [open_pickle(path)[key] for path in (paths if dim is not None else paths[:1])]
         if dim != 0:

@@ -256,8 +256,9 @@ def main() -> None:
     if 1 in stages and 0 not in complete and not args.llm:
         stages = [0, *stages]       # the toy's LLM is pretrained, as a released one is
     if args.preset != "toy" and (0 in stages or args.steps is None):
-        raise InputError(f"the recipe {args.preset} is for released weights: give stage 1 --vision and --llm"
-                         if 0 in stages else f"the recipe {args.preset} counts epochs, drawn pages have none: give --steps")
+        raise InputError(f"the recipe {args.preset} " + (
+            "is for released weights: give stage 1 --vision and --llm" if 0 in stages else
+            "counts epochs, which drawn pages do not have: give --steps"))
     for stage in stages:
         folder = args.out / f"stage{stage}"
         if stage in complete and not args.retrain:

@@ -165,8 +165,10 @@ def write_meta(folder: Path, state: dict, params: dict, shards: int = 1) -> None
         for file, piece in zip(files, pieces):
             # A copy, or the file would hold all of what the piece is a view of.
             file[f"{layer}{name}.weight"] = piece.clone() if shards > 1 else piece.contiguous()
+    torch.serialization.set_crc32_options(False)        # of no use here, and half of the time
     for i, file in enumerate(files):
         torch.save(file, folder / f"consolidated.{i:02}.pth")
+    torch.serialization.set_crc32_options(True)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -175,16 +177,16 @@ def write_meta(folder: Path, state: dict, params: dict, shards: int = 1) -> None
 
 def random_state(shapes: dict, dtype=torch.bfloat16) -> dict:
     """Weights of the size that keeps activations in range; stretches of one pool of noise, for speed."""
-    pool = torch.randn(10_000_019, generator=torch.Generator().manual_seed(0)).to(dtype)
+    pool = torch.randn(20_000_003, generator=torch.Generator().manual_seed(0)).to(dtype)
     state, place = {}, 0
     for name, shape in shapes.items():
         n = shape.numel()
         if len(shape) == 1:
-            state[name] = (pool[:n] * 0.2 + (0 if name.endswith("bias") else 1)).to(dtype)
+            state[name] = pool[:n] * 0.2 + (0 if name.endswith("bias") else 1)
         else:
-            repeats = -(-(place + n) // len(pool))
-            state[name] = (pool.repeat(repeats)[place:place + n] * (n // shape[0]) ** -0.5).view(shape)
-            place = (place + n) % len(pool)
+            source = pool if n < len(pool) else pool.repeat(1 + n // len(pool))
+            place = (place + 1_234_567) % (len(source) - n)
+            state[name] = (source[place:place + n] * (n // shape[0]) ** -0.5).view(shape)
     return state
 
 

@@ -27,7 +27,8 @@ def strings(n: int) -> list[str]:
     """Pieces of many scripts and characters of any code point, joined without regard to words."""
     rng = random.Random(0)
     pool = "".join(SCRIPTS)
-    texts = [*SCRIPTS, "", " ", "  ", "\n", " \n ", "!\x04!", "a\x04b", " \x04a", "'\x04s", "\x04's", "a\n\n\x04", "\x04 \x06"]
+    texts = [*SCRIPTS, "", " ", "  ", "\n", " \n ", "!\x04!", "a\x04b", " \x04a", "'\x04s", "\x04's", "a\n\n\x04",
+             "\x04 \x06"]
     while len(texts) < n:
         parts = []
         for _ in range(rng.randint(1, 12)):
