@@ -10,6 +10,8 @@ import torch
 import torch.nn.functional as nnf      # F is the paper's name for the features
 from torch import Tensor, nn
 
+from vision import own_rows
+
 
 class Align(nn.Module):
     """The Align connector of equations 1 and 2.
@@ -27,8 +29,10 @@ class Align(nn.Module):
 
     @torch.no_grad()
     def init_weights(self, lm_head: Tensor) -> None:
-        """W2 starts as a copy of the LLM's head (V, D), "recycling" its semantics (section 3.2), then trains by itself."""
-        self.W1.weight.normal_(std=self.W1.in_features ** -0.5)
+        """W2 starts as a copy of the LLM's head (V, D), "recycling" its semantics (section 3.2), then is its own."""
+        W1 = torch.empty(self.W1.weight.shape).normal_(std=self.W1.in_features ** -0.5)
+        here, first = own_rows(self.W1.weight)          # each rank draws all of it and keeps its part
+        here.copy_(W1[first:first + len(here)])
         self.W2.weight.copy_(lm_head)
         for norm in (self.norm_D, self.norm_V):
             norm.reset_parameters()
@@ -41,4 +45,4 @@ class Align(nn.Module):
 
     def forward(self, F: Tensor, E_text: Tensor) -> Tensor:
         """F (..., d), E_text (V, D), the LLM's live input embedding -> F' (..., D), equation 2."""
-        return self.p_vocab(F) @ E_text            # (..., D); a row of P_vocab per feature: the paper's transpose is in it
+        return self.p_vocab(F) @ E_text            # (..., D); a row of P_vocab per feature: no transpose

@@ -21,8 +21,8 @@ import torch
 from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
-from model import IGNORE, IMAGE, AlignVLM, CheckpointError
-from vision import SigLIPConfig, tile, tile_boxes
+from model import IGNORE, IMAGE, AlignVLM
+from vision import CheckpointError, InputError, Settings, SigLIPConfig, tile, tile_boxes
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Tokenizer
@@ -31,43 +31,156 @@ from vision import SigLIPConfig, tile, tile_boxes
 LLAMA3_PATTERN = (r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*"
                   r"|\s*[\r\n]+|\s+(?!\S)|\s+")
 # Llama 3's 256 special tokens follow the last rank; these have a name.
-LLAMA3_SPECIALS = ["<|begin_of_text|>", "<|end_of_text|>", "<|reserved_special_token_0|>", "<|reserved_special_token_1|>",
-                   "<|finetune_right_pad_id|>", "<|step_id|>", "<|start_header_id|>", "<|end_header_id|>", "<|eom_id|>",
-                   "<|eot_id|>", "<|python_tag|>", "<|image|>"]
+LLAMA3_SPECIALS = ["<|begin_of_text|>", "<|end_of_text|>", "<|reserved_special_token_0|>",
+                   "<|reserved_special_token_1|>", "<|finetune_right_pad_id|>", "<|step_id|>", "<|start_header_id|>",
+                   "<|end_header_id|>", "<|eom_id|>", "<|eot_id|>", "<|python_tag|>", "<|image|>"]
 # The toy's vocabulary: every byte, and the pieces of its prompts and headers (drawn pages are upper-case).
 TOY_WORDS = ["user", "assistant", "\n\n", "what", " is", " the", " of", "read", " page", " it", "?", "."]
 
+# GPT-2's split, and the same after single digits were cut out, as SmolLM2 does it in two steps: the look-ahead to
+# a digit stands for the end of the text before it.
+GPT2_PATTERN = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
+DIGITS_PATTERN = GPT2_PATTERN.replace(r" ?\p{N}+", r"\p{N}").replace(r"|\s+(?!", r"|\s+(?=\p{N})|\s+(?!")
+
+
+@dataclass
+class ChatFormat:
+    """How a chat is laid out: texts, and special tokens by name. A header has the role between its two ends."""
+    begin: list[str]
+    header: tuple[list[str], list[str]]
+    end: list[str]
+    stop: list[str]             # tokens after which an answer is over
+
+
+# A tokenizer has the first format whose special tokens it knows. No system message is added where none is given.
+CHAT_FORMATS = {
+    "Llama 3": ChatFormat(["<|begin_of_text|>"], (["<|start_header_id|>"], ["<|end_header_id|>", "\n\n"]),
+                          ["<|eot_id|>"], ["<|eot_id|>", "<|eom_id|>", "<|end_of_text|>"]),
+    "ChatML": ChatFormat([], (["<|im_start|>"], ["\n"]), ["<|im_end|>", "\n"], ["<|im_end|>", "<|endoftext|>"]),
+}
+
+
+class TextError(InputError):
+    """A text that no tokenizer can encode; the message is one line."""
+
 
 class Tokenizer:
-    """Llama 3's tokenizer.model: lines of `base64 rank`, read into a tiktoken Encoding with Llama 3's special tokens."""
+    """A byte-level BPE as a tiktoken Encoding: Llama 3's tokenizer.model, or a tokenizer.json like SmolLM2's.
 
-    def __init__(self, path: str | Path):
-        self.path, ranks = Path(path), {}
+    path: the file, or the folder that holds it. vocab_size: what the model has, which must be the same. Attributes:
+    path, special (name -> id), chat (its ChatFormat), stop (ids). Raises CheckpointError for a file that it cannot read
+    or that asks for something else (another model type, a normaliser, an unknown split of text).
+    """
+
+    def __init__(self, path: str | Path, vocab_size: int | None = None):
+        path = Path(path)
+        if path.is_dir():
+            path = path / ("tokenizer.json" if (path / "tokenizer.json").exists() else "tokenizer.model")
+        self.path = path
+        ranks, pattern, self.special = (read_tokenizer_json if path.suffix == ".json" else read_tokenizer_model)(path)
+        ids = [*ranks.values(), *self.special.values()]
+        if len(set(ids)) < len(ids) or not all(type(i) is int and 0 <= i < 2 ** 31 for i in ids) or not ranks:
+            raise CheckpointError(f"{path}: not a vocabulary: ids that are no numbers, or that two tokens share")
+        self.size = 1 + max(ids)
+        if vocab_size not in (None, self.size):
+            raise CheckpointError(f"{path}: {self.size} tokens, but the model's vocab_size is {vocab_size}")
+        # tiktoken panics at a byte that is no token. The reference drops it, so it gets an id that encode() drops.
+        missing = [bytes([b]) for b in range(256) if bytes([b]) not in ranks]
+        self.missing = "".join(re.escape(chr(b[0])) for b in missing if b[0] < 128)
         try:
-            for line in self.path.read_bytes().splitlines():
-                token, rank = line.split()
-                ranks[base64.b64decode(token, validate=True)] = int(rank)
-            if not ranks:
-                raise ValueError("empty")
-        except FileNotFoundError:
-            raise CheckpointError(f"{path}: no such file; a model folder holds its tokenizer") from None
+            self.encoding = tiktoken.Encoding(path.name, pat_str=pattern, special_tokens=self.special, mergeable_ranks={
+                **ranks, **{b: self.size + i for i, b in enumerate(missing)}})
         except ValueError as error:
-            raise CheckpointError(f"{path}: not lines of `base64 rank` ({error})") from None
-        names = LLAMA3_SPECIALS + [f"<|reserved_special_token_{i}|>" for i in range(2, 256 - len(LLAMA3_SPECIALS) + 2)]
-        self.special = {name: len(ranks) + i for i, name in enumerate(names)}
-        self.encoding = tiktoken.Encoding(self.path.name, pat_str=LLAMA3_PATTERN, mergeable_ranks=ranks,
-                                          special_tokens=self.special)
-        self.stop = {self.special["<|end_of_text|>"], self.special["<|eom_id|>"], self.special["<|eot_id|>"]}
+            raise CheckpointError(f"{path}: not a vocabulary ({' '.join(str(error).split())})") from None
+        self.chat = next((chat for chat in CHAT_FORMATS.values()
+                          if {*chat.header[0], chat.end[0]} <= self.special.keys()), None)
+        self.stop = {self.special[name] for name in (self.chat.stop if self.chat else []) if name in self.special}
 
     def __len__(self) -> int:
-        return self.encoding.n_vocab
+        return self.size
 
     def encode(self, text: str) -> list[int]:
-        """Text -> ids. Text is only ever text: `<|eot_id|>` in it is ten characters of prose, not the token."""
-        return self.encoding.encode_ordinary(text)
+        """Text -> ids. Text is only ever text: `<|eot_id|>` in it is ten characters of prose, not the token.
+
+        Raises TextError for text with lone surrogates, which is what Python makes of bytes that are no UTF-8.
+        """
+        try:
+            text.encode()
+        except UnicodeEncodeError as error:
+            raise TextError(f"text with the lone surrogate {text[error.start]!r} at position {error.start}: "
+                            "it was not valid UTF-8") from None
+        if self.missing and re.search(f"[{self.missing}]", text):
+            # They are dropped between split and merging: what stood around one in its piece (a run without letters,
+            # digits and spaces) may merge, what stood in two pieces may not. So one stays, at the end of the run.
+            # That is exact for control characters, the only ones that released vocabularies lack.
+            run = r"(?:[^\w\s]|[_\x1c-\x1f])*"      # Python counts four control characters as spaces
+            text = re.sub(f"{run}([{self.missing}]){run}", lambda m: re.sub(f"[{self.missing}]", "", m[0]) + m[1], text)
+        ids = self.encoding.encode_ordinary(text)
+        return [i for i in ids if i < self.size] if self.missing else ids
 
     def decode(self, ids: list[int]) -> str:
         return self.encoding.decode(ids)
+
+    def layout(self, parts: list[str]) -> list[int]:
+        """The ids of a chat format's parts, where a special token's name is that token."""
+        return [i for part in parts for i in ([self.special[part]] if part in self.special else self.encode(part))]
+
+
+def read_tokenizer_model(path: Path) -> tuple[dict[bytes, int], str, dict[str, int]]:
+    """Lines of `base64 rank`, after which come Llama 3's 256 special tokens -> ranks, split pattern, special tokens."""
+    ranks = {}
+    try:
+        for line in path.read_bytes().splitlines():
+            token, rank = line.split()
+            ranks[base64.b64decode(token, validate=True)] = int(rank)
+    except OSError as error:
+        raise CheckpointError(f"{path}: {error.strerror}; a model folder holds its tokenizer") from None
+    except ValueError as error:
+        raise CheckpointError(f"{path}: not lines of `base64 rank` ({error})") from None
+    names = LLAMA3_SPECIALS + [f"<|reserved_special_token_{i}|>" for i in range(2, 256 - len(LLAMA3_SPECIALS) + 2)]
+    return ranks, LLAMA3_PATTERN, {name: len(ranks) + i for i, name in enumerate(names)}
+
+
+def read_tokenizer_json(path: Path) -> tuple[dict[bytes, int], str, dict[str, int]]:
+    """A byte-level BPE of the tokenizers library -> ranks, split pattern, special tokens.
+
+    tiktoken merges the pair whose result has the lowest id, so the merges must be listed in the order of their ids.
+    """
+    top = Settings(path)
+    model, steps = top.section("model"), top.section("pre_tokenizer").values
+    top.only("normalizer", None)
+    model.only("type", "BPE")
+    for key in ("dropout", "continuing_subword_prefix", "end_of_word_suffix", "byte_fallback"):
+        model.only(key, None, False, "")
+    try:
+        special = {token["content"]: token["id"] for token in top.values.get("added_tokens", [])}
+        # Every byte is written as one character: a printable one as itself, the others as those from 256 on.
+        printable = [*range(33, 127), *range(161, 173), *range(174, 256)]
+        others = [b for b in range(256) if b not in printable]
+        byte_of = {chr(b): b for b in printable} | {chr(256 + i): b for i, b in enumerate(others)}
+        ranks = {bytes(byte_of[c] for c in token): i for token, i in model.values["vocab"].items()
+                 if token not in special}
+        last = -1
+        for merge in model.values["merges"]:
+            left, right = merge.split(" ") if isinstance(merge, str) else merge
+            this = model.values["vocab"][left + right]
+            if this < last:
+                raise top.error("model.merges", f"are not in the order of the vocabulary at {merge!r}: not implemented")
+            last = this
+    except CheckpointError:
+        raise
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
+        raise CheckpointError(f"{path}: not a byte-level BPE vocabulary ({type(error).__name__}: {error})") from None
+    match steps.get("pretokenizers", [steps]):
+        case [{"type": "ByteLevel", "add_prefix_space": False, **rest}] if rest.get("use_regex", True):
+            return ranks, GPT2_PATTERN, special
+        case [{"type": "Digits", "individual_digits": True},
+              {"type": "ByteLevel", "add_prefix_space": False, **rest}] if rest.get("use_regex", True):
+            return ranks, DIGITS_PATTERN, special
+        case [{"type": "Split", "pattern": {"Regex": str(pattern)}, "behavior": "Isolated", "invert": False},
+              {"type": "ByteLevel", "add_prefix_space": False, "use_regex": False}]:
+            return ranks, pattern, special
+    raise top.error("pre_tokenizer", "is none of the implemented: ByteLevel, Digits + ByteLevel, Split + ByteLevel")
 
 
 def write_toy_tokenizer(path: Path) -> None:
@@ -116,28 +229,31 @@ class Sample:
 
 
 def encode_chat(turns: list[Turn], tokenizer: Tokenizer, visual_tokens: list[int]) -> tuple[Tensor, Tensor]:
-    """Turns -> tokens and labels (L,) in Llama 3's chat format; image i takes visual_tokens[i] positions.
+    """Turns -> tokens and labels (L,) in the tokenizer's chat format; image i takes visual_tokens[i] positions.
 
     labels[t] is the token that should follow tokens[t], or IGNORE outside the assistant's answers. Unless the last
-    turn is the assistant's, the sequence ends with its header, ready to be continued.
+    turn is the assistant's, the sequence ends with its header, ready to be continued. Raises CheckpointError where
+    the tokenizer has no chat format.
     """
-    special, counts = tokenizer.special, iter(visual_tokens)
-    tokens, answers = [special["<|begin_of_text|>"]], [False]
+    chat, counts = tokenizer.chat, iter(visual_tokens)
+    if chat is None:
+        raise CheckpointError(f"{tokenizer.path}: its special tokens fit no chat format ({' or '.join(CHAT_FORMATS)})")
+    tokens, answers = tokenizer.layout(chat.begin), [False] * len(chat.begin)
 
     def add(ids: list[int], supervised: bool = False) -> None:
         tokens.extend(ids)
         answers.extend([supervised] * len(ids))
 
     def header(role: str) -> None:
-        add([special["<|start_header_id|>"], *tokenizer.encode(role), special["<|end_header_id|>"],
-             *tokenizer.encode("\n\n")])
+        add(tokenizer.layout(chat.header[0]) + tokenizer.encode(role) + tokenizer.layout(chat.header[1]))
 
     for turn in turns:
         header(turn.role)
         supervised = turn.role == "assistant"
         for part in turn.parts:
             add([IMAGE] * next(counts) if part == IMAGE else tokenizer.encode(part), supervised)
-        add([special["<|eot_id|>"]], supervised)
+        add(tokenizer.layout(chat.end[:1]), supervised)
+        add(tokenizer.layout(chat.end[1:]))         # not to be learnt: generation has stopped before
     if turns[-1].role != "assistant":
         header("assistant")
     labels = [t if a else IGNORE for t, a in zip(tokens[1:] + [0], answers[1:] + [False])]
@@ -359,97 +475,10 @@ def plain_text(page: Page, config: SigLIPConfig) -> str:
             text += " " * side * side
             continue
         x, y = (side - (right - left) // CELL) // 2, (side - (bottom - top) // CELL) // 2       # a tile is centred
-        lines = [""] * y + [" " * x + "".join(row[left // CELL:right // CELL]) for row in cells[top // CELL:bottom // CELL]]
+        crop = ["".join(row[left // CELL:right // CELL]) for row in cells[top // CELL:bottom // CELL]]
+        lines = [""] * y + [" " * x + line for line in crop]
         text += "".join(line.ljust(side) for line in lines).ljust(side * side)
     return text
-
-
-# What a stage teaches, (page, [(prompt, answer), ...]), from its beginning (progress 0) to its end (1): easier pages first.
-
-
-def text_lesson(rng: random.Random, progress: float) -> tuple[Page, list[tuple[str, str]]]:
-    """Stage 0, plain text: to copy (dense pages, and charts all along), then to read and to look things up."""
-    kind = rng.random()
-    if kind < 0.2:
-        page = eye_chart(rng)
-        return page, [("", page.text)]
-    if rng.random() > 4 * progress - 0.5:               # all dense for an eighth of the stage, none after three eighths
-        page = dense_text(rng)
-        return page, [("", page.text)]
-    if kind < 0.3:
-        page = sticker(rng)
-        return page, [("", page.text)]
-    page = drawn_page(rng, rng.choice(KINDS), progress > 0.25 and rng.random() < 0.25, "train")
-    return page, questions(rng, page) if rng.random() < 0.5 else [(READ, page.text)]
-
-
-def caption_lesson(rng: random.Random, progress: float) -> tuple[Page, list[tuple[str, str]]]:
-    """Stage 1: to see. Charts until every character is known in its patch, then words in free places among them."""
-    page = eye_chart(rng) if progress < 0.6 or rng.random() < 0.4 else sticker(rng)
-    return page, [("", page.text)]
-
-
-def document_lesson(rng: random.Random, progress: float) -> tuple[Page, list[tuple[str, str]]]:
-    """Stage 2: to read whole pages; those of several tiles come in over the first fifth."""
-    page = drawn_page(rng, rng.choice(KINDS), rng.random() < 0.35 * min(1, 5 * progress), "train")
-    return page, [(READ, page.text)]
-
-
-def instruction_lesson(rng: random.Random, progress: float) -> tuple[Page, list[tuple[str, str]]]:
-    """Stage 3: to answer, and not to forget reading."""
-    page = drawn_page(rng, rng.choice(KINDS), rng.random() < 0.35, "train")
-    return page, questions(rng, page) if rng.random() < 0.75 else [(READ, page.text)]
-
-
-def questions(rng: random.Random, page: Page) -> list[tuple[str, str]]:
-    """Up to three of a page's questions: several turns cost its image once."""
-    return rng.sample(page.questions, min(3, len(page.questions)))
-
-
-LESSONS = [text_lesson, caption_lesson, document_lesson, instruction_lesson]
-
-
-class ToyDocuments(torch.utils.data.Dataset):
-    """The toy's training samples of one stage: sample i depends on (seed, stage, i, n) alone, never on a rank or worker."""
-
-    def __init__(self, stage: int, n: int, seed: int, tokenizer: Tokenizer, config: SigLIPConfig):
-        self.stage, self.n, self.seed, self.tokenizer, self.config = stage, n, seed, tokenizer, config
-
-    def __len__(self) -> int:
-        return self.n
-
-    def __getitem__(self, index: int) -> Sample:
-        rng, progress = random.Random(f"{self.seed}/{self.stage}/{index}"), index / self.n
-        page, asks = LESSONS[self.stage](rng, progress)
-        images = [draw(page)] if self.stage > 0 else []
-        first = IMAGE if self.stage > 0 else self.as_text(rng, page, progress)
-        turns = []
-        for i, (prompt, gold) in enumerate(asks):
-            parts = [first] if i == 0 else []
-            turns += [Turn("user", parts + [prompt] if prompt else parts), Turn("assistant", [gold])]
-        sample = prepare(Example(images, turns, f"toy/{self.stage}/{index}"), self.tokenizer, self.config)
-        if self.stage == 0 and page.kind == "chart" and rng.random() < 0.5:
-            self.smudge(rng, sample)
-        return sample
-
-    def smudge(self, rng: random.Random, sample: Sample) -> None:
-        """Overwrite a share of a text chart's characters by any words, and do not ask for these.
-
-        An LLM that has only met legible charts finds its place by what stands there. In stage 1 nothing legible does,
-        at first: it looks nowhere, and the encoder learns nothing. A smudged chart can only be read by counting places.
-        """
-        cells = sample.tokens.tolist().index(self.tokenizer.special["<|end_header_id|>"]) + 2   # after "\n\n"
-        answers = (sample.labels != IGNORE).nonzero()[0].item()
-        share = rng.uniform(0.2, 1.0)
-        for i in range(self.config.n_patches):
-            if rng.random() < share:
-                sample.tokens[cells + i] = rng.randrange(min(self.tokenizer.special.values()))
-                sample.labels[answers + i] = IGNORE
-
-    def as_text(self, rng: random.Random, page: Page, progress: float) -> str:
-        """Stage 0's page in the image's place: more and more often laid out as the patches will be, else as plain lines."""
-        laid_out = {"chart": 1.0, "dense": 0.25}.get(page.kind, 0.5 + 0.5 * progress)
-        return plain_text(page, self.config) if rng.random() < laid_out else page.text
 
 
 def held_out_documents(n: int, seed: int) -> list[tuple[Page, str, str]]:
@@ -480,19 +509,9 @@ def answer(model: AlignVLM, tokenizer: Tokenizer, images: list[Image.Image], pro
     yield [tokenizer.decode(row) for row in ids]
 
 
-def edit_distance(a: str, b: str) -> int:
-    """Levenshtein distance: the fewest insertions, deletions and substitutions of characters from a to b."""
-    row = list(range(len(b) + 1))
-    for i, x in enumerate(a, 1):
-        diagonal, row[0] = row[0], i
-        for j, y in enumerate(b, 1):
-            diagonal, row[j] = row[j], min(row[j] + 1, row[j - 1] + 1, diagonal + (x != y))
-    return row[-1]
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--draw", type=int, default=20, metavar="N", help="held-out pages to draw (default: %(default)s)")
+    parser.add_argument("--draw", type=int, default=20, metavar="N", help="held-out pages (default: %(default)s)")
     parser.add_argument("--seed", type=int, default=0, help="which pages (default: %(default)s)")
     parser.add_argument("folder", type=Path, help="where the PNGs and questions.jsonl go; made if missing")
     args = parser.parse_args()

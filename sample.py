@@ -3,113 +3,135 @@
     python sample.py --image doc.png                                    # reads the page aloud
     python sample.py --image doc.png --prompt "what is TAX?"
     python sample.py --questions pages/questions.jsonl --answers answers.jsonl
+    python sample.py --llm Llama-3.2-1B-Instruct --prompt "What is the capital of France?"      # the bare LLM
 
-Without --checkpoint the newest trained model under out/ is taken.
+Without --checkpoint the newest trained model under out/ is taken. --llm is the first thing to try on new weights: a
+downloaded folder, in hub format or Meta's, talks in its own chat format and sees no image.
 """
 import argparse
 import json
 import math
 import os
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import torch
 from tqdm import tqdm
 
-from data import READ, Tokenizer, answer
-from model import AlignVLM
+from data import READ, Tokenizer, Turn, answer, encode_chat
+from model import AlignVLM, Llama
 from vision import InputError, read_image
 
 
 def newest_checkpoint(out: Path = Path("out")) -> Path:
     """The highest stage of the run that was trained last, of the runs out/*/stageN."""
-    stages = [path.parent for path in out.glob("*/stage[123]/model.safetensors")]
+    stages = [path.parent for path in out.glob("*/stage[123]/config.json")]
     if not stages:
         raise InputError(f"no trained model under {out}/: run `python train.py` first, or name one with --checkpoint")
-    run = max(stages, key=lambda folder: (folder / "model.safetensors").stat().st_mtime).parent
+    run = max(stages, key=lambda folder: (folder / "config.json").stat().st_mtime).parent
     return max(folder for folder in stages if folder.parent == run)
 
 
-def answer_file(model: AlignVLM, tokenizer: Tokenizer, args) -> None:
-    """JSONL in (image, prompt, ...), the same rows with `prediction` out; written beside, then renamed."""
-    questions = Path(args.questions)
+def chat(llm: Llama, tokenizer: Tokenizer, prompt: str, **generation) -> Iterator[list[str]]:
+    """The bare LLM's answer to a prompt, so far, after every token."""
+    tokens, _ = encode_chat([Turn("user", [prompt])], tokenizer, [])
+    x, ids = llm.embed_tokens(tokens[None].to(llm.embed_tokens.weight.device)), []          # (1, L, D)
+    for [token] in llm.generate(x, [len(tokens)], tokenizer.stop, **generation):
+        ids.append(token)
+        yield [tokenizer.decode(ids)]
+
+
+def read_questions(path: Path) -> list[dict]:
+    """The rows of a JSONL file with an image, relative to the file, and a prompt in each. Raises InputError."""
     rows = []
     try:
-        lines = questions.read_text(encoding="utf-8-sig").split("\n")      # splitlines() would also cut inside a string
+        lines = path.read_text(encoding="utf-8-sig").split("\n")      # splitlines() would also cut inside a string
         for number, line in enumerate(lines, 1):
             if line.strip():
                 rows.append(json.loads(line))
                 if not all(isinstance(rows[-1][key], str) for key in ("image", "prompt")):
                     raise TypeError("both are strings")
-                if not (questions.parent / rows[-1]["image"]).is_file():
-                    raise InputError(f"{questions}, line {number}: no file {questions.parent / rows[-1]['image']}")
-    except FileNotFoundError:
-        raise InputError(f"{questions}: no such file") from None
+                if not (path.parent / rows[-1]["image"]).is_file():
+                    raise InputError(f"{path}, line {number}: no file {path.parent / rows[-1]['image']}")
     except UnicodeDecodeError:
-        raise InputError(f"{questions}: not UTF-8 text") from None
+        raise InputError(f"{path}: not UTF-8 text") from None
     except (json.JSONDecodeError, KeyError, TypeError):
-        raise InputError(f'{questions}, line {number}: not JSON with an "image" and a "prompt", both strings') from None
+        raise InputError(f'{path}, line {number}: not JSON with an "image" and a "prompt", both strings') from None
+    return rows
+
+
+def answer_file(model: AlignVLM, tokenizer: Tokenizer, args, **generation) -> None:
+    """The rows of --questions with a `prediction` in each; written beside --answers, then renamed."""
+    rows = read_questions(Path(args.questions))
     if Path(args.answers).is_dir():
         raise InputError(f"--answers {args.answers}: a folder, not a file")
     partial = Path(args.answers + ".partial")
     with partial.open("w", encoding="utf-8") as out, tqdm(total=len(rows), desc="questions") as bar:
         for first in range(0, len(rows), 16):
             batch = rows[first:first + 16]
-            images = [read_image(questions.parent / row["image"]) for row in batch]
-            *_, predictions = answer(model, tokenizer, images, [row["prompt"] for row in batch], **generation(args))
+            images = [read_image(Path(args.questions).parent / row["image"]) for row in batch]
+            prompts = [row["prompt"] for row in batch]
+            *_, predictions = answer(model, tokenizer, images, prompts, args.max_tiles, **generation)
             for row, prediction in zip(batch, predictions):
                 out.write(json.dumps({**row, "prediction": prediction}) + "\n")
             bar.update(len(batch))
     os.replace(partial, args.answers)
 
 
-def generation(args) -> dict:
-    names = ["max_tiles", "max_new_tokens", "temperature", "top_p", "seed"]
-    return {name: getattr(args, name) for name in names}
-
-
-def main() -> None:
+def parse_args() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--image", help="the document: PNG, JPEG, TIFF, ... in any mode and of any size")
-    parser.add_argument("--prompt", help=f"what to ask about it (default: {READ!r}); '' gives a caption")
-    parser.add_argument("--questions", help="JSONL with an image (relative to the file) and a prompt in each row")
-    parser.add_argument("--answers", help="where to write the rows of --questions with a prediction in each")
-    parser.add_argument("--checkpoint", help="model folder (default: the newest under out/)")
-    parser.add_argument("--max-new-tokens", type=int, default=256, help="longest answer (default: %(default)s)")
-    parser.add_argument("--temperature", type=float, default=0.0, help="0 is greedy (default: %(default)s)")
-    parser.add_argument("--top-p", type=float, default=1.0, help="sample from this much of the probability (default: all)")
-    parser.add_argument("--seed", type=int, default=0, help="of the sampling (default: %(default)s)")
-    parser.add_argument("--max-tiles", type=int, default=9, help="tiles a page is cut into at most (default: %(default)s)")
-    parser.add_argument("--device", choices=["cpu", "cuda", "mps"], help="default: the fastest there is")
+    add = parser.add_argument
+    add("--image", help="the document: PNG, JPEG, TIFF, ... in any mode and of any size")
+    add("--prompt", help=f"what to ask about it (default: {READ!r}); '' gives a caption")
+    add("--questions", help="JSONL with an image (relative to the file) and a prompt in each row")
+    add("--answers", help="where to write the rows of --questions with a prediction in each")
+    add("--checkpoint", help="model folder (default: the newest under out/)")
+    add("--llm", help="folder with a released Llama and its tokenizer: ask it --prompt, with no image")
+    add("--max-new-tokens", type=int, default=256, help="longest answer (default: %(default)s)")
+    add("--temperature", type=float, default=0.0, help="0 is greedy (default: %(default)s)")
+    add("--top-p", type=float, default=1.0, help="sample from this much of the probability (default: all)")
+    add("--seed", type=int, default=0, help="of the sampling (default: %(default)s)")
+    add("--max-tiles", type=int, default=9, help="tiles a page is cut into at most (default: %(default)s)")
+    add("--device", choices=["cpu", "cuda", "mps"], help="default: the fastest there is")
     args = parser.parse_args()
-    if bool(args.image) == bool(args.questions) or bool(args.questions) != bool(args.answers):
-        parser.error("give either --image, or --questions with --answers")
+    if sum(map(bool, (args.image, args.questions, args.llm))) != 1 or bool(args.questions) != bool(args.answers):
+        parser.error("give either --image, or --questions with --answers, or --llm with --prompt")
+    if args.llm and (args.prompt is None or args.checkpoint):
+        parser.error("--llm needs a --prompt and goes without --checkpoint")
     if args.questions and args.prompt is not None:
         parser.error("--questions brings its own prompts: leave out --prompt")
     if not 0 <= args.temperature < math.inf or not 0 < args.top_p <= 1 or args.max_tiles < 1:
         parser.error("--temperature is at least 0, --top-p in (0, 1], --max-tiles at least 1")
     if not 1 <= args.max_new_tokens <= 100_000 or not 0 <= args.seed < 2 ** 63:
         parser.error("--max-new-tokens is from 1 to 100,000, --seed from 0 to 2**63 - 1")
-    if args.device == "cuda" and not torch.cuda.is_available() or args.device == "mps" and not torch.backends.mps.is_available():
+    there = {"cpu": True, "cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available()}
+    args.device = args.device or next(device for device in ("cuda", "mps", "cpu") if there[device])
+    if not there[args.device]:
         parser.error(f"--device {args.device}: this machine, or this torch, has none")
-    sys.stdout.reconfigure(errors="replace")        # a terminal that cannot show a character is no reason to stop
-    device = args.device or ("cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu")
+    return args
+
+
+def main() -> None:
+    args = parse_args()
+    if hasattr(sys.stdout, "reconfigure"):
+        sys.stdout.reconfigure(errors="replace")        # a terminal that cannot show a character is no reason to stop
+    generation = {name: getattr(args, name) for name in ("max_new_tokens", "temperature", "top_p", "seed")}
     try:
-        folder = Path(args.checkpoint) if args.checkpoint else newest_checkpoint()
-        model = AlignVLM.from_pretrained(folder).to(device).eval()
-        tokenizer = Tokenizer(folder / "tokenizer.model")
-        if len(tokenizer) != model.config.llm.vocab_size:
-            raise InputError(f"{tokenizer.path}: {len(tokenizer)} tokens for a model of {model.config.llm.vocab_size}")
-        print(f"model: {folder} on {device}", file=sys.stderr)
+        folder = Path(args.llm or args.checkpoint or newest_checkpoint())
+        model = (Llama if args.llm else AlignVLM).from_pretrained(folder, device=args.device).eval()
+        tokenizer = Tokenizer(folder, (model if args.llm else model.llm).config.vocab_size)
+        print(f"model: {folder} on {args.device}", file=sys.stderr)
         if args.questions:
-            answer_file(model, tokenizer, args)
-        else:
-            shown = 0
-            for [text] in answer(model, tokenizer, [read_image(args.image)], [READ if args.prompt is None else args.prompt], **generation(args)):
-                text = text.rstrip("\ufffd")       # the first bytes of a character wait for the rest of it
-                print(text[shown:], end="", flush=True)
-                shown = max(shown, len(text))
-            print()
+            return answer_file(model, tokenizer, args, **generation)
+        prompt, shown = READ if args.prompt is None else args.prompt, 0
+        answers = (chat(model, tokenizer, prompt, **generation) if args.llm else
+                   answer(model, tokenizer, [read_image(args.image)], [prompt], args.max_tiles, **generation))
+        for [text] in answers:
+            text = text.rstrip("\ufffd")        # the first bytes of a character wait for the rest of it
+            print(text[shown:], end="", flush=True)
+            shown = max(shown, len(text))
+        print()
     except (InputError, OSError) as error:
         print(f"sample.py: {error}", file=sys.stderr)
         sys.exit(2)

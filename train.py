@@ -2,7 +2,8 @@
 
     python train.py                                     # the toy: all stages, on a laptop, in ten minutes
     python train.py --stage 1                           # one of them; it starts from the last one's checkpoint
-    torchrun --nproc_per_node 8 train.py --stage 1      # the same on 8 GPUs
+    torchrun --nproc_per_node 8 train.py --stage 1 --vision siglip-so400m-patch14-384 --llm Llama-3.2-1B --out out/1b
+                                                        # on 8 GPUs, from two folders with released weights
 
 Stage 0 stands for what a released LLM brings along: the toy's own LLM learns to read pages as plain text, before it
 meets an image. Every stage writes a folder OUT/stageN (config.json, model.safetensors, tokenizer.model, log.jsonl)
@@ -13,7 +14,7 @@ import ctypes
 import json
 import math
 import os
-import shutil
+import random
 import sys
 import time
 from collections import Counter
@@ -22,20 +23,20 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
-from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
-from data import READ, Tokenizer, ToyDocuments, answer, draw, edit_distance, held_out_documents, pack, write_toy_tokenizer
-from model import ALIGNVLM_PRESETS, IGNORE, AlignVLM, save_checkpoint
-from vision import InputError
+from data import (KINDS, READ, Example, Page, Sample, Tokenizer, Turn, answer, dense_text, draw, drawn_page, eye_chart,
+                  held_out_documents, pack, plain_text, prepare, sticker, write_toy_tokenizer)
+from model import ALIGNVLM_PRESETS, IGNORE, IMAGE, LLAMA_PRESETS, AlignVLM, read_llama
+from vision import InputError, SigLIPConfig
 
 
 @dataclass
 class Recipe:
-    """What one stage trains, and how. The paper states the first block (appendix A.1), MS-Swift's defaults the second."""
+    """What one stage trains, and how. The first block is the paper's (appendix A.1), the second MS-Swift's defaults."""
     trainable: tuple[str, ...]
     batch_size: int = 512               # samples a step, over all ranks
     lr: float = 1e-5
@@ -71,6 +72,99 @@ RECIPES = {
 }
 
 
+# ---------------------------------------------------------------------------------------------------------------------
+# What the toy learns in each stage: (page, [(prompt, answer), ...]), from its beginning (progress 0) to its end (1)
+
+
+def text_lesson(rng: random.Random, progress: float) -> tuple[Page, list[tuple[str, str]]]:
+    """Stage 0, plain text: to copy (dense pages, and charts all along), then to read and to look things up."""
+    kind = rng.random()
+    if kind < 0.2:
+        page = eye_chart(rng)
+        return page, [("", page.text)]
+    if rng.random() > 4 * progress - 0.5:               # all dense for an eighth of the stage, none after three eighths
+        page = dense_text(rng)
+        return page, [("", page.text)]
+    if kind < 0.3:
+        page = sticker(rng)
+        return page, [("", page.text)]
+    page = drawn_page(rng, rng.choice(KINDS), progress > 0.25 and rng.random() < 0.25, "train")
+    return page, questions(rng, page) if rng.random() < 0.5 else [(READ, page.text)]
+
+
+def caption_lesson(rng: random.Random, progress: float) -> tuple[Page, list[tuple[str, str]]]:
+    """Stage 1: to see. Charts until every character is known in its patch, then words in free places among them."""
+    page = eye_chart(rng) if progress < 0.6 or rng.random() < 0.4 else sticker(rng)
+    return page, [("", page.text)]
+
+
+def document_lesson(rng: random.Random, progress: float) -> tuple[Page, list[tuple[str, str]]]:
+    """Stage 2: to read whole pages; those of several tiles come in over the first fifth."""
+    page = drawn_page(rng, rng.choice(KINDS), rng.random() < 0.35 * min(1, 5 * progress), "train")
+    return page, [(READ, page.text)]
+
+
+def instruction_lesson(rng: random.Random, progress: float) -> tuple[Page, list[tuple[str, str]]]:
+    """Stage 3: to answer, and not to forget reading."""
+    page = drawn_page(rng, rng.choice(KINDS), rng.random() < 0.35, "train")
+    return page, questions(rng, page) if rng.random() < 0.75 else [(READ, page.text)]
+
+
+def questions(rng: random.Random, page: Page) -> list[tuple[str, str]]:
+    """Up to three of a page's questions: several turns cost its image once."""
+    return rng.sample(page.questions, min(3, len(page.questions)))
+
+
+LESSONS = [text_lesson, caption_lesson, document_lesson, instruction_lesson]
+
+
+class ToyDocuments(Dataset):
+    """One stage's samples: sample i depends on (seed, stage, i, n) alone, never on a rank or a worker."""
+
+    def __init__(self, stage: int, n: int, seed: int, tokenizer: Tokenizer, config: SigLIPConfig):
+        self.stage, self.n, self.seed, self.tokenizer, self.config = stage, n, seed, tokenizer, config
+
+    def __len__(self) -> int:
+        return self.n
+
+    def __getitem__(self, index: int) -> Sample:
+        rng, progress = random.Random(f"{self.seed}/{self.stage}/{index}"), index / self.n
+        page, asks = LESSONS[self.stage](rng, progress)
+        images = [draw(page)] if self.stage > 0 else []
+        first = IMAGE if self.stage > 0 else self.as_text(rng, page, progress)
+        turns = []
+        for i, (prompt, gold) in enumerate(asks):
+            parts = [first] if i == 0 else []
+            turns += [Turn("user", parts + [prompt] if prompt else parts), Turn("assistant", [gold])]
+        sample = prepare(Example(images, turns, f"toy/{self.stage}/{index}"), self.tokenizer, self.config)
+        if self.stage == 0 and page.kind == "chart" and rng.random() < 0.5:
+            self.smudge(rng, sample)
+        return sample
+
+    def smudge(self, rng: random.Random, sample: Sample) -> None:
+        """Overwrite a share of a text chart's characters by any words, and do not ask for these.
+
+        An LLM that has only met legible charts finds its place by what stands there. In stage 1 nothing legible does,
+        at first: it looks nowhere, and the encoder learns nothing. A smudged chart can only be read by counting places.
+        """
+        cells = sample.tokens.tolist().index(self.tokenizer.special["<|end_header_id|>"]) + 2   # after "\n\n"
+        answers = (sample.labels != IGNORE).nonzero()[0].item()
+        share = rng.uniform(0.2, 1.0)
+        for i in range(self.config.n_patches):
+            if rng.random() < share:
+                sample.tokens[cells + i] = rng.randrange(min(self.tokenizer.special.values()))
+                sample.labels[answers + i] = IGNORE
+
+    def as_text(self, rng: random.Random, page: Page, progress: float) -> str:
+        """Stage 0's page in the image's place: ever more often laid out as the patches will be, else as plain lines."""
+        laid_out = {"chart": 1.0, "dense": 0.25}.get(page.kind, 0.5 + 0.5 * progress)
+        return plain_text(page, self.config) if rng.random() < laid_out else page.text
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The loop
+
+
 def learning_rate(step: int, recipe: Recipe) -> float:
     """Linear warmup, then a cosine to final_lr * lr."""
     warmup = max(1, round(recipe.warmup * recipe.steps))
@@ -82,7 +176,7 @@ def learning_rate(step: int, recipe: Recipe) -> float:
 
 def shard(model: AlignVLM, device: torch.device) -> None:
     """FSDP2, full sharding (the paper's ZeRO-3): each block, the connector and the vision tower are gathered when they
-    run; what is left, the word embedding foremost, stays gathered, for the connector, the decoder and its head share it.
+    run; what is left, the word embedding foremost, stays gathered: connector, decoder and head share it.
     """
     policy = MixedPrecisionPolicy(torch.bfloat16, torch.float32) if device.type == "cuda" else MixedPrecisionPolicy()
     mesh = init_device_mesh(device.type, (dist.get_world_size(),))
@@ -120,12 +214,9 @@ def accumulate_gradients(model: AlignVLM, batches: list[tuple], device: torch.de
     return total.item() / supervised, n_tokens
 
 
-def train_stage(stage: int, recipe: Recipe, model: AlignVLM, tokenizer: Tokenizer, args, device: torch.device) -> dict:
-    """Train one stage, a line of log.jsonl per step; returns the full state dict on rank 0, nothing on the others."""
+def train_stage(stage: int, recipe: Recipe, model: AlignVLM, tokenizer: Tokenizer, args, device: torch.device) -> None:
+    """Train one stage of a sharded model, a line of log.jsonl per step."""
     rank, world = dist.get_rank(), dist.get_world_size()
-    for name, module in model.named_children():
-        module.requires_grad_(name in recipe.trainable)
-    shard(model.to(device), device)
     params = [p for p in model.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(
         [{"params": [p for p in getattr(model, name).parameters() if (p.ndim > 1) == matrices],
@@ -136,7 +227,8 @@ def train_stage(stage: int, recipe: Recipe, model: AlignVLM, tokenizer: Tokenize
     loader = iter(DataLoader(documents, batch_sampler=batch_indices(recipe, micro), collate_fn=pack,
                              num_workers=args.workers, pin_memory=device.type == "cuda"))
     log_file = args.out / f"stage{stage}.partial" / "log.jsonl" if rank == 0 else os.devnull
-    with open(log_file, "w") as log, tqdm(range(recipe.steps), f"stage {stage}", disable=rank > 0, mininterval=1) as bar:
+    bar = tqdm(range(recipe.steps), f"stage {stage}", disable=rank > 0, mininterval=1)
+    with open(log_file, "w") as log:
         for step in bar:
             start = time.perf_counter()
             batches = [next(loader) for _ in range(recipe.batch_size // (world * micro))]
@@ -153,7 +245,16 @@ def train_stage(stage: int, recipe: Recipe, model: AlignVLM, tokenizer: Tokenize
             log.write(json.dumps({"stage": stage, "step": step, "loss": loss, "lr": lr, "grad_norm": norm,
                                   "tokens_per_s": speed}) + "\n")
             bar.set_postfix_str(f"loss {loss:.3f}, lr {lr:.1e}, {speed:,.0f} tokens/s", refresh=False)
-    return get_model_state_dict(model, options=StateDictOptions(full_state_dict=True, cpu_offload=True))
+
+
+def edit_distance(a: str, b: str) -> int:
+    """Levenshtein distance: the fewest insertions, deletions and substitutions of characters from a to b."""
+    row = list(range(len(b) + 1))
+    for i, x in enumerate(a, 1):
+        diagonal, row[0] = row[0], i
+        for j, y in enumerate(b, 1):
+            diagonal, row[j] = row[j], min(row[j] + 1, row[j - 1] + 1, diagonal + (x != y))
+    return row[-1]
 
 
 def held_out_scores(model: AlignVLM, tokenizer: Tokenizer, n: int, seed: int) -> dict[str, dict]:
@@ -180,18 +281,27 @@ def held_out_scores(model: AlignVLM, tokenizer: Tokenizer, n: int, seed: int) ->
                     "n": count[group]} for group in groups}
 
 
-def build(stage: int, args) -> AlignVLM:
-    """The model as a stage starts: from the last stage's folder, or from scratch where the toy has none."""
-    if stage > 1 or (stage == 1 and args.preset == "toy"):
-        model = AlignVLM.from_pretrained(args.out / f"stage{stage - 1}")
+def build(stage: int, recipe: Recipe, args, device: torch.device) -> AlignVLM:
+    """The model as a stage starts, in fp32 and sharded: from released weights, from the last stage's folder, or for
+    the toy's first stage from scratch. Sharding comes before reading, so that a rank reads no more than its part."""
+    def prepare(model: AlignVLM) -> None:
+        for name, module in model.named_children():
+            module.requires_grad_(name in recipe.trainable)
+        shard(model, device)
+
+    torch.manual_seed(args.seed)
+    if stage == 1 and args.llm:
+        return AlignVLM.from_backbones(args.vision, args.llm, torch.float32, device, prepare)
+    if stage > 0:
+        model = AlignVLM.from_pretrained(args.out / f"stage{stage - 1}", torch.float32, device, prepare)
         if stage == 1:
             model.connector.init_weights(model.llm.head)        # W2 starts from the head that stage 0 has trained
         return model
-    torch.manual_seed(args.seed)
-    model = AlignVLM(ALIGNVLM_PRESETS[args.preset])
+    model = AlignVLM(ALIGNVLM_PRESETS["toy"])
     model.vision.init_weights()
     model.llm.init_weights()
     model.connector.init_weights(model.llm.head)
+    prepare(model.to(device))
     return model
 
 
@@ -206,8 +316,9 @@ def keep_heap() -> None:
 
 def start_processes() -> torch.device:
     """Join torchrun's processes, or be the only one; nccl on CUDA, gloo on a CPU."""
-    device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0))) if torch.cuda.is_available() else torch.device("cpu")
-    if device.type == "cuda":
+    device = torch.device("cpu")
+    if torch.cuda.is_available():
+        device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
         torch.cuda.set_device(device)
     backend = "nccl" if device.type == "cuda" else "gloo"
     if "RANK" in os.environ:
@@ -220,7 +331,9 @@ def start_processes() -> torch.device:
 def parse_args() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
-    add("--preset", choices=list(ALIGNVLM_PRESETS), default="toy", help="model and recipe (default: %(default)s)")
+    add("--preset", choices=list(RECIPES), help="recipe (default: by the size of --llm; without one the toy's)")
+    add("--vision", type=Path, help="folder with a released SigLIP, for stage 1 (default: the toy's own)")
+    add("--llm", type=Path, help="folder with a released Llama and its tokenizer, for stage 1 (default: the toy's own)")
     add("--stage", type=int, choices=[0, 1, 2, 3], help="train this stage only (default: all, in order)")
     add("--out", type=Path, help="the run's folder (default: out/PRESET)")
     add("--retrain", action="store_true", help="train also what is already complete in --out")
@@ -236,14 +349,24 @@ def parse_args() -> argparse.Namespace:
         parser.error("--steps, --batch-size, --micro-batch and --lr are more than 0")
     if min(args.workers, args.held_out) < 0:
         parser.error("--workers and --held-out are at least 0")
-    args.out = args.out or Path("out") / args.preset
+    if bool(args.vision) != bool(args.llm):
+        parser.error("--vision and --llm go together: two folders with released weights")
     return args
+
+
+def choose_preset(args) -> str:
+    """The recipe that was asked for, or the one that goes with the size of --llm; the toy's without one."""
+    if args.preset is None and args.llm:
+        llm = read_llama(args.llm)[0]
+        sizes = {(config.hidden_size, config.n_layers): name for name, config in LLAMA_PRESETS.items()}
+        return sizes.get((llm.hidden_size, llm.n_layers), "llama-3.2-1b")
+    return args.preset or "toy"
 
 
 def is_complete(stage: int, out: Path) -> bool:
     """Whether a stage's folder is there, and not older than the stage that it started from."""
-    weights = [out / f"stage{s}" / "model.safetensors" for s in (stage, stage - 1)]
-    return weights[0].exists() and (not weights[1].exists() or weights[0].stat().st_mtime >= weights[1].stat().st_mtime)
+    folder, previous = (out / f"stage{s}" / "config.json" for s in (stage, stage - 1))
+    return folder.exists() and (not previous.exists() or folder.stat().st_mtime >= previous.stat().st_mtime)
 
 
 def check_recipe(folder: Path, recipe: dict) -> None:
@@ -256,14 +379,18 @@ def check_recipe(folder: Path, recipe: dict) -> None:
 
 def main() -> None:
     args = parse_args()
+    args.preset = choose_preset(args)
+    args.out = args.out or Path("out") / args.preset
     if args.preset != "toy" and args.steps is None:
-        raise InputError(f"--preset {args.preset} needs --steps: the drawn documents have no epochs")
+        raise InputError(f"the recipe {args.preset} counts epochs, which drawn pages do not have: give --steps")
     keep_heap()
     device = start_processes()
     main_rank = dist.get_rank() == 0
     toy = args.preset == "toy"
     stages = [1, 2, 3] if args.stage is None else [args.stage]
-    if toy and 1 in stages and not is_complete(0, args.out) and (args.retrain or not is_complete(1, args.out)):
+    if not args.llm and 1 in stages and not is_complete(0, args.out) and (args.retrain or not is_complete(1, args.out)):
+        if not toy:
+            raise InputError(f"the recipe {args.preset} is for released weights: give stage 1 --vision and --llm")
         stages = [0, *stages]       # the toy's LLM is pretrained, as a released one is
     given = {"steps": args.steps, "batch_size": args.batch_size, "lr": args.lr}
     for stage in stages:
@@ -280,28 +407,25 @@ def main() -> None:
         if stage > 1 and not (args.out / f"stage{stage - 1}" / "config.json").exists():
             raise InputError(f"stage {stage} starts from stage {stage - 1}, and {args.out} has none: train that first")
         partial = folder.with_name(folder.name + ".partial")
-        previous = args.out / f"stage{stage - 1}" / "tokenizer.model"
+        # A tokenizer goes with its LLM: the released one's, or the one in the folder from which the stage starts.
+        source = args.llm if stage == 1 and args.llm else partial if stage == 0 else args.out / f"stage{stage - 1}"
+        model = build(stage, recipe, args, device)
         if main_rank:
             try:
                 partial.mkdir(parents=True, exist_ok=True)
                 (partial / "recipe.json").write_text(json.dumps(record, indent=2) + "\n")
-                if previous.exists():
-                    shutil.copyfile(previous, partial / "tokenizer.model")
-                else:
+                if stage == 0:
                     write_toy_tokenizer(partial / "tokenizer.model")
             except OSError as error:
                 raise InputError(f"--out {args.out}: {error.strerror}") from None
         dist.barrier()
-        tokenizer = Tokenizer(partial / "tokenizer.model")
-        model = build(stage, args)
-        state = train_stage(stage, recipe, model, tokenizer, args, device)
-        if main_rank:
-            save_checkpoint(folder, model.config, state)
-        dist.barrier()
+        tokenizer = Tokenizer(source, model.config.llm.vocab_size)
+        train_stage(stage, recipe, model, tokenizer, args, device)
+        model.save_pretrained(folder, tokenizer.path, torch.float32 if toy else torch.bfloat16)
     if toy and main_rank and 3 in stages and args.held_out:
         folder = args.out / "stage3"
-        model = AlignVLM.from_pretrained(folder).to(device).eval()
-        scores = held_out_scores(model, Tokenizer(folder / "tokenizer.model"), args.held_out, args.seed)
+        model = AlignVLM.from_pretrained(folder, device=device).eval()
+        scores = held_out_scores(model, Tokenizer(folder, model.config.llm.vocab_size), args.held_out, args.seed)
         (folder / "held_out.json").write_text(json.dumps(scores, indent=2) + "\n")
         for group, s in scores.items():
             print(f"{group}: exact_match={s['exact_match']:.3f} cer={s['cer']:.3f} n={s['n']}")

@@ -12,9 +12,9 @@ from safetensors.torch import save_file
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
-from data import Tokenizer, ToyDocuments, pack
+from data import Tokenizer, pack
 from model import AlignVLM
-from train import RECIPES, accumulate_gradients, batch_indices, shard, start_processes
+from train import RECIPES, ToyDocuments, accumulate_gradients, batch_indices, shard, start_processes
 
 parser = argparse.ArgumentParser()
 parser.add_argument("folder", type=Path)
@@ -26,11 +26,12 @@ device = start_processes()
 model = AlignVLM.from_pretrained(args.folder).to(device)
 shard(model, device)
 recipe = replace(RECIPES["toy"][2], batch_size=8, steps=1)
-documents = ToyDocuments(2, 8, 0, Tokenizer(args.folder / "tokenizer.model"), model.config.vision)
+documents = ToyDocuments(2, 8, 0, Tokenizer(args.folder), model.config.vision)
 micro = args.micro_batch or 8 // dist.get_world_size()
 batches = [pack([documents[i] for i in indices]) for indices in batch_indices(recipe, micro)]
 accumulate_gradients(model, batches, device)
 gradients = {name: p.grad.full_tensor().contiguous() for name, p in model.named_parameters()}
 if dist.get_rank() == 0:
     save_file(gradients, args.out)
+dist.barrier()      # a rank that leaves while the other still works aborts now and then
 dist.destroy_process_group()

@@ -10,10 +10,11 @@ import pytest
 import torch
 from PIL import Image
 
-from data import (CELL, IGNORE, IMAGE, KINDS, Example, Page, Tokenizer, ToyDocuments, Turn, draw, drawn_page,
-                  edit_distance, encode_chat, eye_chart, glyph, held_out_documents, pack, plain_text, prepare,
+from data import (CELL, IGNORE, IMAGE, KINDS, Example, Page, Tokenizer, Turn, draw, drawn_page,
+                  encode_chat, eye_chart, glyph, held_out_documents, pack, plain_text, prepare,
                   split_images, write_toy_tokenizer)
 from model import LLAMA_PRESETS
+from train import ToyDocuments, edit_distance
 from vision import SIGLIP_PRESETS, tile
 
 ROOT = Path(__file__).parent.parent

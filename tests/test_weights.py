@@ -1,0 +1,577 @@
+"""Weights on disk: every format against transformers, released ones where there are, memory and time, bad folders."""
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from transformers import (LlamaForCausalLM, SiglipConfig, SiglipModel, SiglipTextConfig, SiglipVisionConfig,
+                          SiglipVisionModel)
+from transformers import LlamaConfig as TheirConfig
+
+import sample
+from conftest import close, randomise
+from data import Tokenizer, Turn, encode_chat, write_toy_tokenizer
+from model import LLAMA_PRESETS, AlignVLM, Llama, read_llama
+from released import change_tensors, edit, fetched, random_state, smollm2, truncate, write_meta
+from vision import SIGLIP_PRESETS, CheckpointError, SigLIP, SigLIPConfig, read_siglip
+
+ROOT = Path(__file__).parent.parent
+ENV = {**os.environ, "OMP_NUM_THREADS": "1"}
+ROPE = {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
+        "original_max_position_embeddings": 64}
+
+
+def run(*command, code=0):
+    done = subprocess.run([sys.executable, *map(str, command)], cwd=ROOT, env=ENV, capture_output=True, text=True)
+    assert done.returncode == code, done.stdout + done.stderr
+    return done
+
+
+def torchrun(processes, *command):
+    return run("-m", "torch.distributed.run", "--standalone", "--nproc_per_node", processes, *command)
+
+
+def names_in(folder: Path) -> list[str]:
+    return sorted(path.name for path in folder.iterdir())
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# SigLIP
+
+
+def small_siglip() -> SiglipConfig:
+    vision = dict(hidden_size=24, num_hidden_layers=2, num_attention_heads=3, intermediate_size=40, image_size=36,
+                  patch_size=7)
+    text = dict(vocab_size=11, hidden_size=24, num_hidden_layers=1, num_attention_heads=2, intermediate_size=30)
+    return SiglipConfig(text_config=SiglipTextConfig(**text).to_dict(),
+                        vision_config=SiglipVisionConfig(**vision).to_dict())
+
+
+@pytest.fixture(scope="module")
+def siglip_folder(tmp_path_factory):
+    """Both towers, as the hub has the released ones."""
+    folder = tmp_path_factory.mktemp("siglip")
+    randomise(SiglipModel(small_siglip())).save_pretrained(folder)
+    return folder
+
+
+@pytest.mark.parametrize("form", ["both towers", "vision only", "vision only, bare names", "sharded"])
+def test_siglip_folders(siglip_folder, tmp_path, form):
+    theirs = SiglipModel.from_pretrained(siglip_folder).eval().vision_model
+    folder = tmp_path / "weights"
+    if form == "both towers":
+        folder = siglip_folder
+        assert any(key.startswith("text_model.") for key in load_file(folder / "model.safetensors"))
+    elif form == "sharded":
+        SiglipModel.from_pretrained(siglip_folder).save_pretrained(folder, max_shard_size="20KB")
+        assert len(list(folder.glob("*.safetensors"))) > 3
+    else:
+        tower = SiglipVisionModel.from_pretrained(siglip_folder)
+        tower.save_pretrained(folder)
+        prefix = "" if "bare" in form else "vision_model."
+        state = load_file(folder / "model.safetensors")
+        state = {prefix + key.removeprefix("vision_model."): p for key, p in state.items()}
+        save_file(state, folder / "model.safetensors")
+    ours = SigLIP.from_pretrained(folder).eval()
+    pixels = torch.randn(2, 3, 36, 36)
+    with torch.no_grad():
+        close(ours(pixels), theirs(pixels).last_hidden_state)
+    assert SigLIP.from_pretrained(folder, torch.bfloat16).post_layernorm.weight.dtype == torch.bfloat16
+
+
+def test_siglip_configuration_of_the_hub(tmp_path):
+    """What google/siglip-so400m-patch14-384 and -base-patch16-224 write; the latter leaves all of it out."""
+    written = {"hidden_size": 1152, "image_size": 384, "intermediate_size": 4304, "model_type": "siglip_vision_model",
+               "num_attention_heads": 16, "num_hidden_layers": 27, "patch_size": 14}
+    save_file({"x": torch.zeros(1)}, tmp_path / "model.safetensors")
+    for values, config in [(written, SIGLIP_PRESETS["so400m-patch14-384"]),
+                           ({"model_type": "siglip_vision_model"}, SigLIPConfig(768, 12, 12, 3072, 224, 16))]:
+        for top in ({"model_type": "siglip", "vision_config": values}, values):
+            (tmp_path / "config.json").write_text(json.dumps(top))
+            assert read_siglip(tmp_path)[0] == config
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Llama
+
+
+def their_config(tied: bool, **changes) -> TheirConfig:
+    return TheirConfig(**{**dict(vocab_size=542, hidden_size=24, num_hidden_layers=2, num_attention_heads=4,
+                                 num_key_value_heads=2, head_dim=6, intermediate_size=40, tie_word_embeddings=tied,
+                                 rms_norm_eps=1e-5, max_position_embeddings=512,
+                                 rope_parameters={"rope_theta": 10_000.0, **ROPE}), **changes})
+
+
+def meta_params(config: TheirConfig, **changes) -> dict:
+    return {"dim": config.hidden_size, "n_layers": config.num_hidden_layers, "n_heads": config.num_attention_heads,
+            "n_kv_heads": config.num_key_value_heads, "vocab_size": config.vocab_size, "ffn_dim_multiplier": 1.0,
+            "multiple_of": 8, "norm_eps": 1e-5, "rope_theta": 10_000.0, "use_scaled_rope": True, **changes}
+
+
+@pytest.fixture(scope="module", params=[True, False], ids=["tied", "untied"])
+def llama_folders(request, tmp_path_factory):
+    """The same weights in every form, and transformers' model of them."""
+    folder, tied = tmp_path_factory.mktemp("llama"), request.param
+    # Meta's files cannot say the factor nor the original length: what they mean is 32 or 8, and 8192.
+    rope = {**ROPE, "rope_theta": 10_000.0, "factor": 32.0 if tied else 8.0, "original_max_position_embeddings": 8192}
+    config = their_config(tied, intermediate_size=64, rope_parameters=rope)
+    theirs = randomise(LlamaForCausalLM(config)).eval()
+    theirs.save_pretrained(folder / "hub")
+    theirs.save_pretrained(folder / "sharded", max_shard_size="20KB")
+    assert len(list((folder / "sharded").glob("*.safetensors"))) > 3
+    state = {key: p.clone() for key, p in theirs.state_dict().items()}
+    assert torch.equal(state["lm_head.weight"], state["model.embed_tokens.weight"]) == tied
+    for shards in (1, 2):
+        write_meta(folder / f"meta{shards}", state, meta_params(config), shards)
+    return folder, theirs
+
+
+@pytest.mark.parametrize("form", ["hub", "sharded", "meta1", "meta2"])
+def test_llama_folders(llama_folders, form):
+    folder, theirs = llama_folders
+    ours = Llama.from_pretrained(folder / form).eval()
+    assert ours.config.tie_embeddings == theirs.config.tie_word_embeddings
+    tokens = torch.randint(0, 542, (2, 40))
+    with torch.no_grad():
+        close(ours(tokens), theirs(tokens).logits)
+    reference = Llama.from_pretrained(folder / "hub")
+    assert ours.config == reference.config
+    for (name, p), q in zip(ours.state_dict().items(), reference.state_dict().values()):
+        assert torch.equal(p, q), name      # bit by bit, whatever the format
+    half = Llama.from_pretrained(folder / form, torch.bfloat16)
+    assert all(torch.equal(p, q.bfloat16()) for p, q in zip(half.parameters(), reference.parameters()))
+
+
+def test_a_sharded_matrix_is_read_by_parts(llama_folders, monkeypatch):
+    """Blocks of a few rows that fit neither heads nor shards give the same weights."""
+    folder, _ = llama_folders
+    reference = Llama.from_pretrained(folder / "hub").state_dict()
+    monkeypatch.setattr("vision.BLOCK_BYTES", 5 * 24 * 4)
+    for form in ("sharded", "meta2"):
+        state = Llama.from_pretrained(folder / form).state_dict()
+        assert all(torch.equal(p, reference[name]) for name, p in state.items())
+
+
+def released_config(**changes) -> dict:
+    return {"model_type": "llama", "hidden_act": "silu", "vocab_size": 128256, "hidden_size": 2048, "head_dim": 64,
+            "num_hidden_layers": 16, "num_attention_heads": 32, "num_key_value_heads": 8, "intermediate_size": 8192,
+            "rms_norm_eps": 1e-5, "tie_word_embeddings": True, **changes}
+
+
+def test_both_spellings_of_rope_and_metas_silence(tmp_path):
+    scaling = {**ROPE, "factor": 32.0, "original_max_position_embeddings": 8192}
+    del scaling["rope_type"]
+    save_file({"x": torch.zeros(1)}, tmp_path / "model.safetensors")
+    for rope in ({"rope_theta": 500000.0, "rope_scaling": {"rope_type": "llama3", **scaling}},
+                 {"rope_theta": 500000.0, "rope_scaling": {"type": "llama3", **scaling}},
+                 {"rope_parameters": {"rope_theta": 500000.0, "rope_type": "llama3", **scaling}}):
+        (tmp_path / "config.json").write_text(json.dumps(released_config(**rope)))
+        assert read_llama(tmp_path)[0] == LLAMA_PRESETS["llama-3.2-1b"]
+    for rope in ({}, {"rope_theta": 10000.0, "rope_scaling": None}, {"rope_parameters": {"rope_type": "default"}},
+                 {"rope_parameters": {"rope_theta": 10000.0, "rope_type": "default"}}):
+        (tmp_path / "config.json").write_text(json.dumps(released_config(**rope)))
+        config = read_llama(tmp_path)[0]
+        assert (config.rope_theta, config.rope_factor) == (10000.0, 1.0)
+    # Meta's numbers for the released models; one row of a vocabulary says whether the embeddings are tied.
+    for preset, multiplier, multiple in [("llama-3.2-1b", 1.5, 256), ("llama-3.2-3b", 1.0, 256),
+                                         ("llama-3.1-8b", 1.3, 1024)]:
+        c = LLAMA_PRESETS[preset]
+        folder = tmp_path / preset
+        folder.mkdir()
+        (folder / "params.json").write_text(json.dumps(
+            {"dim": c.hidden_size, "n_layers": c.n_layers, "n_heads": c.n_heads, "n_kv_heads": 8, "vocab_size": 128256,
+             "ffn_dim_multiplier": multiplier, "multiple_of": multiple, "norm_eps": 1e-5, "rope_theta": 500000.0,
+             "use_scaled_rope": True}))
+        E, head = torch.ones(3, 4), torch.ones(3, 4)
+        head[2, 3] += 0 if c.tie_embeddings else 1
+        torch.save({"tok_embeddings.weight": E, "output.weight": head}, folder / "consolidated.00.pth")
+        assert read_llama(folder)[0] == c
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The assembled model
+
+
+@pytest.fixture(scope="module")
+def backbones(siglip_folder, tmp_path_factory):
+    """Two folders as people have them; the LLM's vocabulary is the toy's, in Meta's format of two shards."""
+    folder = tmp_path_factory.mktemp("backbones")
+    config = their_config(True, hidden_size=36, num_attention_heads=6, num_key_value_heads=2, intermediate_size=96)
+    theirs = randomise(LlamaForCausalLM(config), seed=1)
+    write_meta(folder / "llm", theirs.state_dict(), meta_params(config), shards=2)
+    write_toy_tokenizer(folder / "llm" / "tokenizer.model")
+    return siglip_folder, folder / "llm"
+
+
+def test_from_backbones_and_back(backbones, tmp_path):
+    torch.manual_seed(0)
+    model = AlignVLM.from_backbones(*backbones)
+    assert torch.equal(model.connector.W2.weight, model.llm.head)
+    assert model.connector.W2.weight.data_ptr() != model.llm.head.data_ptr()
+    model.save_pretrained(tmp_path / "whole", backbones[1] / "tokenizer.model")
+    model.save_pretrained(tmp_path / "shards", backbones[1] / "tokenizer.model", torch.float32, shard_bytes=100_000)
+    assert names_in(tmp_path / "whole") == ["config.json", "model.safetensors", "tokenizer.model"]
+    index = json.loads((tmp_path / "shards" / "model.safetensors.index.json").read_text())
+    files = {path.name: path.stat().st_size for path in (tmp_path / "shards").glob("model-*.safetensors")}
+    assert set(index["weight_map"].values()) == set(files) and len(files) > 3
+    exact = AlignVLM.from_pretrained(tmp_path / "shards").state_dict()
+    rounded = AlignVLM.from_pretrained(tmp_path / "whole").state_dict()
+    for name, p in model.state_dict().items():
+        assert torch.equal(exact[name], p) and torch.equal(rounded[name], p.bfloat16())
+    # Saved again where it was: a shorter list of files leaves nothing of the longer one.
+    model.save_pretrained(tmp_path / "shards", backbones[1] / "tokenizer.model")
+    assert names_in(tmp_path / "shards") == ["config.json", "model.safetensors", "tokenizer.model"]
+
+
+def test_two_ranks_load_and_save_what_one_does(backbones, tmp_path):
+    """Rows that two ranks cannot share evenly, among them: 25 positions, 542 words."""
+    torchrun(2, "tests/loading.py", "vlm", *backbones, tmp_path / "two")
+    torch.manual_seed(0)
+    one, two = AlignVLM.from_backbones(*backbones).state_dict(), AlignVLM.from_pretrained(tmp_path / "two").state_dict()
+    assert one.keys() == two.keys() and any(len(p) % 2 for p in one.values())
+    assert all(torch.equal(p, two[name]) for name, p in one.items())
+
+
+def test_train_from_released_weights_and_sample_elsewhere(backbones, tmp_path):
+    vision, llm = backbones
+    options = ["--vision", vision, "--llm", llm, "--steps", 2, "--batch-size", 2, "--out", tmp_path / "run"]
+    torchrun(2, "train.py", "--stage", 1, *options)
+    assert not (tmp_path / "run" / "stage0").exists()
+    run("train.py", "--stage", 2, "--preset", "llama-3.2-1b", *options[4:])
+    state = load_file(tmp_path / "run" / "stage2" / "model.safetensors")
+    assert {p.dtype for p in state.values()} == {torch.bfloat16}
+    shutil.move(tmp_path / "run" / "stage2", tmp_path / "elsewhere")
+    run("data.py", "--draw", 1, tmp_path)
+    done = run("sample.py", "--checkpoint", tmp_path / "elsewhere", "--image", tmp_path / "0000-invoice.png",
+               "--max-new-tokens", 3, "--device", "cpu")
+    assert str(tmp_path / "elsewhere") in done.stderr
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Released weights: SmolLM2-135M-Instruct
+
+
+PROMPTS = ["What is the capital of France?", "Write a haiku about the sea.", "2 + 2 =",
+           "Translate to French: good morning",
+           "List three prime numbers.", "def fibonacci(n):", "Who wrote Hamlet?", "Explain photosynthesis to a child.",
+           "The quick brown fox", "Name the planets of the solar system in order."]
+
+
+@pytest.fixture(scope="module")
+def released():
+    folder = fetched(smollm2)
+    ours = Llama.from_pretrained(folder, torch.float32).eval()
+    theirs = LlamaForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+    tokenizer = Tokenizer(folder, ours.config.vocab_size)
+    return folder, ours, theirs, tokenizer
+
+
+def chat_ids(tokenizer, prompt):
+    return encode_chat([Turn("user", [prompt])], tokenizer, [])[0]
+
+
+def test_smollm2_logits_equal_transformers(released):
+    _, ours, theirs, tokenizer = released
+    for prompt in PROMPTS:
+        tokens = chat_ids(tokenizer, prompt)[None]
+        with torch.no_grad():
+            close(ours(tokens), theirs(tokens).logits, 1e-4, scale=1.0)
+
+
+def test_smollm2_greedy_tokens_equal_transformers_and_uncached_ones(released):
+    _, ours, theirs, tokenizer = released
+    prompts = [chat_ids(tokenizer, prompt) for prompt in PROMPTS]
+    x = ours.embed_tokens(torch.nn.utils.rnn.pad_sequence(prompts, batch_first=True))
+    new = torch.tensor(list(ours.generate(x, [len(p) for p in prompts], set(), 64))).T         # (10, 64), cached
+    with torch.no_grad():
+        for tokens, answer in zip(prompts, new):
+            # A greedy token is the best one after those before it: so, all at once, is each of theirs and, without a
+            # cache, each of ours.
+            row = torch.cat([tokens, answer])[None]
+            for model in (ours(row), theirs(row).logits):
+                assert model[0, len(tokens) - 1:-1].argmax(-1).tolist() == answer.tolist()
+        # And once through their own loop.
+        one = theirs.generate(prompts[0][None], attention_mask=torch.ones_like(prompts[0][None]), do_sample=False,
+                              max_new_tokens=64, min_new_tokens=64, eos_token_id=None, pad_token_id=2)
+    assert one[0, len(prompts[0]):].tolist() == new[0].tolist()
+
+
+def test_sample_talks_to_the_bare_llm(released):
+    folder = released[0]
+    done = run("sample.py", "--llm", folder, "--prompt", "What is the capital of France?", "--device", "cpu")
+    assert "Paris" in done.stdout and len(done.stdout.splitlines()) == 1
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Folders that cannot be used: one line that names the file and the key, status 2, nothing half-written
+
+
+class Evil:
+    """What a pickle may hold: a call."""
+
+    def __reduce__(self):
+        return os.system, ("touch executed",)
+
+
+def one_shard_of(folder: Path) -> Path:
+    return sorted(folder.glob("model-*.safetensors"))[2]
+
+
+def drop_from_index(folder: Path) -> None:
+    index = folder / "model.safetensors.index.json"
+    places = json.loads(index.read_text())["weight_map"]
+    edit(index, weight_map={key: file for key, file in places.items() if file != one_shard_of(folder).name})
+
+
+# form of the folder -> what is done to it -> the file that the message names, and the key
+BAD_LLAMAS = {
+    "no config": ("hub", lambda f: (f / "config.json").unlink(), "", "config.json"),
+    "config is no JSON": ("hub", lambda f: truncate(f / "config.json"), "config.json", "not JSON"),
+    "no weights": ("hub", lambda f: (f / "model.safetensors").unlink(), "model.safetensors", "no such file"),
+    "truncated": ("hub", lambda f: truncate(f / "model.safetensors"), "model.safetensors", "not a complete"),
+    "empty": ("hub", lambda f: (f / "model.safetensors").write_bytes(b""), "model.safetensors", "not a complete"),
+    "shard missing": ("sharded", lambda f: one_shard_of(f).unlink(), "model-00003-of-", "no such file"),
+    "shard truncated": ("sharded", lambda f: truncate(one_shard_of(f)), "model-00003-of-", "not a complete"),
+    "shard not in the index": ("sharded", drop_from_index, "model.safetensors.index.json", "model."),
+    "index elsewhere": ("sharded", lambda f: edit(f / "model.safetensors.index.json", weight_map={"x": "../x"}),
+                        "model.safetensors.index.json", "'../x'"),
+    "index without map": ("sharded", lambda f: edit(f / "model.safetensors.index.json", weight_map=None),
+                          "model.safetensors.index.json", "weight_map"),
+    "missing": ("hub", lambda f: change_tensors(f / "model.safetensors", model__norm__weight=None),
+                "model.safetensors", "model.norm.weight"),
+    "unexpected": ("hub", lambda f: change_tensors(f / "model.safetensors", model__extra=torch.zeros(1)),
+                   "model.safetensors", "model.extra"),
+    "mis-shaped": ("hub", lambda f: change_tensors(f / "model.safetensors", model__norm__weight=torch.zeros(7)),
+                   "model.safetensors", "model.norm.weight has shape [7]"),
+    "integers": ("hub", lambda f: change_tensors(f / "model.safetensors", model__norm__weight=torch.arange(24)),
+                 "model.safetensors", "model.norm.weight"),
+    "meta missing": ("meta1", lambda f: change_tensors(f / "consolidated.00.pth", norm__weight=None),
+                     "consolidated.00.pth", "norm.weight"),
+    "meta unexpected": ("meta1", lambda f: change_tensors(f / "consolidated.00.pth", extra=torch.zeros(1)),
+                        "consolidated.00.pth", "extra"),
+    "meta mis-shaped": ("meta1", lambda f: change_tensors(f / "consolidated.00.pth", norm__weight=torch.zeros(7)),
+                        "consolidated.00.pth", "norm.weight has shape [7]"),
+    "meta shards differ": ("meta2", lambda f: change_tensors(f / "consolidated.01.pth", tok_embeddings__weight=None),
+                           "consolidated.01.pth", "tok_embeddings.weight"),
+    "meta shard missing": ("meta2", lambda f: (f / "consolidated.00.pth").unlink(), "consolidated.00.pth",
+                           "no such file"),
+    "meta last shard missing": ("meta2", lambda f: (f / "consolidated.01.pth").unlink(), "consolidated.00.pth",
+                                "has shape"),
+    "meta truncated": ("meta1", lambda f: truncate(f / "consolidated.00.pth"), "consolidated.00.pth", "not a complete"),
+    "meta no weights": ("meta1", lambda f: (f / "consolidated.00.pth").unlink(), "consolidated.00.pth", "no such file"),
+    "meta params": ("meta1", lambda f: edit(f / "params.json", dim="24"), "params.json", "dim is '24'"),
+    "meta without layers": ("meta1", lambda f: edit(f / "params.json", n_layers=None), "params.json",
+                            "n_layers is missing"),
+    "evil pickle": ("meta1", lambda f: torch.save({"norm.weight": Evil()}, f / "consolidated.00.pth"),
+                    "consolidated.00.pth", "only tensors"),
+    "pickle of a number": ("meta1", lambda f: torch.save({"norm.weight": 3}, f / "consolidated.00.pth"),
+                           "consolidated.00.pth", "norm.weight is not a tensor"),
+    "pickle of a list": ("meta1", lambda f: torch.save([torch.zeros(2)], f / "consolidated.00.pth"),
+                         "consolidated.00.pth", "holds a list"),
+}
+BAD_SETTINGS = {
+    "attention_bias": True, "mlp_bias": True, "hidden_act": "gelu", "sliding_window": 4096, "model_type": "mistral",
+    "rope_parameters.rope_type": "yarn", "rope_scaling.rope_type": "linear", "rope_scaling.type": "dynamic",
+    "partial_rotary_factor": 0.5, "quantization_config": {"bits": 4}, "num_key_value_heads": 3, "hidden_size": -1,
+    "vocab_size": None, "num_hidden_layers": 2.5, "head_dim": 7, "rope_parameters": 3, "rope_parameters.factor": None}
+for key, value in BAD_SETTINGS.items():
+    def change(f, key=key, value=value):
+        section, _, name = key.rpartition(".")
+        if section:
+            rope = {**ROPE, name: value}
+            rope = {"type": value} if name == "type" else {k: v for k, v in rope.items() if v is not None}
+            edit(f / "config.json", **{"rope_parameters": None, section: rope})
+        else:
+            edit(f / "config.json", **{key: value})
+    BAD_LLAMAS[f"{key} {value}"] = ("hub", change, "config.json", key)
+
+
+def refused(monkeypatch, capsys, module, *options) -> str:
+    """Run a command in this process; its complaint, after the checks that all of them share."""
+    monkeypatch.setattr(sys, "argv", [f"{module.__name__}.py", *map(str, options)])
+    with pytest.raises(SystemExit) as stopped:
+        module.main()
+    assert stopped.value.code == 2
+    printed = capsys.readouterr()
+    [line] = printed.err.splitlines()
+    assert printed.out == ""
+    return line
+
+
+@pytest.mark.parametrize("case", BAD_LLAMAS)
+def test_bad_llama_folders(llama_folders, tmp_path, monkeypatch, capsys, case):
+    form, spoil, file, key = BAD_LLAMAS[case]
+    folder = tmp_path / "folder"
+    shutil.copytree(llama_folders[0] / form, folder)
+    spoil(folder)
+    monkeypatch.chdir(tmp_path)
+    line = refused(monkeypatch, capsys, sample, "--llm", folder, "--prompt", "x", "--device", "cpu")
+    assert line.startswith(f"sample.py: {folder / file}") and key in line
+    assert not (tmp_path / "executed").exists()
+
+
+def test_bad_tokenizers_and_prompts(backbones, tmp_path, monkeypatch, capsys):
+    folder = tmp_path / "folder"
+    shutil.copytree(backbones[1], folder)
+    options = ["--llm", folder, "--prompt", "x", "--device", "cpu"]
+    lines = (folder / "tokenizer.model").read_bytes().splitlines(keepends=True)
+    (folder / "tokenizer.model").write_bytes(b"".join(lines[:-1]))
+    line = refused(monkeypatch, capsys, sample, *options)
+    assert str(folder / "tokenizer.model") in line and "541" in line and "542" in line and "vocab_size" in line
+    (folder / "tokenizer.model").unlink()
+    assert str(folder / "tokenizer.model") in refused(monkeypatch, capsys, sample, *options)
+    (folder / "tokenizer.model").write_bytes(b"".join(lines))
+    done = run("sample.py", *options[:2], "--prompt", b"caf\xe9".decode("utf-8", "surrogateescape"), code=2)
+    assert len(done.stderr.splitlines()) <= 2 and "lone surrogate" in done.stderr
+
+
+BAD_SIGLIPS = {
+    "truncated": (lambda f: truncate(f / "model.safetensors"), "model.safetensors", "not a complete"),
+    "missing": (lambda f: change_tensors(f / "model.safetensors", vision_model__post_layernorm__bias=None),
+                "model.safetensors", "vision_model.post_layernorm.bias"),
+    "unexpected": (lambda f: change_tensors(f / "model.safetensors", vision_model__x=torch.zeros(1)),
+                   "model.safetensors", "vision_model.x"),
+    "mis-shaped": (lambda f: change_tensors(f / "model.safetensors", vision_model__post_layernorm__bias=torch.zeros(5)),
+                   "model.safetensors", "vision_model.post_layernorm.bias"),
+    "model_type": (lambda f: edit(f / "config.json", model_type="clip"), "config.json", "model_type"),
+    "hidden_act": (lambda f: edit(f / "config.json", vision_config={"hidden_act": "quick_gelu"}), "config.json",
+                   "vision_config.hidden_act"),
+    "heads": (lambda f: edit(f / "config.json", vision_config={"num_attention_heads": 7}), "config.json",
+              "vision_config.num_attention_heads"),
+    "a Llama": (lambda f: (f / "config.json").write_text(json.dumps(released_config())), "config.json", "model_type"),
+}
+
+
+@pytest.mark.parametrize("case", BAD_SIGLIPS)
+def test_bad_siglip_folders(siglip_folder, tmp_path, case):
+    spoil, file, key = BAD_SIGLIPS[case]
+    folder = tmp_path / "folder"
+    shutil.copytree(siglip_folder, folder)
+    spoil(folder)
+    with pytest.raises(CheckpointError) as error:
+        SigLIP.from_pretrained(folder)
+    line = str(error.value)
+    assert line.startswith(str(folder / file)) and key in line and len(line.splitlines()) == 1
+
+
+def test_bad_saved_models(backbones, tmp_path):
+    model = AlignVLM.from_backbones(*backbones)
+    model.save_pretrained(tmp_path / "good", backbones[1] / "tokenizer.model")
+    good = json.loads((tmp_path / "good" / "config.json").read_text())
+    for section, key, value in [("vision", "n_layers", 3), ("llm", "n_layers", -1), ("llm", "vocab_size", 541),
+                                ("llm", "rope_theta", "x"), ("llm", "tie_embeddings", 3), ("llm", "typo", 1),
+                                ("vision", "feature_layer", 7), ("vision", "image_mean", None)]:
+        config = {**good, section: {**good[section], key: value}}
+        (tmp_path / "good" / "config.json").write_text(json.dumps(config))
+        with pytest.raises(CheckpointError) as error:
+            AlignVLM.from_pretrained(tmp_path / "good")
+        line = str(error.value)
+        assert str(tmp_path / "good") in line and len(line.splitlines()) == 1
+        assert (f"{section}.{key}" if "config.json" in line else "model.safetensors: ") in line
+
+
+def test_training_on_a_bad_folder_writes_nothing(backbones, siglip_folder, tmp_path):
+    shutil.copytree(siglip_folder, tmp_path / "vision")
+    truncate(tmp_path / "vision" / "model.safetensors")
+    done = run("train.py", "--stage", 1, "--vision", tmp_path / "vision", "--llm", backbones[1], "--steps", 1,
+               "--out", tmp_path / "out", code=2)
+    assert len(done.stderr.splitlines()) == 1 and str(tmp_path / "vision" / "model.safetensors") in done.stderr
+    assert not (tmp_path / "out").exists()
+    done = run("train.py", "--stage", 1, "--vision", siglip_folder, "--llm", backbones[1], "--out", tmp_path / "out",
+               code=2)
+    assert len(done.stderr.splitlines()) == 1 and "--steps" in done.stderr and not (tmp_path / "out").exists()
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Random weights at the released shapes
+
+
+@pytest.fixture(scope="module")
+def llama_1b(tmp_path_factory):
+    """Llama-3.2-1B's shape in bf16, in shards of the hub and in Meta's format; 5.5 GB of disk."""
+    folder = tmp_path_factory.mktemp("llama-3.2-1b")
+    config = TheirConfig(**released_config(rope_parameters={**ROPE, "factor": 32.0, "rope_theta": 500000.0,
+                                                            "original_max_position_embeddings": 8192},
+                                           max_position_embeddings=131_072))
+    config.architectures = ["LlamaForCausalLM"]
+    with torch.device("meta"):
+        shapes = {name: p.shape for name, p in LlamaForCausalLM(config).named_parameters()}     # a tied head is none
+    state = random_state(shapes)
+    hub = folder / "hub"
+    hub.mkdir()
+    config.save_pretrained(hub)
+    names = list(state)
+    parts = {f"model-{i + 1:05}-of-00003.safetensors": names[i * 60:(i + 1) * 60] for i in range(3)}
+    for file, keys in parts.items():
+        save_file({key: state[key] for key in keys}, hub / file, metadata={"format": "pt"})
+    (hub / "model.safetensors.index.json").write_text(json.dumps(
+        {"metadata": {}, "weight_map": {key: file for file, keys in parts.items() for key in keys}}))
+    params = meta_params(config, ffn_dim_multiplier=1.5, multiple_of=256, rope_theta=500000.0)
+    # Meta's files repeat the tied embeddings, as other bytes.
+    write_meta(folder / "meta", {**state, "lm_head.weight": state["model.embed_tokens.weight"].clone()}, params)
+    yield folder
+    shutil.rmtree(folder)
+
+
+def test_1b_in_every_format_equals_transformers(llama_1b):
+    hub = Llama.from_pretrained(llama_1b / "hub").eval()
+    meta = Llama.from_pretrained(llama_1b / "meta").eval()
+    assert hub.config == meta.config == LLAMA_PRESETS["llama-3.2-1b"]
+    tokens = torch.randint(0, 128_256, (1, 12), generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        assert all(torch.equal(p, q) for p, q in zip(hub.parameters(), meta.parameters()))
+        assert torch.equal(hub(tokens), meta(tokens))
+        del meta
+        ours = hub.float()(tokens)          # what was bf16 is as exact in fp32
+        del hub
+        theirs = LlamaForCausalLM.from_pretrained(llama_1b / "hub", dtype=torch.float32).eval()
+        close(ours, theirs(tokens).logits, 1e-4)
+
+
+def test_1b_loads_lean(llama_1b):
+    """Peak memory above a process that imports torch: 1.15 times the weights at most, 0.65 times on each of 2 ranks."""
+    nothing = json.loads(run("tests/loading.py", "import").stdout)["peak"]
+    for form in ("hub", "meta"):
+        whole = json.loads(run("tests/loading.py", "load", llama_1b / form).stdout)
+        assert whole["bytes"] == 2 * 1_235_814_400
+        share = (whole["peak"] - nothing) / whole["bytes"]
+        print(f"{form}: {share:.3f} times the weights")
+        assert 1 < share <= 1.15
+    torchrun(2, "tests/loading.py", "ranks", llama_1b / "hub", llama_1b)
+    ranks = [json.loads((llama_1b / str(rank)).read_text()) for rank in range(2)]
+    assert sum(rank["bytes"] for rank in ranks) == whole["bytes"]
+    for rank in ranks:
+        share = (rank["peak"] - nothing) / whole["bytes"]
+        print(f"one of two ranks: {share:.3f} times the weights")
+        assert 0.5 < share <= 0.65
+
+
+def test_1b_loads_as_fast_as_a_copy(llama_1b):
+    seconds = json.loads(run("tests/loading.py", "time", llama_1b / "hub").stdout)
+    print(seconds)
+    assert seconds["ours"] <= 1.5 * seconds["load_file and clone"]
+
+
+def test_so400m_equals_transformers(tmp_path):
+    config = SiglipVisionConfig(hidden_size=1152, image_size=384, intermediate_size=4304, num_attention_heads=16,
+                                num_hidden_layers=27, patch_size=14)
+    with torch.device("meta"):
+        shapes = {name: p.shape for name, p in SiglipVisionModel(config).named_parameters()}
+    prefix = "" if any(name.startswith("vision_model.") for name in shapes) else "vision_model."
+    state = {prefix + name: p for name, p in random_state(shapes).items()}
+    config.save_pretrained(tmp_path)
+    # As the released file: the text tower's tensors are there too, and are not looked at.
+    others = {"text_model.embeddings.token_embedding.weight": torch.zeros(3, 4), "logit_scale": torch.zeros(1)}
+    save_file({**state, **others}, tmp_path / "model.safetensors", metadata={"format": "pt"})
+    ours = SigLIP.from_pretrained(tmp_path, torch.float32).eval()
+    assert ours.config == SIGLIP_PRESETS["so400m-patch14-384"]
+    theirs = SiglipVisionModel.from_pretrained(tmp_path, dtype=torch.float32).eval()
+    pixels = torch.rand(1, 3, 384, 384, generator=torch.Generator().manual_seed(0)) * 2 - 1
+    with torch.no_grad():
+        close(ours(pixels), theirs(pixels).last_hidden_state, 1e-4)
+    assert theirs.training is False and len(list(theirs.parameters())) == len(state)
