@@ -59,8 +59,8 @@ LLAMA_PRESETS = {
     "llama-3.2-3b": LlamaConfig(hidden_size=3072, n_layers=28, n_heads=24, head_dim=128),
     "llama-3.1-8b": LlamaConfig(hidden_size=4096, n_layers=32, head_dim=128, intermediate_size=14_336,
                                 rope_factor=8.0, tie_embeddings=False),
-    "toy": LlamaConfig(vocab_size=542, hidden_size=128, n_layers=4, n_heads=4, n_kv_heads=2, head_dim=32,
-                       intermediate_size=384, rope_theta=10_000.0, rope_factor=1.0),
+    "toy": LlamaConfig(vocab_size=542, hidden_size=128, n_layers=5, n_heads=4, n_kv_heads=2, head_dim=32,
+                       intermediate_size=256, rope_theta=10_000.0, rope_factor=1.0),
 }
 
 
@@ -134,7 +134,7 @@ class Attention(nn.Module):
         if cache is not None:
             past_k, past_v = cache.write(self.layer, positions, k, v)
             if L == 1:      # decoding: every row sees its own past; a prefill starts at 0 and is causal among itself
-                seen = torch.arange(past_k.shape[2], device=x.device) <= positions[:, :, None, None]   # (B, 1, 1, L_max)
+                seen = torch.arange(past_k.shape[2], device=x.device) <= positions[:, :, None, None]  # (B, 1, 1, L_max)
                 return self.output(attend(q, past_k, past_v, attn_mask=seen))
         if lengths is None:
             return self.output(attend(q, k, v, is_causal=True))

@@ -59,10 +59,10 @@ ALL, LATE = ("vision", "connector", "llm"), ("connector", "llm")    # stage 3 fr
 # toy's E_text becomes one long vector, in which the connector's mean drowns. 1e-5 holds them back.
 TOY = dict(batch_size=16, warmup=0.03, final_lr=0.1, eps=1e-5)
 RECIPES = {
-    "toy": {0: Recipe(("llm",), lr=1.5e-3, steps=1600, **TOY),
+    "toy": {0: Recipe(("llm",), lr=1.5e-3, steps=1800, **TOY),
             1: Recipe(ALL, lr=1e-3, steps=250, lr_scale={"llm": 0.5}, **TOY),
-            2: Recipe(ALL, lr=1e-3, steps=700, **TOY),
-            3: Recipe(LATE, lr=5e-4, steps=450, **TOY)},
+            2: Recipe(ALL, lr=1e-3, steps=500, **TOY),
+            3: Recipe(LATE, lr=5e-4, steps=380, **TOY)},
     "llama-3.2-1b": {1: Recipe(ALL), 2: Recipe(ALL, lr=5e-5, max_length=2048),
                      3: Recipe(LATE, lr=5e-5, max_length=2048, epochs=5)},
     "llama-3.2-3b": {1: Recipe(ALL), 2: Recipe(ALL, batch_size=256, lr=5e-5, max_length=2048),
@@ -88,7 +88,7 @@ def text_lesson(rng: random.Random, progress: float) -> tuple[Page, list[tuple[s
     if kind < 0.3:
         page = sticker(rng)
         return page, [("", page.text)]
-    page = drawn_page(rng, rng.choice(KINDS), progress > 0.25 and rng.random() < 0.25, "train")
+    page = drawn_page(rng, rng.choice(KINDS), progress > 0.25 and rng.random() < 0.35, "train")
     return page, questions(rng, page) if rng.random() < 0.5 else [(READ, page.text)]
 
 
@@ -100,13 +100,13 @@ def caption_lesson(rng: random.Random, progress: float) -> tuple[Page, list[tupl
 
 def document_lesson(rng: random.Random, progress: float) -> tuple[Page, list[tuple[str, str]]]:
     """Stage 2: to read whole pages; those of several tiles come in over the first fifth."""
-    page = drawn_page(rng, rng.choice(KINDS), rng.random() < 0.35 * min(1, 5 * progress), "train")
+    page = drawn_page(rng, rng.choice(KINDS), rng.random() < 0.5 * min(1, 5 * progress), "train")
     return page, [(READ, page.text)]
 
 
 def instruction_lesson(rng: random.Random, progress: float) -> tuple[Page, list[tuple[str, str]]]:
     """Stage 3: to answer, and not to forget reading."""
-    page = drawn_page(rng, rng.choice(KINDS), rng.random() < 0.35, "train")
+    page = drawn_page(rng, rng.choice(KINDS), rng.random() < 0.4, "train")
     return page, questions(rng, page) if rng.random() < 0.75 else [(READ, page.text)]
 
 

@@ -62,7 +62,7 @@ SIGLIP_PRESETS = {
     "so400m-patch14-384": SigLIPConfig(),
     # Mean 1: paper becomes 0 and only ink is a signal. With the usual 0.5 a small encoder trained from scratch
     # spends its first tens of thousands of pages on the white background.
-    "toy": SigLIPConfig(hidden_size=128, n_layers=2, n_heads=4, intermediate_size=512, image_size=112, image_mean=1.0),
+    "toy": SigLIPConfig(hidden_size=128, n_layers=2, n_heads=4, intermediate_size=256, image_size=112, image_mean=1.0),
 }
 
 
@@ -406,7 +406,8 @@ def read_image(file) -> Image.Image:
         raise ImageError(f"{name}: no such file") from None
     except Image.DecompressionBombError:
         raise ImageError(f"{name}: more than {MAX_PIXELS:,} pixels; scale it down first") from None
-    except (OSError, ValueError, SyntaxError, EOFError, LookupError, RuntimeError, ArithmeticError, struct_error) as error:
+    except (OSError, ValueError, SyntaxError, EOFError, LookupError, RuntimeError, ArithmeticError,
+            struct_error) as error:
         raise ImageError(f"{name}: not a readable image ({error})") from None
 
 
