@@ -79,13 +79,13 @@ RECIPES = {
 def text_lesson(rng: random.Random, progress: float) -> tuple[Page, list[tuple[str, str]]]:
     """Stage 0, plain text: to copy (dense pages, and charts all along), then to read and to look things up."""
     kind = rng.random()
-    if kind < 0.2:
+    if kind < 0.3:
         page = eye_chart(rng)
         return page, [("", page.text)]
     if rng.random() > 4 * progress - 0.5:               # all dense for an eighth of the stage, none after three eighths
         page = dense_text(rng)
         return page, [("", page.text)]
-    if kind < 0.3:
+    if kind < 0.4:
         page = sticker(rng)
         return page, [("", page.text)]
     page = drawn_page(rng, rng.choice(KINDS), progress > 0.25 and rng.random() < 0.35, "train")
@@ -137,7 +137,7 @@ class ToyDocuments(Dataset):
             parts = [first] if i == 0 else []
             turns += [Turn("user", parts + [prompt] if prompt else parts), Turn("assistant", [gold])]
         sample = prepare(Example(images, turns, f"toy/{self.stage}/{index}"), self.tokenizer, self.config)
-        if self.stage == 0 and page.kind == "chart" and rng.random() < 0.5:
+        if self.stage == 0 and page.kind == "chart" and rng.random() < 0.8:
             self.smudge(rng, sample)
         return sample
 
@@ -146,13 +146,14 @@ class ToyDocuments(Dataset):
 
         An LLM that has only met legible charts finds its place by what stands there. In stage 1 nothing legible does,
         at first: it looks nowhere, and the encoder learns nothing. A smudged chart can only be read by counting places.
+        Special tokens smudge as well: an untrained connector's mean over the vocabulary is mostly made of them.
         """
         cells = sample.tokens.tolist().index(self.tokenizer.special["<|end_header_id|>"]) + 2   # after "\n\n"
         answers = (sample.labels != IGNORE).nonzero()[0].item()
         share = rng.uniform(0.2, 1.0)
         for i in range(self.config.n_patches):
             if rng.random() < share:
-                sample.tokens[cells + i] = rng.randrange(min(self.tokenizer.special.values()))
+                sample.tokens[cells + i] = rng.randrange(len(self.tokenizer))
                 sample.labels[answers + i] = IGNORE
 
     def as_text(self, rng: random.Random, page: Page, progress: float) -> str:
@@ -410,7 +411,9 @@ def main() -> None:
         # A tokenizer goes with its LLM: the released one's, or the one in the folder from which the stage starts.
         source = args.llm if stage == 1 and args.llm else partial if stage == 0 else args.out / f"stage{stage - 1}"
         model = build(stage, recipe, args, device)
-        if main_rank:
+        if stage > 0:
+            tokenizer = Tokenizer(source, model.config.llm.vocab_size)
+        if main_rank:       # nothing is written before everything is read
             try:
                 partial.mkdir(parents=True, exist_ok=True)
                 (partial / "recipe.json").write_text(json.dumps(record, indent=2) + "\n")
@@ -419,7 +422,8 @@ def main() -> None:
             except OSError as error:
                 raise InputError(f"--out {args.out}: {error.strerror}") from None
         dist.barrier()
-        tokenizer = Tokenizer(source, model.config.llm.vocab_size)
+        if stage == 0:
+            tokenizer = Tokenizer(source, model.config.llm.vocab_size)
         train_stage(stage, recipe, model, tokenizer, args, device)
         model.save_pretrained(folder, tokenizer.path, torch.float32 if toy else torch.bfloat16)
     if toy and main_rank and 3 in stages and args.held_out:

@@ -1,9 +1,13 @@
 """train.py and sample.py end to end on small runs, as their users start them."""
+import contextlib
+import io
 import json
 import os
 import shutil
 import subprocess
 import sys
+import types
+import unittest.mock
 from pathlib import Path
 
 import pytest
@@ -11,6 +15,7 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file
 
+import sample as sample_py
 from model import LLAMA_PRESETS
 from train import RECIPES, learning_rate
 
@@ -172,7 +177,16 @@ def test_two_processes_learn_what_one_does(trained, tmp_path):
 
 
 def sample(*options, code=0):
-    return run("sample.py", "--device", "cpu", *options, code=code)
+    """sample.py in this process: starting Python and torch for each file would take most of the suite's time."""
+    out, err = io.StringIO(), io.StringIO()
+    with (contextlib.redirect_stdout(out), contextlib.redirect_stderr(err),
+          unittest.mock.patch.object(sys, "argv", ["sample.py", "--device", "cpu", *map(str, options)])):
+        try:
+            status = sample_py.main() or 0
+        except SystemExit as exit:
+            status = exit.code
+    assert status == code, err.getvalue()
+    return types.SimpleNamespace(stdout=out.getvalue(), stderr=err.getvalue())
 
 
 @pytest.mark.parametrize("mode", ["RGB", "RGBA", "L", "LA", "P", "1", "I;16", "CMYK", "one pixel", "long", "rotated"])

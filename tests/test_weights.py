@@ -491,6 +491,14 @@ def test_training_on_a_bad_folder_writes_nothing(backbones, siglip_folder, tmp_p
 # Random weights at the released shapes
 
 
+@pytest.fixture
+def all_threads():
+    """For the released shapes; conftest.py has one thread for the others."""
+    torch.set_num_threads(os.cpu_count())
+    yield
+    torch.set_num_threads(1)
+
+
 @pytest.fixture(scope="module")
 def llama_1b(tmp_path_factory):
     """Llama-3.2-1B's shape in bf16, in shards of the hub and in Meta's format; 5.5 GB of disk."""
@@ -518,7 +526,7 @@ def llama_1b(tmp_path_factory):
     shutil.rmtree(folder)
 
 
-def test_1b_in_every_format_equals_transformers(llama_1b):
+def test_1b_in_every_format_equals_transformers(llama_1b, all_threads):
     hub = Llama.from_pretrained(llama_1b / "hub").eval()
     meta = Llama.from_pretrained(llama_1b / "meta").eval()
     assert hub.config == meta.config == LLAMA_PRESETS["llama-3.2-1b"]
@@ -557,7 +565,7 @@ def test_1b_loads_as_fast_as_a_copy(llama_1b):
     assert seconds["ours"] <= 1.5 * seconds["load_file and clone"]
 
 
-def test_so400m_equals_transformers(tmp_path):
+def test_so400m_equals_transformers(tmp_path, all_threads):
     config = SiglipVisionConfig(hidden_size=1152, image_size=384, intermediate_size=4304, num_attention_heads=16,
                                 num_hidden_layers=27, patch_size=14)
     with torch.device("meta"):
