@@ -216,7 +216,7 @@ class Llama(nn.Module):
     @torch.inference_mode()
     def generate(self, x: Tensor, lengths: list[int], stop: set[int], max_new_tokens: int = 256,
                  temperature: float = 0.0, top_p: float = 1.0, seed: int = 0) -> Iterator[list[int | None]]:
-        """Continue B prompts together, each as if it were alone: embeddings x (B, L, D), padded on the right to L.
+        """Continue B prompts together, greedily each as if alone: embeddings x (B, L, D), padded on the right to L.
 
         Yields once a step the B new token ids, None for a row that has met a token of `stop` (which is not yielded).
         temperature 0 is greedy; otherwise sampling from the smallest set of words that holds top_p of the probability.
@@ -550,9 +550,12 @@ class AlignVLM(nn.Module):
             (partial / "config.json").write_text(config + "\n")
             for file in file_names:         # save_file lets nobody but its owner read them
                 shutil.copymode(partial / "config.json", partial / file)
+            old = folder.with_name(folder.name + ".old")
+            shutil.rmtree(old, ignore_errors=True)
             if folder.exists():
-                shutil.rmtree(folder)
+                os.rename(folder, old)      # a kill at any moment leaves one complete folder, here or in .old
             os.rename(partial, folder)
+            shutil.rmtree(old, ignore_errors=True)
         if dist.is_initialized():
             dist.barrier()
 

@@ -148,7 +148,7 @@ class SigLIP(nn.Module):
                         shard: Callable[[nn.Module], None] | None = None) -> "SigLIP":
         """The vision tower of a folder in hub format (see read_siglip); dtype None keeps the stored one.
 
-        shard: see load.         Raises CheckpointError, one line that names the file and the key.
+        shard: see load. Raises CheckpointError, one line that names the file and the key.
         """
         config, weights = read_siglip(Path(folder))
         return load(lambda: cls(config), {"": weights}, dtype, device, shard)

@@ -1,11 +1,26 @@
 """What the tests share: the repository root on sys.path, random weights, and the measure of "equal"."""
+import os
+import subprocess
 import sys
 from pathlib import Path
 
 import torch
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+ROOT = Path(__file__).resolve().parent.parent
+ENV = {**os.environ, "OMP_NUM_THREADS": "1"}        # of the processes that tests start
+sys.path.insert(0, str(ROOT))
 torch.set_num_threads(1)    # the tensors are tiny: on a busy machine threads that wait for each other cost 10 times more
+
+
+def run(*command, code=0):
+    """One of the repository's commands as its users start it, and the exit status that it must have."""
+    done = subprocess.run([sys.executable, *map(str, command)], cwd=ROOT, env=ENV, capture_output=True, text=True)
+    assert done.returncode == code, done.stdout + done.stderr
+    return done
+
+
+def torchrun(processes, *command):
+    return run("-m", "torch.distributed.run", "--standalone", "--nproc_per_node", processes, *command)
 
 
 @torch.no_grad()

@@ -2,13 +2,11 @@
 import contextlib
 import io
 import json
-import os
 import shutil
 import subprocess
 import sys
 import types
 import unittest.mock
-from pathlib import Path
 
 import pytest
 import torch
@@ -16,21 +14,10 @@ from PIL import Image
 from safetensors.torch import load_file
 
 import sample as sample_py
+from conftest import ENV, ROOT, run, torchrun
 from model import LLAMA_PRESETS
 from train import RECIPES, learning_rate
 
-ROOT = Path(__file__).parent.parent
-ENV = {**os.environ, "OMP_NUM_THREADS": "1"}
-
-
-def run(*command, code=0):
-    done = subprocess.run([sys.executable, *map(str, command)], cwd=ROOT, env=ENV, capture_output=True, text=True)
-    assert done.returncode == code, done.stdout + done.stderr
-    return done
-
-
-def torchrun(processes, *command):
-    return run("-m", "torch.distributed.run", "--standalone", "--nproc_per_node", processes, *command)
 
 
 def log(folder):

@@ -2,7 +2,6 @@
 import json
 import os
 import shutil
-import subprocess
 import sys
 from pathlib import Path
 
@@ -14,26 +13,14 @@ from transformers import (LlamaForCausalLM, SiglipConfig, SiglipModel, SiglipTex
 from transformers import LlamaConfig as TheirConfig
 
 import sample
-from conftest import close, randomise
+from conftest import close, randomise, run, torchrun
 from data import Tokenizer, Turn, encode_chat, write_toy_tokenizer
 from model import LLAMA_PRESETS, AlignVLM, Llama, read_llama
 from released import change_tensors, edit, fetched, random_state, smollm2, truncate, write_meta
 from vision import SIGLIP_PRESETS, CheckpointError, SigLIP, SigLIPConfig, read_siglip
 
-ROOT = Path(__file__).parent.parent
-ENV = {**os.environ, "OMP_NUM_THREADS": "1"}
 ROPE = {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
         "original_max_position_embeddings": 64}
-
-
-def run(*command, code=0):
-    done = subprocess.run([sys.executable, *map(str, command)], cwd=ROOT, env=ENV, capture_output=True, text=True)
-    assert done.returncode == code, done.stdout + done.stderr
-    return done
-
-
-def torchrun(processes, *command):
-    return run("-m", "torch.distributed.run", "--standalone", "--nproc_per_node", processes, *command)
 
 
 def names_in(folder: Path) -> list[str]:
