@@ -59,8 +59,8 @@ LLAMA_PRESETS = {
     "llama-3.2-3b": LlamaConfig(hidden_size=3072, n_layers=28, n_heads=24, head_dim=128),
     "llama-3.1-8b": LlamaConfig(hidden_size=4096, n_layers=32, head_dim=128, intermediate_size=14_336,
                                 rope_factor=8.0, tie_embeddings=False),
-    "toy": LlamaConfig(vocab_size=542, hidden_size=128, n_layers=5, n_heads=4, n_kv_heads=2, head_dim=32,
-                       intermediate_size=256, rope_theta=10_000.0, rope_factor=1.0),
+    "toy": LlamaConfig(vocab_size=542, hidden_size=128, n_layers=4, n_heads=4, n_kv_heads=4, head_dim=64,
+                       intermediate_size=128, rope_theta=10_000.0, rope_factor=1.0),
 }
 
 
@@ -461,7 +461,7 @@ class AlignVLM(nn.Module):
         if image.sum() != n:
             raise ValueError(f"{int(image.sum())} image positions for {n} visual tokens")
         H = nnf.embedding(tokens.masked_fill(image, 0), E_text)                    # (B, L, D), equation 3
-        if n == 0:      # where only some ranks have images FSDP would wait here; a toy stage has them always or never
+        if n == 0:      # on all ranks or on none, else FSDP waits: train.blank
             return H
         F = self.vision(pixels)                                                    # (T, N, d)
         F_align = self.connector(F, E_text).flatten(0, 1)                          # (T * N, D), equations 1 and 2

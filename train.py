@@ -2,14 +2,15 @@
 
     python train.py                                     # the toy: all stages, on a laptop, in ten minutes
     python train.py --stage 1                           # one of them; it starts from the last one's checkpoint
-    torchrun --nproc_per_node 8 train.py --stage 1 --vision siglip-so400m-patch14-384 --llm Llama-3.2-1B --out out/1b
-                                                        # on 8 GPUs, from two folders with released weights
+    torchrun --nproc_per_node 8 train.py --stage 1 --vision siglip-so400m-patch14-384 --llm Llama-3.2-1B --out out/1b \\
+        --data cc12m/                                   # on 8 GPUs, from two folders with released weights
 
 Stage 0 stands for what a released LLM brings along: the toy's own LLM learns to read pages as plain text, before it
 meets an image. Every stage writes a folder OUT/stageN (config.json, model.safetensors, tokenizer.model, log.jsonl)
 from which the next stage and sample.py start; one that is complete is not trained again.
 """
 import argparse
+import contextlib
 import ctypes
 import json
 import math
@@ -17,7 +18,9 @@ import os
 import random
 import sys
 import time
+import zlib
 from collections import Counter
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 
@@ -28,10 +31,11 @@ from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
-from data import (KINDS, READ, Example, Page, Sample, Tokenizer, Turn, answer, dense_text, draw, drawn_page, eye_chart,
-                  held_out_documents, pack, plain_text, prepare, sticker, write_toy_tokenizer)
+from data import (BAD_KINDS, CELL, KINDS, READ, SYMBOLS, Bad, Documents, Example, Page, Position, Sample, Tokenizer,
+                  Turn, answer, code, deal, draw, drawn_page, encode_chat, fill_rows, held_out_documents, pack, prepare,
+                  rows_of, write_toy_tokenizer)
 from model import ALIGNVLM_PRESETS, IGNORE, IMAGE, LLAMA_PRESETS, AlignVLM, read_llama
-from vision import InputError, SigLIPConfig
+from vision import InputError, Settings, SigLIPConfig, tile_boxes
 
 
 @dataclass
@@ -42,6 +46,7 @@ class Recipe:
     lr: float = 1e-5
     max_length: int = 1024              # text tokens a sample
     epochs: int = 1
+    row_tokens: int = 16_384            # tokens a packed row, visual ones too: a step has as many rows as it takes
 
     warmup: float = 0.05                # share of the steps
     final_lr: float = 0.0               # where the cosine ends, as a share of lr
@@ -57,12 +62,12 @@ class Recipe:
 ALL, LATE = ("vision", "connector", "llm"), ("connector", "llm")    # stage 3 freezes the vision encoder
 # Adam moves a word that never occurs as far as any other, and all of them the same way: with an eps of 1e-8 most of the
 # toy's E_text becomes one long vector, in which the connector's mean drowns. 1e-5 holds them back.
-TOY = dict(batch_size=16, warmup=0.03, final_lr=0.1, eps=1e-5)
+TOY = dict(batch_size=16, row_tokens=8192, warmup=0.03, final_lr=0.1, eps=1e-5)
 RECIPES = {
-    "toy": {0: Recipe(("llm",), lr=1.5e-3, steps=1800, **TOY),
-            1: Recipe(ALL, lr=1e-3, steps=250, lr_scale={"llm": 0.5}, **TOY),
-            2: Recipe(ALL, lr=1e-3, steps=500, **TOY),
-            3: Recipe(LATE, lr=5e-4, steps=380, **TOY)},
+    "toy": {0: Recipe(("llm",), lr=1.5e-3, steps=1600, **TOY),
+            1: Recipe(ALL, lr=1e-3, steps=200, lr_scale={"llm": 0.5}, **TOY),
+            2: Recipe(ALL, lr=1e-3, steps=350, **TOY),
+            3: Recipe(LATE, lr=5e-4, steps=470, **{**TOY, "final_lr": 0.0})},
     "llama-3.2-1b": {1: Recipe(ALL), 2: Recipe(ALL, lr=5e-5, max_length=2048),
                      3: Recipe(LATE, lr=5e-5, max_length=2048, epochs=5)},
     "llama-3.2-3b": {1: Recipe(ALL), 2: Recipe(ALL, batch_size=256, lr=5e-5, max_length=2048),
@@ -76,20 +81,69 @@ RECIPES = {
 # What the toy learns in each stage: (page, [(prompt, answer), ...]), from its beginning (progress 0) to its end (1)
 
 
+def sticker(rng: random.Random) -> Page:
+    """A few words on an otherwise empty page."""
+    page = Page("sticker", 8, 8)
+    for row in rows_of(rng, 8, 0, rng.randint(1, 3)):
+        word = code(rng, 1, 8)
+        page.write(row, (rng.randint(0, 8 - len(word)), word))
+    return page
+
+
+def dense_text(rng: random.Random) -> Page:
+    """Full lines of random words: most tokens of a transcript teach to copy."""
+    page = Page("dense", 8, 8)
+    for row in rows_of(rng, 8, 0, rng.randint(3, 6)):
+        page.write(row, (0, code(rng, 3, 8)))
+    return page
+
+
+def eye_chart(rng: random.Random) -> Page:
+    """Random characters all over the page, read as one line: the k-th of the answer is the k-th patch of the image.
+
+    So the LLM can look at the right patch before it can read any, and every patch gets an error signal of its own.
+    """
+    page = Page("chart", 8, 8)
+    cells = "".join(" " if rng.random() < 0.25 else rng.choice(SYMBOLS + "./:") for _ in range(64))
+    page.words = [(row, 0, cells[8 * row:8 * row + 8]) for row in range(8)]
+    page.lines = [cells]
+    return page
+
+
+def plain_text(page: Page, config: SigLIPConfig) -> str:
+    """The page as stage 0 reads it: at the place of each visual token the character that its patch shows.
+
+    The whole-page tile, on which nothing is legible, and the margins are spaces.
+    """
+    cells = [[" "] * page.columns for _ in range(page.rows)]
+    for row, column, word in page.words:
+        cells[row][column:column + len(word)] = word
+    side, text = config.patches_per_side, ""
+    for left, top, right, bottom in tile_boxes(page.columns * CELL, page.rows * CELL, config):
+        if max(right - left, bottom - top) > config.image_size:
+            text += " " * side * side
+            continue
+        x, y = (side - (right - left) // CELL) // 2, (side - (bottom - top) // CELL) // 2       # a tile is centred
+        crop = ["".join(row[left // CELL:right // CELL]) for row in cells[top // CELL:bottom // CELL]]
+        lines = [""] * y + [" " * x + line for line in crop]
+        text += "".join(line.ljust(side) for line in lines).ljust(side * side)
+    return text
+
+
 def text_lesson(rng: random.Random, progress: float) -> tuple[Page, list[tuple[str, str]]]:
     """Stage 0, plain text: to copy (dense pages, and charts all along), then to read and to look things up."""
-    kind = rng.random()
-    if kind < 0.3:
+    kind, charts = rng.random(), 0.3 - 0.2 * progress
+    if kind < charts:
         page = eye_chart(rng)
         return page, [("", page.text)]
     if rng.random() > 4 * progress - 0.5:               # all dense for an eighth of the stage, none after three eighths
         page = dense_text(rng)
         return page, [("", page.text)]
-    if kind < 0.4:
+    if kind < charts + 0.08:
         page = sticker(rng)
         return page, [("", page.text)]
-    page = drawn_page(rng, rng.choice(KINDS), progress > 0.25 and rng.random() < 0.35, "train")
-    return page, questions(rng, page) if rng.random() < 0.5 else [(READ, page.text)]
+    page = drawn_page(rng, rng.choice(KINDS + ["table"]), progress > 0.25 and rng.random() < 0.45, "train")
+    return page, reading_and_questions(rng, page, read=0.25, ask=0.25)
 
 
 def caption_lesson(rng: random.Random, progress: float) -> tuple[Page, list[tuple[str, str]]]:
@@ -106,13 +160,15 @@ def document_lesson(rng: random.Random, progress: float) -> tuple[Page, list[tup
 
 def instruction_lesson(rng: random.Random, progress: float) -> tuple[Page, list[tuple[str, str]]]:
     """Stage 3: to answer, and not to forget reading."""
-    page = drawn_page(rng, rng.choice(KINDS), rng.random() < 0.4, "train")
-    return page, questions(rng, page) if rng.random() < 0.75 else [(READ, page.text)]
+    page = drawn_page(rng, rng.choice(KINDS + ["table"]), rng.random() < 0.4, "train")
+    return page, reading_and_questions(rng, page, read=0.25, ask=0.35)
 
 
-def questions(rng: random.Random, page: Page) -> list[tuple[str, str]]:
-    """Up to three of a page's questions: several turns cost its image once."""
-    return rng.sample(page.questions, min(3, len(page.questions)))
+def reading_and_questions(rng: random.Random, page: Page, read: float, ask: float) -> list[tuple[str, str]]:
+    """The page read aloud (a share of `read`), up to three of its questions (`ask`), or, in the rest, one after the
+    other: several turns cost its image once. Not the other way round: that taught less of reading at once."""
+    kind, asked = rng.random(), rng.sample(page.questions, min(3, len(page.questions)))
+    return ([(READ, page.text)] if kind < 1 - ask else []) + (asked if kind >= read else [])
 
 
 LESSONS = [text_lesson, caption_lesson, document_lesson, instruction_lesson]
@@ -124,10 +180,14 @@ class ToyDocuments(Dataset):
     def __init__(self, stage: int, n: int, seed: int, tokenizer: Tokenizer, config: SigLIPConfig):
         self.stage, self.n, self.seed, self.tokenizer, self.config = stage, n, seed, tokenizer, config
 
-    def __len__(self) -> int:
-        return self.n
+    def draws(self, start: Position) -> Iterator[tuple[int | None, Position]]:
+        for i in range(*(start.taken or [0]), self.n):
+            yield i, Position(0, [i + 1])
+        yield None, Position(1)
 
-    def __getitem__(self, index: int) -> Sample:
+    def __getitem__(self, index: "int | Position") -> "Sample | Position":
+        if isinstance(index, Position):
+            return index
         rng, progress = random.Random(f"{self.seed}/{self.stage}/{index}"), index / self.n
         page, asks = LESSONS[self.stage](rng, progress)
         images = [draw(page)] if self.stage > 0 else []
@@ -171,7 +231,7 @@ def learning_rate(step: int, recipe: Recipe) -> float:
     warmup = max(1, round(recipe.warmup * recipe.steps))
     if step < warmup:
         return recipe.lr * (step + 1) / warmup
-    cosine = 0.5 * (1 + math.cos(math.pi * (step - warmup) / max(1, recipe.steps - warmup)))
+    cosine = 0.5 * (1 + math.cos(math.pi * min(1, (step - warmup) / max(1, recipe.steps - warmup))))
     return recipe.lr * (recipe.final_lr + (1 - recipe.final_lr) * cosine)
 
 
@@ -185,29 +245,34 @@ def shard(model: AlignVLM, device: torch.device) -> None:
         fully_shard(module, mesh=mesh, mp_policy=policy)
 
 
-def batch_indices(recipe: Recipe, micro: int) -> list[list[int]]:
-    """The sample indices of this rank's micro-batches, in order. Step s owns the interval [s * B, (s + 1) * B), so a
-    step learns from the same samples on any number of ranks. Raises InputError where B cannot be shared evenly."""
-    rank, world, B = dist.get_rank(), dist.get_world_size(), recipe.batch_size
-    if B % (world * micro):
-        raise InputError(f"a batch of {B} is not a multiple of {world} processes x {micro} samples: "
-                         "change --batch-size or --micro-batch")
-    return [list(range(first + rank * micro, first + (rank + 1) * micro))
-            for step in range(recipe.steps) for first in range(step * B, (step + 1) * B, world * micro)]
+def blank(config: SigLIPConfig, seen: bool) -> Sample:
+    """A sample without an answer, which changes nothing. It keeps ranks in step: under FSDP all of them call the same
+    modules, so if any rank has an image (seen), a row without one gets a blank tile."""
+    n, side = (config.n_patches, config.image_size) if seen else (1, config.image_size)
+    return Sample(torch.full((n,), IMAGE if seen else 0), torch.full((n,), IGNORE),
+                  torch.zeros(int(seen), 3, side, side), "blank")
 
 
-def accumulate_gradients(model: AlignVLM, batches: list[tuple], device: torch.device) -> tuple[float, int]:
-    """Gradients of the mean loss over all supervised tokens of a step, on all ranks, however it is split into
-    micro-batches. Returns that loss (nats per token) and the step's number of tokens."""
-    counts = torch.tensor([sum(int((labels != IGNORE).sum()) for _, labels, _, _ in batches),
-                           sum(tokens.numel() for tokens, _, _, _ in batches)], device=device)
+def accumulate_gradients(model: AlignVLM, rows: list[list[Sample]], device: torch.device) -> tuple[float | None, int]:
+    """Gradients of the mean loss over all supervised tokens of a step, on all ranks, however it is split into rows.
+
+    Returns that loss (nats per token; None, and no gradients, if every sample was bad) and the number of tokens."""
+    samples = [sample for row in rows for sample in row]
+    counts = torch.tensor([sum(int((s.labels != IGNORE).sum()) for s in samples),
+                           sum(len(s.tokens) for s in samples), sum(len(s.pixels) for s in samples)])
     dist.all_reduce(counts)
-    supervised, n_tokens = counts.tolist()
+    supervised, n_tokens, n_tiles = counts.tolist()
     if supervised == 0:
-        raise InputError("a step without a single supervised token: no answer in its samples")
+        return None, 0
+    n_rows = torch.tensor(len(rows))
+    dist.all_reduce(n_rows, dist.ReduceOp.MAX)
+    filler = blank(model.config.vision, n_tiles > 0)
     total = torch.zeros((), device=device)
-    for i, (tokens, labels, pixels, lengths) in enumerate(batches):
-        model.set_requires_gradient_sync(i == len(batches) - 1)
+    for i in range(n_rows):
+        row = rows[i] if i < len(rows) else []
+        sees = n_tiles == 0 or any(len(s.pixels) for s in row)
+        tokens, labels, pixels, lengths = pack(row if row and sees else [*row, filler])
+        model.set_requires_gradient_sync(i == n_rows - 1)
         loss = model(tokens.to(device), labels.to(device), pixels.to(device), lengths)      # a sum
         (loss * dist.get_world_size() / supervised).backward()      # times the ranks: FSDP averages over them
         total += loss.detach()
@@ -215,37 +280,93 @@ def accumulate_gradients(model: AlignVLM, batches: list[tuple], device: torch.de
     return total.item() / supervised, n_tokens
 
 
-def train_stage(stage: int, recipe: Recipe, model: AlignVLM, tokenizer: Tokenizer, args, device: torch.device) -> None:
-    """Train one stage of a sharded model, a line of log.jsonl per step."""
+def without_holes(samples: list[Sample | Bad], documents: Documents, holes: Counter) -> list[Sample]:
+    """The good ones of this rank's samples. Bad ones of all ranks are counted by kind; the first of a kind is shown."""
+    bad = [s for s in samples if isinstance(s, Bad)]
+    for first in {s.kind: s for s in reversed(bad) if not holes[s.kind]}.values():
+        why = " ".join(first.why.split())[:200]
+        tqdm.write(f"bad sample, {first.kind}: {documents.where(first)}: {why}", file=sys.stderr)
+    counts = torch.tensor([len(samples), *(sum(s.kind == kind for s in bad) for kind in BAD_KINDS)])
+    dist.all_reduce(counts)
+    holes.update(dict(zip(["seen", *BAD_KINDS], counts.tolist())))
+    return [s for s in samples if not isinstance(s, Bad)]
+
+
+def check_holes(holes: Counter, max_bad: float) -> None:
+    """Raise InputError if more than a share of max_bad of the samples seen was bad."""
+    bad = {kind: holes[kind] for kind in BAD_KINDS if holes[kind]}
+    if sum(bad.values()) > max_bad * holes["seen"]:
+        table = "".join(f"\n{n:10,}  {kind}" for kind, n in bad.items())
+        raise InputError(f"{sum(bad.values()):,} of {holes['seen']:,} samples were bad, more than --max-bad {max_bad}:"
+                         + table)
+
+
+def check_order(position: Position) -> None:
+    """Raise InputError, on all ranks, if they do not stand at the same place: they would repeat and lose samples."""
+    marks = torch.tensor([1, -1]) * zlib.crc32(repr(position).encode())
+    dist.all_reduce(marks, dist.ReduceOp.MAX)
+    if marks.sum() != 0:
+        raise InputError("the ranks read different data: is --data the same, and readable, on every node?")
+
+
+def steps_of(loader) -> Iterator[tuple[list, Position]]:
+    """What the loader brings, step by step: samples (or holes) of this rank, and the Position after them."""
+    samples = []
+    for item in loader:
+        if isinstance(item, Position):
+            yield samples, item
+            samples = []
+        else:
+            samples.append(item)
+
+
+def train_stage(stage: int, recipe: Recipe, model: AlignVLM, tokenizer: Tokenizer, documents: Documents | None, args,
+                device: torch.device) -> None:
+    """Train one stage of a sharded model on documents, or else on the toy's; a line of log.jsonl per step."""
     rank, world = dist.get_rank(), dist.get_world_size()
     params = [p for p in model.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(
         [{"params": [p for p in getattr(model, name).parameters() if (p.ndim > 1) == matrices],
           "weight_decay": recipe.weight_decay if matrices else 0.0, "scale": recipe.lr_scale.get(name, 1.0)}
          for name in recipe.trainable for matrices in (True, False)], betas=recipe.betas, eps=recipe.eps, fused=True)
-    micro = args.micro_batch or max(1, recipe.batch_size // world)
-    documents = ToyDocuments(stage, recipe.steps * recipe.batch_size, args.seed, tokenizer, model.config.vision)
-    loader = iter(DataLoader(documents, batch_sampler=batch_indices(recipe, micro), collate_fn=pack,
-                             num_workers=args.workers, pin_memory=device.type == "cuda"))
+    if documents:
+        documents.settings = dict(tokenizer=tokenizer, config=model.config.vision, max_tiles=args.max_tiles,
+                                  max_text=recipe.max_length, max_tokens=recipe.row_tokens)
+        encode_chat([Turn("user", [])], tokenizer, [])      # refuses here, not sample by sample
+        if args.steps is None:      # for the schedule and the bar; the stage ends where its last epoch does
+            recipe.steps = math.ceil(recipe.epochs * documents.epoch_samples() / recipe.batch_size)
+    else:
+        documents = ToyDocuments(stage, recipe.steps * recipe.batch_size, args.seed, tokenizer, model.config.vision)
+    order = deal(documents.draws(Position()), recipe.batch_size, rank, world)
+    ahead = max(2, recipe.batch_size // (world * args.workers)) if args.workers else None       # about a step
+    loader = DataLoader(documents, batch_size=None, sampler=order, num_workers=args.workers, prefetch_factor=ahead)
     log_file = args.out / f"stage{stage}.partial" / "log.jsonl" if rank == 0 else os.devnull
-    bar = tqdm(range(recipe.steps), f"stage {stage}", disable=rank > 0, mininterval=1)
+    holes, epoch, start = Counter(), 0, time.perf_counter()
+    bar = tqdm(steps_of(loader), f"stage {stage}", recipe.steps, disable=rank > 0, mininterval=1)
     with open(log_file, "w") as log:
-        for step in bar:
-            start = time.perf_counter()
-            batches = [next(loader) for _ in range(recipe.batch_size // (world * micro))]
-            loss, n_tokens = accumulate_gradients(model, batches, device)
-            norm = torch.nn.utils.clip_grad_norm_(params, recipe.clip).full_tensor().item()
-            if not math.isfinite(norm):
-                raise InputError(f"stage {stage}, step {step}: the gradient's norm is {norm}; try a lower --lr")
-            lr = learning_rate(step, recipe)
-            for group in optimizer.param_groups:
-                group["lr"] = lr * group["scale"]
-            optimizer.step()
-            optimizer.zero_grad()
-            speed = n_tokens / (time.perf_counter() - start)
-            log.write(json.dumps({"stage": stage, "step": step, "loss": loss, "lr": lr, "grad_norm": norm,
-                                  "tokens_per_s": speed}) + "\n")
-            bar.set_postfix_str(f"loss {loss:.3f}, lr {lr:.1e}, {speed:,.0f} tokens/s", refresh=False)
+        for step, (samples, position) in enumerate(bar):
+            check_order(position)
+            rows = fill_rows(without_holes(samples, documents, holes), recipe.row_tokens)
+            if holes["seen"] >= 1000 or position.epoch > epoch:
+                check_holes(holes, args.max_bad)
+            loss, n_tokens = accumulate_gradients(model, rows, device)
+            lr, norm = learning_rate(step, recipe), None
+            if loss is not None:
+                norm = torch.nn.utils.clip_grad_norm_(params, recipe.clip).full_tensor().item()
+                if not math.isfinite(norm):
+                    raise InputError(f"stage {stage}, step {step}: the gradient's norm is {norm}; try a lower --lr")
+                for group in optimizer.param_groups:
+                    group["lr"] = lr * group["scale"]
+                optimizer.step()
+                optimizer.zero_grad()
+            start, speed = time.perf_counter(), n_tokens / (time.perf_counter() - start)
+            bad = {kind: holes[kind] for kind in BAD_KINDS if holes[kind]}
+            log.write(json.dumps({"stage": stage, "step": step, "epoch": epoch, "loss": loss, "lr": lr,
+                                  "grad_norm": norm, "tokens_per_s": speed, "bad": bad}) + "\n")
+            bar.set_postfix_str(f"loss {loss or math.nan:.3f}, lr {lr:.1e}, {speed:,.0f} tokens/s", refresh=False)
+            epoch = position.epoch
+            if step + 1 == args.steps or args.steps is None and epoch == recipe.epochs:
+                break
 
 
 def edit_distance(a: str, b: str) -> int:
@@ -315,13 +436,22 @@ def keep_heap() -> None:
         libc.mallopt(m_trim_threshold, 2 ** 31 - 1)
 
 
+def keep_files_open() -> None:
+    """Let a process open as many files as it may: each tensor that a loading process hands over is one."""
+    if sys.platform != "win32":
+        import resource
+        most = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
+        with contextlib.suppress(ValueError):       # macOS reports no limit and then refuses to have none
+            resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
+
+
 def start_processes() -> torch.device:
     """Join torchrun's processes, or be the only one; nccl on CUDA, gloo on a CPU."""
     device = torch.device("cpu")
     if torch.cuda.is_available():
         device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
         torch.cuda.set_device(device)
-    backend = "nccl" if device.type == "cuda" else "gloo"
+    backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"        # counts travel over gloo
     if "RANK" in os.environ:
         dist.init_process_group(backend)
     else:
@@ -341,27 +471,43 @@ def parse_args() -> argparse.Namespace:
     add("--seed", type=int, default=0, help="of weights and data (default: %(default)s)")
     add("--steps", type=int, help="optimizer steps of each stage (default: the recipe's)")
     add("--batch-size", type=int, help="samples a step, over all processes (default: the recipe's)")
-    add("--micro-batch", type=int, help="samples a forward pass, per process; the rest accumulates (default: all)")
+    add("--row-tokens", type=int, help="tokens a forward pass, visual ones too; a process's share of a step takes as "
+        "many as it needs (default: the recipe's)")
     add("--lr", type=float, help="peak learning rate (default: the recipe's)")
-    add("--workers", type=int, default=0, help="data loading processes per process (default: %(default)s)")
+    add("--data", nargs="+", metavar="PATH[:WEIGHT]", help="what --stage learns from: folders, files or globs of tar "
+        "(img2dataset), parquet (BigDocs, VCR-wiki), JSONL or JSON (DocDownstream, MS-Swift, LLaVA); with weights the "
+        "data sets are mixed in that ratio (default: the toy's drawn pages)")
+    add("--max-tiles", type=int, default=9, help="tiles a page is cut into at most (default: %(default)s)")
+    add("--max-bad", type=float, default=0.01, help="share of bad samples above which training stops, judged from a "
+        "thousand samples or an epoch on (default: %(default)s)")
+    add("--workers", type=int, help="data loading processes per process (default: 4 with --data, else 0)")
     add("--held-out", type=int, default=200, help="held-out documents read at the end (default: %(default)s; 0: none)")
     args = parser.parse_args()
-    if any(x is not None and not x > 0 for x in (args.steps, args.batch_size, args.micro_batch, args.lr)):
-        parser.error("--steps, --batch-size, --micro-batch and --lr are more than 0")
-    if min(args.workers, args.held_out) < 0:
-        parser.error("--workers and --held-out are at least 0")
+    numbers = args.steps, args.batch_size, args.row_tokens, args.lr, args.max_tiles
+    if any(x is not None and not x > 0 for x in numbers):
+        parser.error("--steps, --batch-size, --row-tokens, --lr and --max-tiles are more than 0")
+    args.workers = args.workers if args.workers is not None else 4 if args.data else 0
+    if min(args.workers, args.held_out, args.seed) < 0 or not 0 <= args.max_bad <= 1:
+        parser.error("--workers, --held-out and --seed are at least 0, --max-bad is a share from 0 to 1")
+    if args.data and not args.stage:
+        parser.error("--data is for one stage: add --stage 1, 2 or 3")
     if bool(args.vision) != bool(args.llm):
         parser.error("--vision and --llm go together: two folders with released weights")
     return args
 
 
 def choose_preset(args) -> str:
-    """The recipe that was asked for, or the one that goes with the size of --llm; the toy's without one."""
-    if args.preset is None and args.llm:
-        llm = read_llama(args.llm)[0]
-        sizes = {(config.hidden_size, config.n_layers): name for name, config in LLAMA_PRESETS.items()}
-        return sizes.get((llm.hidden_size, llm.n_layers), "llama-3.2-1b")
-    return args.preset or "toy"
+    """The recipe that was asked for, or the one that goes with the LLM's size: that of --llm, or of the folder from
+    which --stage starts. The toy's without either."""
+    started = args.out / f"stage{args.stage - 1}" / "config.json" if args.out and args.stage else None
+    if args.llm and args.preset is None:
+        size = asdict(read_llama(args.llm)[0])
+    elif args.preset is None and started and started.exists():
+        size = Settings(started).section("llm").values
+    else:
+        return args.preset or "toy"
+    sizes = {(config.hidden_size, config.n_layers): name for name, config in LLAMA_PRESETS.items()}
+    return sizes.get((size.get("hidden_size"), size.get("n_layers")), "llama-3.2-1b")
 
 
 def is_complete(stage: int, out: Path) -> bool:
@@ -382,9 +528,12 @@ def main() -> None:
     args = parse_args()
     args.preset = choose_preset(args)
     args.out = args.out or Path("out") / args.preset
-    if args.preset != "toy" and args.steps is None:
-        raise InputError(f"the recipe {args.preset} counts epochs, which drawn pages do not have: give --steps")
+    if args.preset != "toy" and args.steps is None and not args.data:
+        raise InputError(f"the recipe {args.preset} counts epochs, which drawn pages do not have: "
+                         "give --data or --steps")
+    documents = Documents(args.data, args.seed) if args.data else None
     keep_heap()
+    keep_files_open()
     device = start_processes()
     main_rank = dist.get_rank() == 0
     toy = args.preset == "toy"
@@ -393,12 +542,14 @@ def main() -> None:
         if not toy:
             raise InputError(f"the recipe {args.preset} is for released weights: give stage 1 --vision and --llm")
         stages = [0, *stages]       # the toy's LLM is pretrained, as a released one is
-    given = {"steps": args.steps, "batch_size": args.batch_size, "lr": args.lr}
+    given = {name: getattr(args, name) for name in ("steps", "batch_size", "row_tokens", "lr")}
     for stage in stages:
         if stage not in RECIPES[args.preset]:
             raise InputError(f"--preset {args.preset} has no stage {stage}")
         recipe = replace(RECIPES[args.preset][stage], **{k: v for k, v in given.items() if v is not None})
-        record = json.loads(json.dumps({"preset": args.preset, "seed": args.seed, **asdict(recipe)}))
+        record = {"preset": args.preset, "seed": args.seed, "data": args.data if stage > 0 else None,
+                  "max_tiles": args.max_tiles, **asdict(recipe)}
+        record = json.loads(json.dumps(record))
         folder = args.out / f"stage{stage}"
         if is_complete(stage, args.out) and not args.retrain:
             check_recipe(folder, record)
@@ -424,7 +575,7 @@ def main() -> None:
         dist.barrier()
         if stage == 0:
             tokenizer = Tokenizer(source, model.config.llm.vocab_size)
-        train_stage(stage, recipe, model, tokenizer, args, device)
+        train_stage(stage, recipe, model, tokenizer, documents if stage > 0 else None, args, device)
         model.save_pretrained(folder, tokenizer.path, torch.float32 if toy else torch.bfloat16)
     if toy and main_rank and 3 in stages and args.held_out:
         folder = args.out / "stage3"

@@ -391,15 +391,16 @@ def read_image(file) -> Image.Image:
                 raise ImageError(f"{name}: {image.width} x {image.height} pixels are more than {MAX_PIXELS:,}; "
                                  "scale it down first")
             image.load()
-            image = ImageOps.exif_transpose(image)
+            ImageOps.exif_transpose(image, in_place=True)
             if image.mode.startswith("I") or image.mode == "F":     # 16 and 32 bits a sample: Pillow would clip at 255
-                grey = np.nan_to_num(np.asarray(image, dtype=np.float64))
+                grey = np.nan_to_num(np.array(image, dtype=np.float32), copy=False)
                 top = 65535 if image.mode.startswith("I;16") or grey.max() > 255 else 255 if grey.max() > 1 else 1
-                image = Image.fromarray((grey / top * 255).clip(0, 255).round().astype(np.uint8))
+                grey *= 255 / top
+                image = Image.fromarray(grey.clip(0, 255, out=grey).round(out=grey).astype(np.uint8))
             if "A" in image.getbands() or "transparency" in image.info:
                 image = image.convert("RGBA")
                 image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
-            return image.convert("RGB")
+            return image if image.mode == "RGB" else image.convert("RGB")
     except ImageError:
         raise
     except FileNotFoundError:
@@ -452,7 +453,7 @@ def tile(image: Image.Image, config: SigLIPConfig, max_tiles: int = 9) -> Tensor
     if max_tiles < 1:
         raise ValueError(f"max_tiles is {max_tiles}; a page needs at least one tile")
     side = config.image_size
-    image = image.convert("RGB")
+    image = image if image.mode == "RGB" else image.convert("RGB")
     boxes = tile_boxes(*image.size, config, max_tiles)
     pixels = np.zeros((len(boxes), side, side, 3), dtype=np.float32)
     for canvas, (left, top, right, bottom) in zip(pixels, boxes):

@@ -12,15 +12,24 @@ sys.path.insert(0, str(ROOT))
 torch.set_num_threads(1)    # the tensors are tiny: on a busy machine threads that wait for each other cost 10 times more
 
 
-def run(*command, code=0):
+def run(*command, code=0, timeout=None):
     """One of the repository's commands as its users start it, and the exit status that it must have."""
-    done = subprocess.run([sys.executable, *map(str, command)], cwd=ROOT, env=ENV, capture_output=True, text=True)
+    process = subprocess.Popen([sys.executable, *map(str, command)], cwd=ROOT, env=ENV, text=True,
+                               stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    try:
+        output = process.communicate(timeout=timeout)
+    except subprocess.TimeoutExpired:
+        process.terminate()         # not kill(): torchrun ends its own processes then
+        process.communicate()
+        raise
+    done = subprocess.CompletedProcess(command, process.returncode, *output)
     assert done.returncode == code, done.stdout + done.stderr
     return done
 
 
-def torchrun(processes, *command):
-    return run("-m", "torch.distributed.run", "--standalone", "--nproc_per_node", processes, *command)
+def torchrun(processes, *command, timeout=None):
+    return run("-m", "torch.distributed.run", "--standalone", "--nproc_per_node", processes, *command,
+               timeout=timeout)
 
 
 @torch.no_grad()

@@ -11,10 +11,9 @@ import torch
 from PIL import Image
 
 from data import (CELL, IGNORE, IMAGE, KINDS, Example, Page, Tokenizer, Turn, draw, drawn_page,
-                  encode_chat, eye_chart, glyph, held_out_documents, pack, plain_text, prepare,
-                  split_images, write_toy_tokenizer)
+                  encode_chat, glyph, held_out_documents, pack, prepare, split_images, write_toy_tokenizer)
 from model import LLAMA_PRESETS
-from train import ToyDocuments, edit_distance
+from train import ToyDocuments, edit_distance, eye_chart, plain_text
 from vision import SIGLIP_PRESETS, tile
 
 ROOT = Path(__file__).parent.parent
