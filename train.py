@@ -480,13 +480,13 @@ def parse_args() -> argparse.Namespace:
     add("--max-tiles", type=int, default=9, help="tiles a page is cut into at most (default: %(default)s)")
     add("--max-bad", type=float, default=0.01, help="share of bad samples above which training stops, judged from a "
         "thousand samples or an epoch on (default: %(default)s)")
-    add("--workers", type=int, help="data loading processes per process (default: 4 with --data, else 0)")
+    add("--workers", type=int, help="data loading processes per process (default: with --data up to 4, else 0)")
     add("--held-out", type=int, default=200, help="held-out documents read at the end (default: %(default)s; 0: none)")
     args = parser.parse_args()
     numbers = args.steps, args.batch_size, args.row_tokens, args.lr, args.max_tiles
     if any(x is not None and not x > 0 for x in numbers):
         parser.error("--steps, --batch-size, --row-tokens, --lr and --max-tiles are more than 0")
-    args.workers = args.workers if args.workers is not None else 4 if args.data else 0
+    args.workers = args.workers if args.workers is not None else min(4, os.cpu_count()) if args.data else 0
     if min(args.workers, args.held_out, args.seed) < 0 or not 0 <= args.max_bad <= 1:
         parser.error("--workers, --held-out and --seed are at least 0, --max-bad is a share from 0 to 1")
     if args.data and not args.stage:

@@ -2,7 +2,7 @@
 
     python tests/loading.py import                      # nothing but torch
     python tests/loading.py load LLAMA_FOLDER           # Llama.from_pretrained in bf16
-    python tests/loading.py time LLAMA_FOLDER           # that against load_file and a clone of every tensor
+    python tests/loading.py time LLAMA_FOLDER           # by hand: that against load_file and a clone of every tensor
     torchrun --nproc_per_node 2 tests/loading.py ranks LLAMA_FOLDER OUT             # every rank its part, in bf16
     torchrun --nproc_per_node 2 tests/loading.py vlm VISION_FOLDER LLM_FOLDER OUT   # from_backbones, then saved
 
