@@ -264,9 +264,8 @@ def accumulate_gradients(model: AlignVLM, rows: list[list[Sample]], device: torc
     supervised, n_tokens, n_tiles = counts.tolist()
     if supervised == 0:
         return None, 0
-    n_rows = torch.tensor(len(rows))
-    dist.all_reduce(n_rows, dist.ReduceOp.MAX)
-    filler = blank(model.config.vision, n_tiles > 0)
+    dist.all_reduce(n_rows := torch.tensor(len(rows)), dist.ReduceOp.MAX)
+    n_rows, filler = n_rows.item(), blank(model.config.vision, n_tiles > 0)
     total = torch.zeros((), device=device)
     for i in range(n_rows):
         row = rows[i] if i < len(rows) else []
@@ -363,7 +362,8 @@ def train_stage(stage: int, recipe: Recipe, model: AlignVLM, tokenizer: Tokenize
             bad = {kind: holes[kind] for kind in BAD_KINDS if holes[kind]}
             log.write(json.dumps({"stage": stage, "step": step, "epoch": epoch, "loss": loss, "lr": lr,
                                   "grad_norm": norm, "tokens_per_s": speed, "bad": bad}) + "\n")
-            bar.set_postfix_str(f"loss {loss or math.nan:.3f}, lr {lr:.1e}, {speed:,.0f} tokens/s", refresh=False)
+            shown = math.nan if loss is None else loss
+            bar.set_postfix_str(f"loss {shown:.3f}, lr {lr:.1e}, {speed:,.0f} tokens/s", refresh=False)
             epoch = position.epoch
             if step + 1 == args.steps or args.steps is None and epoch == recipe.epochs:
                 break

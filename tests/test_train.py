@@ -19,7 +19,6 @@ from model import LLAMA_PRESETS
 from train import RECIPES, learning_rate
 
 
-
 def log(folder):
     return [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
 
