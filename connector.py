@@ -5,12 +5,21 @@
 
 Every visual token that the LLM receives is a convex combination of its own word embeddings: the weights P_vocab are
 never negative and sum to one, so F' lies inside the convex hull of the rows of E_text.
+
+P_vocab of a page of 10 tiles is 7,290 x 128,256 numbers. `Align.p_vocab` makes them, to be read and looked at; the
+model runs `Mixture`, which makes a block of tokens of them at a time and keeps none for the backward pass.
 """
+import math
+
 import torch
 import torch.nn.functional as nnf      # F is the paper's name for the features
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 
 from vision import own_rows
+
+BLOCK_BYTES = 256 * 2 ** 20     # what is V-wide of a block of tokens: one matrix (n, V) forward, two backward
+CACHE_BYTES = 4 * 2 ** 20       # a few of its rows in fp32: what is done element by element is done in the cache
 
 
 class Align(nn.Module):
@@ -44,5 +53,122 @@ class Align(nn.Module):
         return nnf.softmax(logits, dim=-1)         # (..., V)
 
     def forward(self, F: Tensor, E_text: Tensor) -> Tensor:
-        """F (..., d), E_text (V, D), the LLM's live input embedding -> F' (..., D), equation 2."""
-        return self.p_vocab(F) @ E_text            # (..., D); a row of P_vocab per feature: no transpose
+        """F (..., d), E_text (V, D), the LLM's live input embedding -> F' (..., D), equation 2.
+
+        In value and in every gradient this is `self.p_vocab(F) @ E_text`, a row of P_vocab for each feature.
+        """
+        h = self.norm_D(self.W1(F))                # (..., D)
+        norm = self.norm_V
+        return Mixture.apply(h, self.W2.weight, norm.weight, norm.bias, E_text, norm.eps)       # (..., D)
+
+
+class Mixture(torch.autograd.Function):
+    """h (..., D) -> F' = softmax(LayerNorm(h W2^T)) E_text (..., D): exact, and in blocks of n tokens.
+
+    A row for each token: z = h W2^T,   x = (z - mean) / std,   u = weight x + bias,   P = exp(u - lse),   F' = P E_text
+
+    forward keeps mean, 1 / std and lse = log(sum(exp(u))), three numbers a token and never less than fp32. backward
+    makes z, x and P again from them: seven products with a (V, D) matrix, where autograd does six and keeps P.
+    """
+
+    @staticmethod
+    def forward(ctx, h: Tensor, W2: Tensor, weight: Tensor, bias: Tensor, E_text: Tensor, eps: float) -> Tensor:
+        F_align, D = h.new_empty(h.shape), h.shape[-1]
+        h, out = h.reshape(-1, D), F_align.view(-1, D)                          # (N, D)
+        N, V = len(h), len(W2)
+        wide = torch.promote_types(h.dtype, torch.float32)
+        stats = h.new_empty(3, N, 1, dtype=wide)
+        w, b = weight.to(wide), bias.to(wide)                                   # (V,)
+        parts = blocks(N, V * h.element_size())
+        buffer = h.new_empty(parts[0].stop, V)
+        for block in parts:
+            P = buffer[:block.stop - block.start]                               # (n, V)
+            times(h[block], W2, out=P)                                          # z, which P will replace
+            for r in few_rows(P):
+                z, (mean, rstd, lse) = P[r].to(wide), stats[:, block][:, r]     # (few, V), (few, 1)
+                mean.copy_(z.mean(-1, keepdim=True))
+                x = z - mean
+                rstd.copy_((x.square().mean(-1, keepdim=True) + eps).rsqrt())
+                u = torch.addcmul(b, x.mul_(rstd), w)                           # (few, V)
+                lse.copy_(u.logsumexp(-1, keepdim=True))
+                P[r] = u.sub_(lse).exp_()                                       # equation 1
+            torch.mm(P, E_text, out=out[block])                                 # equation 2
+        ctx.save_for_backward(h, W2, weight, bias, E_text, stats)
+        return F_align
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, g: Tensor) -> tuple[Tensor | None, ...]:
+        """g = dL/dF' (..., D) -> dL/d of each input. With da for dL/da, and sums and means over a row's V words:
+
+            dE_text = P^T g,   dP = g E_text^T                                   from F' = P E_text
+            du = P (dP - sum(P dP))                                              the softmax
+            dx = weight du,   dweight and dbias: du x and du, summed over tokens from u = weight x + bias
+            dz = (dx - mean(dx) - x mean(dx x)) / std                            the LayerNorm
+            dW2 = dz^T h,   dh = dz W2                                           from z = h W2^T
+        """
+        h, W2, weight, bias, E_text, stats = ctx.saved_tensors
+        need_h, need_W2, need_weight, need_bias, need_E_text, _ = ctx.needs_input_grad
+        shape, g = g.shape, g.reshape(h.shape)                                  # (N, D)
+        N, V = len(h), len(W2)
+        w, b = weight.to(stats.dtype), bias.to(stats.dtype)                     # (V,)
+        dh = torch.empty_like(h)                                                # (N, D)
+        dW2, dE_text = (torch.empty_like(W) if need else None for W, need in [(W2, need_W2), (E_text, need_E_text)])
+        dw, db = torch.zeros_like(w), torch.zeros_like(b)
+        parts = blocks(N, 2 * V * h.element_size())
+        buffers = h.new_empty(2, parts[0].stop, V)
+        for block in parts:
+            z, P = buffers[:, :block.stop - block.start]                        # (n, V) each
+            before = float(block.start > 0)         # beta: the first block's product replaces what the memory held
+            times(h[block], W2, out=z)
+            if need_E_text:
+                for r in few_rows(z):
+                    mean, rstd, lse = stats[:, block][:, r]                     # (few, 1)
+                    x = (z[r] - mean).mul_(rstd)                                # (few, V)
+                    P[r] = torch.addcmul(b, x, w).sub_(lse).exp_()
+                dE_text.addmm_(P.T, g[block], beta=before)
+            if not (need_h or need_W2 or need_weight or need_bias):
+                continue
+            dP = times(g[block], E_text, out=P)                                 # over P: its rows are soon made again
+            dz = z
+            for r in few_rows(z):
+                mean, rstd, lse = stats[:, block][:, r]
+                x = (z[r] - mean).mul_(rstd)
+                p = torch.addcmul(b, x, w).sub_(lse).exp_()
+                du = p * dP[r]
+                du.sub_(p.mul_(du.sum(-1, keepdim=True)))
+                db += du.sum(0)
+                du_x = torch.mul(du, x, out=p)
+                dw += du_x.sum(0)
+                mean_dx, mean_dx_x = (du @ w)[:, None] / V, (du_x @ w)[:, None] / V
+                dz[r] = du.mul_(w).sub_(mean_dx).addcmul_(x, mean_dx_x, value=-1).mul_(rstd)
+            if need_W2:
+                dW2.addmm_(dz.T, h[block], beta=before)
+            if need_h:
+                torch.mm(dz, W2, out=dh[block])
+        return dh.view(shape) if need_h else None, dW2, dw.to(weight.dtype), db.to(bias.dtype), dE_text, None
+
+
+def times(a: Tensor, W: Tensor, out: Tensor) -> Tensor:
+    """out (n, V) = a W^T of a (n, D) and W (V, D). On a CPU in pieces of W: for few rows MKL is 5 % faster so."""
+    words = 512 if a.is_cpu else len(W)
+    for piece, part in zip(W.split(words), out.split(words, dim=1)):
+        torch.mm(a, piece.T, out=part)
+    return out
+
+
+def blocks(N: int, bytes_per_token: int) -> list[slice]:
+    """N tokens in equal blocks (the last may be shorter) of at most BLOCK_BYTES.
+
+    Their length is a multiple of 16, with which matrix products are a tenth faster than with an odd number.
+    """
+    most = max(BLOCK_BYTES // bytes_per_token // 16, 1)                         # in sixteens
+    count = max(math.ceil(N / (16 * most)), 1)                                  # one block, empty, of no tokens
+    n = 16 * math.ceil(N / count / 16)
+    return [slice(i * n, min((i + 1) * n, N)) for i in range(count)]
+
+
+def few_rows(matrix: Tensor) -> list[slice]:
+    """The rows of a block's matrix (n, V), a few at a time."""
+    few = max(CACHE_BYTES // (4 * matrix.shape[1]), 1)
+    return [slice(i, i + few) for i in range(0, len(matrix), few)]

@@ -1,11 +1,10 @@
-"""Text and pages -> training samples: tokenizer, chat format, data sets, and the toy's drawn documents.
+"""Text and pages -> training samples: tokenizer, chat format, data sets.
 
     python data.py --draw 20 --seed 1 pages/     # look at the data first: 20 held-out pages and questions.jsonl
 
 A sample is one packed stretch of tokens: begin-of-text, the user's header, IMAGE at the place of every visual token,
 the prompt, the assistant's header, the answer. Only answers and their end-of-turn token are supervised.
 """
-import argparse
 import base64
 import functools
 import glob
@@ -15,10 +14,8 @@ import json
 import math
 import mmap
 import os
-import random
 import re
 import tarfile
-import zlib
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
@@ -27,12 +24,14 @@ from pathlib import Path
 import numpy as np
 import tiktoken
 import torch
-from PIL import Image, ImageDraw, ImageFont
+from PIL import Image
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from model import IGNORE, IMAGE, AlignVLM
-from vision import (CheckpointError, ImageError, InputError, Settings, SigLIPConfig, read_image, tile, tile_boxes)
+from model import IGNORE, IMAGE
+from vision import CheckpointError, ImageError, InputError, Settings, SigLIPConfig, read_image, tile, tile_boxes
+
+READ = "read the page"          # the prompt of stage 2, where no other is given
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Tokenizer
@@ -44,8 +43,6 @@ LLAMA3_PATTERN = (r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{
 LLAMA3_SPECIALS = ["<|begin_of_text|>", "<|end_of_text|>", "<|reserved_special_token_0|>",
                    "<|reserved_special_token_1|>", "<|finetune_right_pad_id|>", "<|step_id|>", "<|start_header_id|>",
                    "<|end_header_id|>", "<|eom_id|>", "<|eot_id|>", "<|python_tag|>", "<|image|>"]
-# The toy's vocabulary: every byte, and the pieces of its prompts and headers (drawn pages are upper-case).
-TOY_WORDS = ["user", "assistant", "\n\n", "what", " is", " the", " of", "read", " page", " it", "?", "."]
 
 # GPT-2's split, and the same after single digits were cut out, as SmolLM2 does it in two steps: the look-ahead to
 # a digit stands for the end of the text before it.
@@ -198,14 +195,6 @@ def read_tokenizer_json(path: Path) -> tuple[dict[bytes, int], str, dict[str, in
     raise top.error("pre_tokenizer", "is none of the implemented: ByteLevel, Digits + ByteLevel, Split + ByteLevel")
 
 
-def write_toy_tokenizer(path: Path) -> None:
-    """The toy's tokenizer.model: 256 bytes, then each word of TOY_WORDS by way of its prefixes."""
-    tokens = [bytes([b]) for b in range(256)]
-    for word in TOY_WORDS:
-        tokens += [word.encode()[:n] for n in range(2, len(word) + 1) if word.encode()[:n] not in tokens]
-    path.write_text("".join(f"{base64.b64encode(t).decode()} {rank}\n" for rank, t in enumerate(tokens)))
-
-
 # ---------------------------------------------------------------------------------------------------------------------
 # Chat format
 
@@ -241,6 +230,7 @@ class Sample:
     labels: Tensor
     pixels: Tensor
     key: str
+    n_images: int = 0
 
 
 def encode_chat(turns: list[Turn], tokenizer: Tokenizer, visual_tokens: list[int]) -> tuple[Tensor, Tensor]:
@@ -290,7 +280,8 @@ def prepare(example: Example, tokenizer: Tokenizer, config: SigLIPConfig, max_ti
         raise BadSample("too long", f"{sum(n)} visual tokens and room for {room} of text: no answer is left")
     side = config.image_size
     tiles = [tile(image, config, max_tiles) for image in example.images]
-    return Sample(tokens[kept], labels[kept], torch.cat([torch.empty(0, 3, side, side), *tiles]), example.key)
+    pixels = torch.cat([torch.empty(0, 3, side, side), *tiles])
+    return Sample(tokens[kept], labels[kept], pixels, example.key, len(tiles))
 
 
 def pack(samples: list[Sample]) -> tuple[Tensor, Tensor, Tensor, list[int]]:
@@ -730,210 +721,6 @@ def deal(draws: Iterator[tuple], batch_size: int, rank: int, world: int) -> Iter
             n, reached = n + 1, position
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# The toy's documents: five kinds of page, one character a cell, every value random
-
-CELL = 14                                   # pixels a side: a character fills one patch of the toy's encoder
-SYMBOLS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ0123456789"
-LABELS = ["NO", "PO", "ID", "TO", "REF", "DUE", "TAX", "QTY", "TEL", "BOX", "DAY", "FOR", "VIA", "LOT", "ZIP"]
-READ = "read the page"                      # the prompt of stage 2
-
-
-@dataclass
-class Page:
-    """A document as text: what stands in which cell, what one reads aloud, and what one can ask."""
-    kind: str
-    columns: int
-    rows: int
-    words: list[tuple[int, int, str]] = field(default_factory=list)     # (row, column, word)
-    lines: list[str] = field(default_factory=list)                      # in reading order
-    questions: list[tuple[str, str]] = field(default_factory=list)      # (prompt, answer)
-
-    def write(self, row: int, *words: tuple[int, str]) -> None:
-        """One line of the page: (column, word) pairs."""
-        self.words += [(row, column, word) for column, word in words]
-        self.lines.append(" ".join(word for _, word in words))
-
-    @property
-    def text(self) -> str:
-        return "\n".join(self.lines)
-
-    @property
-    def large(self) -> bool:
-        """Whether it takes several tiles."""
-        return max(self.columns, self.rows) > 8
-
-
-def code(rng: random.Random, low: int, high: int) -> str:
-    return "".join(rng.choices(SYMBOLS, k=rng.randint(low, high)))
-
-
-def distinct_codes(rng: random.Random, n: int) -> list[str]:
-    """n different names of three symbols, none of them a word that the page uses itself."""
-    codes: list[str] = []
-    while len(codes) < n:
-        name = code(rng, 3, 3)
-        if name not in ("SUM", "KEY", *codes):
-            codes.append(name)
-    return codes
-
-
-def value(rng: random.Random, room: int) -> str:
-    """A random string, amount or date of three symbols or more, in at most `room` >= 4 characters."""
-    kind = rng.random()
-    if kind < 0.5:
-        return code(rng, 3, room)
-    if kind < 0.75:
-        return f"{rng.randint(1, 99 if room > 4 else 9)}.{rng.randint(0, 99):02}"
-    return f"{rng.randint(10, 28)}/{rng.randint(1, 12 if room > 4 else 9)}"
-
-
-def rows_of(rng: random.Random, rows: int, first: int, n: int) -> list[int]:
-    """n of the rows first, first + 1, ..., rows - 1, in order."""
-    return sorted(rng.sample(range(first, rows), n))
-
-
-def fields(rng: random.Random, page: Page, rows: list[int], column: int = 0, colon: bool = False) -> None:
-    """Lines of `LABEL value`, or `LABEL:value`, each with its question."""
-    asked = {prompt for prompt, _ in page.questions}
-    labels = rng.sample([label for label in LABELS if f"what is {label}?" not in asked], len(rows))
-    for row, label in zip(rows, labels):
-        gold = value(rng, 7 - len(label))
-        if colon:
-            page.write(row, (column, f"{label}:{gold}"))
-        else:
-            page.write(row, (column, label), (column + len(label) + 1, gold))
-        page.questions.append((f"what is {label}?", gold))
-
-
-def invoice(rng: random.Random, large: bool) -> Page:
-    page = Page("invoice", 8, 16 if large else rng.choice([6, 8]))
-    page.write(0, (rng.randint(0, 1), "INVOICE"))
-    fields(rng, page, rows_of(rng, page.rows, 1, rng.randint(4, 6) if large else rng.randint(2, 4)))
-    return page
-
-
-def receipt(rng: random.Random, large: bool) -> Page:
-    page = Page("receipt", 8, rng.choice([16, 24]) if large else 8)
-    shop = code(rng, 4, 7)
-    page.write(0, ((8 - len(shop)) // 2, shop))
-    *rows, last = rows_of(rng, page.rows, 1, rng.randint(4, 6) if large else rng.randint(3, 4))
-    for row, item in zip([*rows, last], [*distinct_codes(rng, len(rows)), "SUM"]):
-        price = f"{rng.randint(1, 9)}.{rng.randint(0, 99):02}"
-        page.write(row, (0, item), (4, price))
-        page.questions.append((f"what is {item}?", price))
-    return page
-
-
-def letter(rng: random.Random, large: bool) -> Page:
-    page = Page("letter", 8, 16 if large else 8)
-    n, body = (3, rng.randint(2, 4)) if large else (2, rng.randint(1, 2))
-    rows = rows_of(rng, page.rows, 0, n + body)
-    fields(rng, page, rows[:n])
-    for row in rows[n:]:
-        first = code(rng, 2, 5)
-        rest = code(rng, 1, 7 - len(first))
-        page.write(row, (0, first), (len(first) + 1, rest))
-    return page
-
-
-def form(rng: random.Random, large: bool) -> Page:
-    """`LABEL:value`; a large form has two columns, read one after the other."""
-    page = Page("form", 16 if large else 8, 8)
-    for column in (0, 8) if large else (0,):
-        fields(rng, page, rows_of(rng, 8, 0, rng.randint(2, 3) if large else rng.randint(3, 4)), column, colon=True)
-    return page
-
-
-def table(rng: random.Random, large: bool) -> Page:
-    """Rows by a random key; a small table has one column of values, a large one three."""
-    page = Page("table", 16 if large else 8, 8)
-    header = rng.sample([name for name in LABELS if len(name) == 3], 3 if large else 1)
-    rows = rows_of(rng, 8, 1, rng.randint(2, 3) if large else rng.randint(3, 4))
-    page.write(0, (0, "KEY"), *((4 * i, name) for i, name in enumerate(header, 1)))
-    for row, key in zip(rows, distinct_codes(rng, len(rows))):
-        values = [code(rng, 3, 3) for _ in header]
-        page.write(row, (0, key), *((4 * i, v) for i, v in enumerate(values, 1)))
-        page.questions += [(f"what is {name} of {key}?", v) for name, v in zip(header, values)]
-    return page
-
-
-PAGES = {"invoice": invoice, "receipt": receipt, "letter": letter, "form": form, "table": table}
-KINDS = list(PAGES)
-
-
-@functools.cache
-def glyph(character: str) -> Image.Image:
-    """The inked mask (CELL x CELL, 8-bit grey) of one character in Pillow's built-in font, centred in its cell."""
-    font = ImageFont.load_default(size=CELL - 1)
-    mask = Image.new("L", (CELL, CELL), 0)
-    left, _, right, _ = font.getbbox(character)
-    ImageDraw.Draw(mask).text(((CELL - right - left) / 2, -1), character, font=font, fill=255)
-    return mask
-
-
-def draw(page: Page) -> Image.Image:
-    image = Image.new("L", (page.columns * CELL, page.rows * CELL), 255)
-    for row, column, word in page.words:
-        for i, character in enumerate(word):
-            image.paste(0, ((column + i) * CELL, row * CELL), glyph(character))
-    return image.convert("RGB")
-
-
-def drawn_page(rng: random.Random, kind: str, large: bool, split: str) -> Page:
-    """A page of the split: its text decides in which it is, so that no document is in both."""
-    while True:
-        page = PAGES[kind](rng, large)
-        if (zlib.crc32(page.text.encode()) % 10 == 0) == (split == "held-out"):
-            return page
-
-
-def held_out_documents(n: int, seed: int) -> list[tuple[Page, str, str]]:
-    """n pages that no training run draws, with one question each: (page, prompt, answer). The kinds take turns, and
-    a third of the pages have several tiles."""
-    documents = []
-    for i in range(n):
-        rng = random.Random(f"held-out/{seed}/{i}")
-        page = drawn_page(rng, KINDS[i % len(KINDS)], i // len(KINDS) % 3 == 0, "held-out")
-        documents.append((page, *rng.choice(page.questions)))
-    return documents
-
-
-def answer(model: AlignVLM, tokenizer: Tokenizer, images: list[Image.Image], prompts: list[str], max_tiles: int = 9,
-           **generation) -> Iterator[list[str]]:
-    """Answer each (image, prompt) as one batch; yields the answers so far after every token, the last time complete.
-
-    generation: what AlignVLM.generate takes (max_new_tokens, temperature, top_p, seed). An empty prompt asks for a
-    caption: the user's turn is the image alone, as in stage 1.
-    """
-    samples = [prepare(Example([image], [Turn("user", [IMAGE, prompt] if prompt else [IMAGE])], ""), tokenizer,
-                       model.config.vision, max_tiles) for image, prompt in zip(images, prompts)]
-    ids: list[list[int]] = [[] for _ in samples]
-    for step in model.generate([s.tokens for s in samples], [s.pixels for s in samples], tokenizer.stop, **generation):
-        for row, token in zip(ids, step):
-            row += [] if token is None else [token]
-        yield [tokenizer.decode(row) for row in ids]
-    yield [tokenizer.decode(row) for row in ids]
-
-
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--draw", type=int, default=20, metavar="N", help="held-out pages (default: %(default)s)")
-    parser.add_argument("--seed", type=int, default=0, help="which pages (default: %(default)s)")
-    parser.add_argument("folder", type=Path, help="where the PNGs and questions.jsonl go; made if missing")
-    args = parser.parse_args()
-    try:
-        args.folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        parser.error(f"{args.folder}: {error.strerror}")
-    rows = []
-    for i, (page, prompt, gold) in enumerate(held_out_documents(args.draw, args.seed)):
-        name = f"{i:04}-{page.kind}.png"
-        draw(page).save(args.folder / name)
-        rows.append({"image": name, "prompt": prompt, "answer": gold, "kind": page.kind})
-    (args.folder / "questions.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    print(f"{len(rows)} pages and questions.jsonl in {args.folder}")
-
-
 if __name__ == "__main__":
+    from toy.pages import main
     main()

@@ -138,9 +138,7 @@ class Attention(nn.Module):
                 return self.output(attend(q, past_k, past_v, attn_mask=seen))
         if lengths is None:
             return self.output(attend(q, k, v, is_causal=True))
-        # Packed: the row holds several samples and none may see another, so each attends by itself.
-        samples = zip(q.split(lengths, dim=2), k.split(lengths, dim=2), v.split(lengths, dim=2))
-        return self.output(torch.cat([attend(*qkv, is_causal=True) for qkv in samples], dim=2))
+        return self.output(attend_packed(q, k, v, lengths))
 
     def output(self, y: Tensor) -> Tensor:
         return self.o_proj(y.transpose(1, 2).flatten(2))                           # (B, L, D)
@@ -149,6 +147,13 @@ class Attention(nn.Module):
 def attend(q: Tensor, k: Tensor, v: Tensor, **kind) -> Tensor:
     """Scaled dot-product attention of q (B, heads, L, head_dim) over k and v (B, kv_heads, M, head_dim)."""
     return nnf.scaled_dot_product_attention(q, k, v, enable_gqa=q.shape[1] != k.shape[1], **kind)
+
+
+@torch.compiler.disable         # each number of samples would be a graph of its own
+def attend_packed(q: Tensor, k: Tensor, v: Tensor, lengths: Tensor) -> Tensor:
+    """A row that holds several samples, none of which may see another: each attends by itself."""
+    samples = zip(*(x.split(lengths.tolist(), dim=2) for x in (q, k, v)))
+    return torch.cat([attend(*qkv, is_causal=True) for qkv in samples], dim=2)
 
 
 class MLP(nn.Module):
@@ -204,6 +209,7 @@ class Llama(nn.Module):
         if positions is None:
             positions = torch.cat([torch.arange(n, device=x.device) for n in lengths or [x.shape[1]]])[None]
         cos, sin = rope(positions, self.config)
+        lengths = None if lengths is None else torch.tensor(lengths)       # a list would be compiled for its length
         for layer in self.layers:
             x = layer(x, cos, sin, lengths, cache, positions)
         return self.norm(x)

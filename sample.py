@@ -19,7 +19,8 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
-from data import READ, Tokenizer, Turn, answer, encode_chat
+from data import READ, Tokenizer, Turn, encode_chat
+from eval import answer
 from model import AlignVLM, Llama
 from vision import InputError, read_image
 

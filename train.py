@@ -6,36 +6,47 @@
         --data cc12m/                                   # on 8 GPUs, from two folders with released weights
 
 Stage 0 stands for what a released LLM brings along: the toy's own LLM learns to read pages as plain text, before it
-meets an image. Every stage writes a folder OUT/stageN (config.json, model.safetensors, tokenizer.model, log.jsonl)
-from which the next stage and sample.py start; one that is complete is not trained again.
+meets an image. Every stage writes a folder OUT/stageN, from which the next one and sample.py start. The same command
+goes on where it was interrupted, and does not train again what is complete.
 """
 import argparse
-import contextlib
-import ctypes
+import functools
+import itertools
 import json
 import math
 import os
-import random
+import signal
 import sys
+import threading
 import time
+import traceback
 import zlib
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field, replace
+from datetime import timedelta
 from pathlib import Path
 
 import torch
 import torch.distributed as dist
+from safetensors import SafetensorError
+from torch import Tensor
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+from torch.utils.checkpoint import checkpoint
 from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
-from data import (BAD_KINDS, CELL, KINDS, READ, SYMBOLS, Bad, Documents, Example, Page, Position, Sample, Tokenizer,
-                  Turn, answer, code, deal, draw, drawn_page, encode_chat, fill_rows, held_out_documents, pack, prepare,
-                  rows_of, write_toy_tokenizer)
+from bench import mfu, peak_memory, plan, plot, step_flops
+from data import BAD_KINDS, Bad, Documents, Position, Sample, Tokenizer, Turn, deal, encode_chat, fill_rows, pack
+from eval import (States, begin, check_recipe, drop_states, held_out_scores, is_complete, newest_state, open_log,
+                  origin, recorded, report, roll_call, start_processes, whole)
 from model import ALIGNVLM_PRESETS, IGNORE, IMAGE, LLAMA_PRESETS, AlignVLM, read_llama
-from vision import InputError, Settings, SigLIPConfig, tile_boxes
+from toy.pages import ToyDocuments
+from vision import InputError, Settings, SigLIPConfig
+
+EVAL_SAMPLES = 64               # held-out samples of --eval-every
+STOP = threading.Event()        # SIGTERM or SIGINT has come: finish the step, save, leave
 
 
 @dataclass
@@ -74,156 +85,40 @@ RECIPES = {
                      3: Recipe(LATE, batch_size=256, lr=5e-5, max_length=2048, epochs=5)},
     "llama-3.1-8b": {1: Recipe(ALL), 2: Recipe(ALL, batch_size=256, lr=1e-5, max_length=2048),
                      3: Recipe(LATE, batch_size=256, lr=1e-5, max_length=2048, epochs=5)},
+    # The second version's small setup: LLaVA-558K for the connector alone, then LLaVA-NeXT-779K. It gives the learning
+    # rates; batch sizes and lengths are LLaVA's.
+    "low-resource": {1: Recipe(("connector",), batch_size=256, lr=1e-3, max_length=2048),
+                     2: Recipe(ALL, batch_size=128, lr=1e-5, max_length=4096, lr_scale={"vision": 0.2})},
 }
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# What the toy learns in each stage: (page, [(prompt, answer), ...]), from its beginning (progress 0) to its end (1)
+# The model, cut among ranks
 
 
-def sticker(rng: random.Random) -> Page:
-    """A few words on an otherwise empty page."""
-    page = Page("sticker", 8, 8)
-    for row in rows_of(rng, 8, 0, rng.randint(1, 3)):
-        word = code(rng, 1, 8)
-        page.write(row, (rng.randint(0, 8 - len(word)), word))
-    return page
+def shard(model: AlignVLM, device: torch.device, shard_size: int | None = None, recompute: bool = False,
+          compile: bool = False) -> None:
+    """FSDP2: each block, the connector and the vision tower are gathered when they run. What is left, the word
+    embedding foremost, stays gathered: connector, decoder and head share it. On CUDA the computation is bf16.
 
-
-def dense_text(rng: random.Random) -> Page:
-    """Full lines of random words: most tokens of a transcript teach to copy."""
-    page = Page("dense", 8, 8)
-    for row in rows_of(rng, 8, 0, rng.randint(3, 6)):
-        page.write(row, (0, code(rng, 3, 8)))
-    return page
-
-
-def eye_chart(rng: random.Random) -> Page:
-    """Random characters all over the page, read as one line: the k-th of the answer is the k-th patch of the image.
-
-    So the LLM can look at the right patch before it can read any, and every patch gets an error signal of its own.
+    shard_size: ranks that hold one copy of the model between them; by default all (the paper's ZeRO-3). Groups of
+    fewer, say of one node, are each other's replicas, and only gradients travel between them (hybrid).
     """
-    page = Page("chart", 8, 8)
-    cells = "".join(" " if rng.random() < 0.25 else rng.choice(SYMBOLS + "./:") for _ in range(64))
-    page.words = [(row, 0, cells[8 * row:8 * row + 8]) for row in range(8)]
-    page.lines = [cells]
-    return page
-
-
-def plain_text(page: Page, config: SigLIPConfig) -> str:
-    """The page as stage 0 reads it: at the place of each visual token the character that its patch shows.
-
-    The whole-page tile, on which nothing is legible, and the margins are spaces.
-    """
-    cells = [[" "] * page.columns for _ in range(page.rows)]
-    for row, column, word in page.words:
-        cells[row][column:column + len(word)] = word
-    side, text = config.patches_per_side, ""
-    for left, top, right, bottom in tile_boxes(page.columns * CELL, page.rows * CELL, config):
-        if max(right - left, bottom - top) > config.image_size:
-            text += " " * side * side
-            continue
-        x, y = (side - (right - left) // CELL) // 2, (side - (bottom - top) // CELL) // 2       # a tile is centred
-        crop = ["".join(row[left // CELL:right // CELL]) for row in cells[top // CELL:bottom // CELL]]
-        lines = [""] * y + [" " * x + line for line in crop]
-        text += "".join(line.ljust(side) for line in lines).ljust(side * side)
-    return text
-
-
-def text_lesson(rng: random.Random, progress: float) -> tuple[Page, list[tuple[str, str]]]:
-    """Stage 0, plain text: to copy (dense pages, and charts all along), then to read and to look things up."""
-    kind, charts = rng.random(), 0.3 - 0.2 * progress
-    if kind < charts:
-        page = eye_chart(rng)
-        return page, [("", page.text)]
-    if rng.random() > 4 * progress - 0.5:               # all dense for an eighth of the stage, none after three eighths
-        page = dense_text(rng)
-        return page, [("", page.text)]
-    if kind < charts + 0.08:
-        page = sticker(rng)
-        return page, [("", page.text)]
-    page = drawn_page(rng, rng.choice(KINDS + ["table"]), progress > 0.25 and rng.random() < 0.45, "train")
-    return page, reading_and_questions(rng, page, read=0.25, ask=0.25)
-
-
-def caption_lesson(rng: random.Random, progress: float) -> tuple[Page, list[tuple[str, str]]]:
-    """Stage 1: to see. Charts until every character is known in its patch, then words in free places among them."""
-    page = eye_chart(rng) if progress < 0.6 or rng.random() < 0.4 else sticker(rng)
-    return page, [("", page.text)]
-
-
-def document_lesson(rng: random.Random, progress: float) -> tuple[Page, list[tuple[str, str]]]:
-    """Stage 2: to read whole pages; those of several tiles come in over the first fifth."""
-    page = drawn_page(rng, rng.choice(KINDS), rng.random() < 0.5 * min(1, 5 * progress), "train")
-    return page, [(READ, page.text)]
-
-
-def instruction_lesson(rng: random.Random, progress: float) -> tuple[Page, list[tuple[str, str]]]:
-    """Stage 3: to answer, and not to forget reading."""
-    page = drawn_page(rng, rng.choice(KINDS + ["table"]), rng.random() < 0.4, "train")
-    return page, reading_and_questions(rng, page, read=0.25, ask=0.35)
-
-
-def reading_and_questions(rng: random.Random, page: Page, read: float, ask: float) -> list[tuple[str, str]]:
-    """The page read aloud (a share of `read`), up to three of its questions (`ask`), or, in the rest, one after the
-    other: several turns cost its image once. Not the other way round: that taught less of reading at once."""
-    kind, asked = rng.random(), rng.sample(page.questions, min(3, len(page.questions)))
-    return ([(READ, page.text)] if kind < 1 - ask else []) + (asked if kind >= read else [])
-
-
-LESSONS = [text_lesson, caption_lesson, document_lesson, instruction_lesson]
-
-
-class ToyDocuments(Dataset):
-    """One stage's samples: sample i depends on (seed, stage, i, n) alone, never on a rank or a worker."""
-
-    def __init__(self, stage: int, n: int, seed: int, tokenizer: Tokenizer, config: SigLIPConfig):
-        self.stage, self.n, self.seed, self.tokenizer, self.config = stage, n, seed, tokenizer, config
-
-    def draws(self, start: Position) -> Iterator[tuple[int | None, Position]]:
-        for i in range(*(start.taken or [0]), self.n):
-            yield i, Position(0, [i + 1])
-        yield None, Position(1)
-
-    def __getitem__(self, index: "int | Position") -> "Sample | Position":
-        if isinstance(index, Position):
-            return index
-        rng, progress = random.Random(f"{self.seed}/{self.stage}/{index}"), index / self.n
-        page, asks = LESSONS[self.stage](rng, progress)
-        images = [draw(page)] if self.stage > 0 else []
-        first = IMAGE if self.stage > 0 else self.as_text(rng, page, progress)
-        turns = []
-        for i, (prompt, gold) in enumerate(asks):
-            parts = [first] if i == 0 else []
-            turns += [Turn("user", parts + [prompt] if prompt else parts), Turn("assistant", [gold])]
-        sample = prepare(Example(images, turns, f"toy/{self.stage}/{index}"), self.tokenizer, self.config)
-        if self.stage == 0 and page.kind == "chart" and rng.random() < 0.8:
-            self.smudge(rng, sample)
-        return sample
-
-    def smudge(self, rng: random.Random, sample: Sample) -> None:
-        """Overwrite a share of a text chart's characters by any words, and do not ask for these.
-
-        An LLM that has only met legible charts finds its place by what stands there. In stage 1 nothing legible does,
-        at first: it looks nowhere, and the encoder learns nothing. A smudged chart can only be read by counting places.
-        Special tokens smudge as well: an untrained connector's mean over the vocabulary is mostly made of them.
-        """
-        cells = sample.tokens.tolist().index(self.tokenizer.special["<|end_header_id|>"]) + 2   # after "\n\n"
-        answers = (sample.labels != IGNORE).nonzero()[0].item()
-        share = rng.uniform(0.2, 1.0)
-        for i in range(self.config.n_patches):
-            if rng.random() < share:
-                sample.tokens[cells + i] = rng.randrange(len(self.tokenizer))
-                sample.labels[answers + i] = IGNORE
-
-    def as_text(self, rng: random.Random, page: Page, progress: float) -> str:
-        """Stage 0's page in the image's place: ever more often laid out as the patches will be, else as plain lines."""
-        laid_out = {"chart": 1.0, "dense": 0.25}.get(page.kind, 0.5 + 0.5 * progress)
-        return plain_text(page, self.config) if rng.random() < laid_out else page.text
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# The loop
+    policy = MixedPrecisionPolicy(torch.bfloat16, torch.float32) if device.type == "cuda" else MixedPrecisionPolicy()
+    world = dist.get_world_size()
+    size = min(shard_size or world, world)
+    if world % size:
+        raise InputError(f"--shard-size {size} does not divide the {world} processes")
+    shape = (world,) if size == world else (world // size, size)
+    mesh = init_device_mesh(device.type, shape, mesh_dim_names=("replicate", "shard")[-len(shape):])
+    blocks = [*model.vision.encoder["layers"], *model.llm.layers]
+    for block in blocks:
+        if recompute:       # keep a block's input alone, and run it again in the backward pass
+            block.forward = functools.partial(checkpoint, block.forward, use_reentrant=False)
+        if compile:
+            block.compile()
+    for module in [*blocks, model.vision, model.connector, model]:
+        fully_shard(module, mesh=mesh, mp_policy=policy)
 
 
 def learning_rate(step: int, recipe: Recipe) -> float:
@@ -235,48 +130,109 @@ def learning_rate(step: int, recipe: Recipe) -> float:
     return recipe.lr * (recipe.final_lr + (1 - recipe.final_lr) * cosine)
 
 
-def shard(model: AlignVLM, device: torch.device) -> None:
-    """FSDP2, full sharding (the paper's ZeRO-3): each block, the connector and the vision tower are gathered when they
-    run; what is left, the word embedding foremost, stays gathered: connector, decoder and head share it.
+def optimizer_of(model: AlignVLM, recipe: Recipe) -> torch.optim.Optimizer:
+    """AdamW over the stage's modules; weight decay on matrices alone. A group's scale multiplies the learning rate."""
+    return torch.optim.AdamW(
+        [{"params": [p for p in getattr(model, name).parameters() if (p.ndim > 1) == matrices],
+          "weight_decay": recipe.weight_decay if matrices else 0.0, "scale": recipe.lr_scale.get(name, 1.0)}
+         for name in recipe.trainable for matrices in (True, False)], betas=recipe.betas, eps=recipe.eps, fused=True)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# One step
+
+
+def in_step(rows: list[list[Sample]], config: SigLIPConfig) -> tuple[list[list[Sample]], Counter]:
+    """The rows of this rank, so that all ranks call the same modules equally often: under FSDP they wait otherwise.
+
+    A rank with fewer rows than another gets blank ones, and a row without an image a blank tile if any rank has one.
+    Also returns what all ranks have together: tokens (visual ones too), supervised ones, blank ones, tiles, images, and
+    the sum of the samples' squared lengths.
     """
-    policy = MixedPrecisionPolicy(torch.bfloat16, torch.float32) if device.type == "cuda" else MixedPrecisionPolicy()
-    mesh = init_device_mesh(device.type, (dist.get_world_size(),))
-    for module in [*model.vision.encoder["layers"], model.vision, model.connector, *model.llm.layers, model]:
-        fully_shard(module, mesh=mesh, mp_policy=policy)
+    most = torch.tensor([len(rows), any(len(s.pixels) for row in rows for s in row)], dtype=torch.int64)
+    dist.all_reduce(most, dist.ReduceOp.MAX)
+    n_rows, seen = most.tolist()
+    n, side = (config.n_patches if seen else 1), config.image_size
+    blank = Sample(torch.full((n,), IMAGE if seen else 0), torch.full((n,), IGNORE), torch.zeros(seen, 3, side, side),
+                   "blank")
+    rows = [row if row and (not seen or any(len(s.pixels) for s in row)) else [*row, blank]
+            for row in rows + [[]] * (n_rows - len(rows))]
+    samples = [s for row in rows for s in row]
+    lengths, real = [len(s.tokens) for s in samples], [s for s in samples if s is not blank]
+    counts = dict(tokens=sum(lengths), supervised=sum(int((s.labels != IGNORE).sum()) for s in real),
+                  blank=n * (len(samples) - len(real)), tiles=sum(len(s.pixels) for s in samples),
+                  images=sum(s.n_images for s in real), squares=sum(length ** 2 for length in lengths))
+    totals = torch.tensor([*counts.values()])
+    dist.all_reduce(totals)
+    return rows, Counter(dict(zip(counts, totals.tolist())))
 
 
-def blank(config: SigLIPConfig, seen: bool) -> Sample:
-    """A sample without an answer, which changes nothing. It keeps ranks in step: under FSDP all of them call the same
-    modules, so if any rank has an image (seen), a row without one gets a blank tile."""
-    n, side = (config.n_patches, config.image_size) if seen else (1, config.image_size)
-    return Sample(torch.full((n,), IMAGE if seen else 0), torch.full((n,), IGNORE),
-                  torch.zeros(int(seen), 3, side, side), "blank")
+def row_loss(model: AlignVLM, row: list[Sample], device: torch.device) -> Tensor:
+    """The sum of a row's cross-entropies, in nats."""
+    tokens, labels, pixels, lengths = pack(row)
+    return model(tokens.to(device), labels.to(device), pixels.to(device), lengths)
 
 
-def accumulate_gradients(model: AlignVLM, rows: list[list[Sample]], device: torch.device) -> tuple[float | None, int]:
+def accumulate_gradients(model: AlignVLM, rows: list[list[Sample]],
+                         device: torch.device) -> tuple[float | None, Counter, list[str]]:
     """Gradients of the mean loss over all supervised tokens of a step, on all ranks, however it is split into rows.
 
-    Returns that loss (nats per token; None, and no gradients, if every sample was bad) and the number of tokens."""
-    samples = [sample for row in rows for sample in row]
-    counts = torch.tensor([sum(int((s.labels != IGNORE).sum()) for s in samples),
-                           sum(len(s.tokens) for s in samples), sum(len(s.pixels) for s in samples)])
-    dist.all_reduce(counts)
-    supervised, n_tokens, n_tiles = counts.tolist()
-    if supervised == 0:
-        return None, 0
-    dist.all_reduce(n_rows := torch.tensor(len(rows)), dist.ReduceOp.MAX)
-    n_rows, filler = n_rows.item(), blank(model.config.vision, n_tiles > 0)
-    total = torch.zeros((), device=device)
-    for i in range(n_rows):
-        row = rows[i] if i < len(rows) else []
-        sees = n_tiles == 0 or any(len(s.pixels) for s in row)
-        tokens, labels, pixels, lengths = pack(row if row and sees else [*row, filler])
-        model.set_requires_gradient_sync(i == n_rows - 1)
-        loss = model(tokens.to(device), labels.to(device), pixels.to(device), lengths)      # a sum
-        (loss * dist.get_world_size() / supervised).backward()      # times the ranks: FSDP averages over them
-        total += loss.detach()
+    Returns that loss (nats per token; None, and no gradients, if every sample was bad), the counts of in_step, and the
+    keys of this rank's samples in rows whose loss is not finite.
+    """
+    rows, counts = in_step(rows, model.config.vision)
+    if counts["supervised"] == 0:
+        return None, counts, []
+    losses = []
+    for i, row in enumerate(rows):
+        model.set_requires_all_reduce(i == len(rows) - 1)           # between replicas; within them at every row
+        loss = row_loss(model, row, device)
+        (loss * dist.get_world_size() / counts["supervised"]).backward()        # times the ranks: FSDP averages
+        losses.append(loss.detach())
+    finite = torch.stack(losses).isfinite().tolist()
+    total = sum(losses)
     dist.all_reduce(total)
-    return total.item() / supervised, n_tokens
+    suspects = [s.key for row, good in zip(rows, finite) if not good for s in row]
+    return total.item() / counts["supervised"], counts, suspects
+
+
+def take_step(model: AlignVLM, optimizer: torch.optim.Optimizer, rows: list[list[Sample]], lr: float, clip: float,
+              device: torch.device) -> tuple[float | None, float | None, Counter, list[str]]:
+    """One step of the optimizer, unless the loss or the gradient is not finite: then all ranks skip it.
+
+    Returns the loss and the gradient's norm (None if skipped), in_step's counts, and keys that may be to blame for it.
+    """
+    loss, counts, suspects = accumulate_gradients(model, rows, device)
+    if loss is None:
+        return None, None, counts, []
+    params = [p for group in optimizer.param_groups for p in group["params"]]
+    norm = torch.nn.utils.clip_grad_norm_(params, clip).full_tensor().item()
+    if math.isfinite(loss) and math.isfinite(norm):
+        for group in optimizer.param_groups:
+            group["lr"] = lr * group["scale"]
+        optimizer.step()
+    else:
+        loss, norm, suspects = None, None, suspects or [s.key for row in rows for s in row]
+    optimizer.zero_grad()
+    return loss, norm, counts, suspects
+
+
+@torch.no_grad()
+def held_out_loss(model: AlignVLM, samples: list[Sample], row_tokens: int, device: torch.device) -> float:
+    """The mean loss, in nats per supervised token, of all ranks' samples."""
+    rows, counts = in_step(fill_rows(samples, row_tokens), model.config.vision)
+    total = sum((row_loss(model, row, device) for row in rows), torch.zeros((), device=device))
+    dist.all_reduce(total)
+    return total.item() / max(1, counts["supervised"])
+
+
+@dataclass
+class Progress:
+    """How far a stage has come."""
+    step: int = 0
+    position: Position = field(default_factory=dict)
+    holes: Counter = field(default_factory=dict)        # bad samples by kind, and how many were seen
+    skipped: int = 0                                    # steps whose loss or gradient was not finite
 
 
 def without_holes(samples: list[Sample | Bad], documents: Documents, holes: Counter) -> list[Sample]:
@@ -300,12 +256,17 @@ def check_holes(holes: Counter, max_bad: float) -> None:
                          + table)
 
 
-def check_order(position: Position) -> None:
-    """Raise InputError, on all ranks, if they do not stand at the same place: they would repeat and lose samples."""
-    marks = torch.tensor([1, -1]) * zlib.crc32(repr(position).encode())
+def meet(position: Position, stop: bool) -> bool:
+    """Where ranks meet before a step: at the same place of the data, or they would repeat and lose samples.
+
+    Returns whether any of them was asked to stop. Raises InputError, on all ranks.
+    """
+    mark = zlib.crc32(repr(position).encode())
+    marks = torch.tensor([mark, -mark, stop])
     dist.all_reduce(marks, dist.ReduceOp.MAX)
-    if marks.sum() != 0:
+    if marks[0] != -marks[1]:
         raise InputError("the ranks read different data: is --data the same, and readable, on every node?")
+    return bool(marks[2])
 
 
 def steps_of(loader) -> Iterator[tuple[list, Position]]:
@@ -319,88 +280,115 @@ def steps_of(loader) -> Iterator[tuple[list, Position]]:
             samples.append(item)
 
 
-def train_stage(stage: int, recipe: Recipe, model: AlignVLM, tokenizer: Tokenizer, documents: Documents | None, args,
-                device: torch.device) -> None:
-    """Train one stage of a sharded model on documents, or else on the toy's; a line of log.jsonl per step."""
-    rank, world = dist.get_rank(), dist.get_world_size()
-    params = [p for p in model.parameters() if p.requires_grad]
-    optimizer = torch.optim.AdamW(
-        [{"params": [p for p in getattr(model, name).parameters() if (p.ndim > 1) == matrices],
-          "weight_decay": recipe.weight_decay if matrices else 0.0, "scale": recipe.lr_scale.get(name, 1.0)}
-         for name in recipe.trainable for matrices in (True, False)], betas=recipe.betas, eps=recipe.eps, fused=True)
-    if documents:
-        documents.settings = dict(tokenizer=tokenizer, config=model.config.vision, max_tiles=args.max_tiles,
-                                  max_text=recipe.max_length, max_tokens=recipe.row_tokens)
+# ---------------------------------------------------------------------------------------------------------------------
+# One stage
+
+
+def check_blamed(blamed: list[list[str]], step: int) -> None:
+    """Raise InputError, on all ranks, after ten skipped steps in a row; blamed: this rank's suspects of each."""
+    if len(blamed) < 10:
+        return
+    everyone = [None] * dist.get_world_size()
+    dist.all_gather_object(everyone, blamed)
+    keys = dict.fromkeys(key for mine in everyone for step_keys in mine for key in step_keys)
+    raise InputError(f"ten steps in a row, up to {step}, had a loss or gradient that is not finite: lower --lr, or "
+                     f"look at these samples: {', '.join([*keys][:100])}" + ", ..." * (len(keys) > 100))
+
+
+def ignore_signals(*_) -> None:
+    """A cluster's SIGTERM, or Ctrl-C, reaches the loading processes too, whose samples the last step still needs."""
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+
+
+def evaluate(stage: int, model: AlignVLM, tokenizer: Tokenizer, held_out: Dataset, recipe: Recipe, args,
+             device: torch.device) -> dict[str, float]:
+    """The held-out loss (nats per token); from stage 2 on also how the toy reads and, in stage 3, answers."""
+    references = itertools.islice((r for r, _ in held_out.draws(Position()) if r is not None), EVAL_SAMPLES)
+    samples = map(held_out.__getitem__, itertools.islice(references, dist.get_rank(), None, dist.get_world_size()))
+    samples = [s for s in samples if isinstance(s, Sample)]
+    scores = {"held_out_loss": held_out_loss(model, samples, recipe.row_tokens, device)}
+    if args.preset == "toy" and stage > 1 and args.held_out:
+        scores |= held_out_scores(whole(model), tokenizer, min(50, args.held_out), args.seed)["held-out"]
+    return scores
+
+
+def train_stage(stage: int, recipe: Recipe, model: AlignVLM, tokenizer: Tokenizer, path: Path | None, args,
+                device: torch.device) -> bool:
+    """Train one stage of a sharded model on --data, or else on the toy's pages, from the state at `path` on, if any.
+
+    A line of log.jsonl per step, per resumption and per evaluation. Returns whether the stage is complete; if not, it
+    was asked to stop, and its state is saved.
+    """
+    rank, world, config = dist.get_rank(), dist.get_world_size(), model.config
+    folder = args.out / f"stage{stage}.partial"
+    optimizer = optimizer_of(model, recipe)
+    if args.data and stage > 0:
+        settings = dict(tokenizer=tokenizer, config=config.vision, max_tiles=args.max_tiles,
+                        max_text=recipe.max_length, max_tokens=recipe.row_tokens)
         encode_chat([Turn("user", [])], tokenizer, [])      # refuses here, not sample by sample
+        documents = Documents(args.data, args.seed, **settings)
         if args.steps is None:      # for the schedule and the bar; the stage ends where its last epoch does
             recipe.steps = math.ceil(recipe.epochs * documents.epoch_samples() / recipe.batch_size)
+        held_out = Documents(args.eval_data, args.seed, **settings) if args.eval_data else None
     else:
-        documents = ToyDocuments(stage, recipe.steps * recipe.batch_size, args.seed, tokenizer, model.config.vision)
-    order = deal(documents.draws(Position()), recipe.batch_size, rank, world)
+        documents = ToyDocuments(stage, recipe.steps * recipe.batch_size, args.seed, tokenizer, config.vision)
+        held_out = ToyDocuments(stage, EVAL_SAMPLES, args.seed, tokenizer, config.vision, "held-out")
+    states = States(folder, model, optimizer, args.keep, args.timeout)
+    p = Progress(**states.load(path)) if path else Progress()
+    p.position, p.holes = Position(**p.position), Counter(p.holes)
+
+    order = deal(documents.draws(p.position), recipe.batch_size, rank, world)
     ahead = max(2, recipe.batch_size // (world * args.workers)) if args.workers else None       # about a step
-    loader = DataLoader(documents, batch_size=None, sampler=order, num_workers=args.workers, prefetch_factor=ahead)
-    log_file = args.out / f"stage{stage}.partial" / "log.jsonl" if rank == 0 else os.devnull
-    holes, epoch, start = Counter(), 0, time.perf_counter()
-    bar = tqdm(steps_of(loader), f"stage {stage}", recipe.steps, disable=rank > 0, mininterval=1)
-    with open(log_file, "w") as log:
-        for step, (samples, position) in enumerate(bar):
-            check_order(position)
-            rows = fill_rows(without_holes(samples, documents, holes), recipe.row_tokens)
-            if holes["seen"] >= 1000 or position.epoch > epoch:
-                check_holes(holes, args.max_bad)
-            loss, n_tokens = accumulate_gradients(model, rows, device)
-            lr, norm = learning_rate(step, recipe), None
-            if loss is not None:
-                norm = torch.nn.utils.clip_grad_norm_(params, recipe.clip).full_tensor().item()
-                if not math.isfinite(norm):
-                    raise InputError(f"stage {stage}, step {step}: the gradient's norm is {norm}; try a lower --lr")
-                for group in optimizer.param_groups:
-                    group["lr"] = lr * group["scale"]
-                optimizer.step()
-                optimizer.zero_grad()
-            start, speed = time.perf_counter(), n_tokens / (time.perf_counter() - start)
-            bad = {kind: holes[kind] for kind in BAD_KINDS if holes[kind]}
-            log.write(json.dumps({"stage": stage, "step": step, "epoch": epoch, "loss": loss, "lr": lr,
-                                  "grad_norm": norm, "tokens_per_s": speed, "bad": bad}) + "\n")
+    loader = DataLoader(documents, batch_size=None, sampler=order, num_workers=args.workers, prefetch_factor=ahead,
+                        worker_init_fn=ignore_signals)
+    file = open_log(folder / "log.jsonl" if rank == 0 else Path(os.devnull))
+
+    def log(**row) -> None:
+        file.write(json.dumps({"stage": stage, **row}) + "\n")
+
+    def is_over() -> bool:
+        return p.step >= args.steps if args.steps else p.position.epoch >= recipe.epochs
+
+    if file.tell():
+        log(resumed=p.step, processes=world)
+    blamed, start = [], time.perf_counter()
+    with tqdm(desc=f"stage {stage}", total=recipe.steps, initial=p.step, disable=rank > 0, mininterval=1) as bar:
+        steps = steps_of(loader)
+        while not is_over():
+            samples, position = next(steps)
+            if meet(position, STOP.is_set() or p.step >= (args.max_steps or math.inf)):
+                states.save(p.step, {**vars(p), "position": vars(p.position)})
+                break
+            rows = fill_rows(without_holes(samples, documents, p.holes), recipe.row_tokens)
+            if p.holes["seen"] >= 1000 or position.epoch > p.position.epoch:
+                check_holes(p.holes, args.max_bad)
+            lr = learning_rate(p.step, recipe)
+            loss, norm, counts, suspects = take_step(model, optimizer, rows, lr, recipe.clip, device)
+            skipped = loss is None and counts["supervised"] > 0
+            blamed = [*blamed, suspects] if skipped else []
+            check_blamed(blamed, p.step)
+            p.skipped += skipped
+
+            seconds, start = time.perf_counter() - start, time.perf_counter()
+            speed, blank = (counts["tokens"] - counts["blank"]) / seconds, counts["blank"] / max(1, counts["tokens"])
+            flops = step_flops(config, recipe.trainable, counts) / seconds
+            log(step=p.step, epoch=p.position.epoch, loss=loss, lr=lr, grad_norm=norm, tokens_per_s=speed,
+                images_per_s=counts["images"] / seconds, padding=blank, peak_memory=peak_memory(device),
+                flops_per_s=flops, mfu=mfu(flops / world, device), skipped=p.skipped,
+                bad={kind: p.holes[kind] for kind in BAD_KINDS if p.holes[kind]})
+            bar.update()
             shown = math.nan if loss is None else loss
             bar.set_postfix_str(f"loss {shown:.3f}, lr {lr:.1e}, {speed:,.0f} tokens/s", refresh=False)
-            epoch = position.epoch
-            if step + 1 == args.steps or args.steps is None and epoch == recipe.epochs:
-                break
-
-
-def edit_distance(a: str, b: str) -> int:
-    """Levenshtein distance: the fewest insertions, deletions and substitutions of characters from a to b."""
-    row = list(range(len(b) + 1))
-    for i, x in enumerate(a, 1):
-        diagonal, row[0] = row[0], i
-        for j, y in enumerate(b, 1):
-            diagonal, row[j] = row[j], min(row[j] + 1, row[j - 1] + 1, diagonal + (x != y))
-    return row[-1]
-
-
-def held_out_scores(model: AlignVLM, tokenizer: Tokenizer, n: int, seed: int) -> dict[str, dict]:
-    """Read n held-out documents aloud and answer one question about each, greedily, 50 at a time.
-
-    Returns exact_match (of answers), cer (edit distance over reference characters) and n, of each kind of page, of
-    pages of one and of several tiles, and last of all "held-out" ones.
-    """
-    documents = held_out_documents(n, seed)
-    right, errors, characters, count = (Counter() for _ in range(4))
-    for first in tqdm(range(0, n, 50), desc="reading held-out pages"):
-        some = documents[first:first + 50]
-        images = [draw(page) for page, _, _ in some]
-        *_, texts = answer(model, tokenizer, images, [READ] * len(some))
-        *_, answers = answer(model, tokenizer, images, [prompt for _, prompt, _ in some])
-        for (page, _, gold), text, prediction in zip(some, texts, answers):
-            for group in (page.kind, "several tiles" if page.large else "one tile", "held-out"):
-                right[group] += prediction == gold
-                errors[group] += edit_distance(text, page.text)
-                characters[group] += len(page.text)
-                count[group] += 1
-    groups = sorted(set(count) - {"held-out"}) + ["held-out"]
-    return {group: {"exact_match": right[group] / count[group], "cer": errors[group] / characters[group],
-                    "n": count[group]} for group in groups}
+            p.step, p.position = p.step + 1, position
+            states.finish(wait=False)
+            if is_over() or p.step % args.save_every == 0 and not blamed:
+                states.save(p.step, {**vars(p), "position": vars(p.position)})
+            if args.eval_every and p.step % args.eval_every == 0:
+                log(step=p.step - 1, **evaluate(stage, model, tokenizer, held_out, recipe, args, device))
+                start = time.perf_counter()
+        states.finish()
+    return is_over()
 
 
 def build(stage: int, recipe: Recipe, args, device: torch.device) -> AlignVLM:
@@ -409,7 +397,7 @@ def build(stage: int, recipe: Recipe, args, device: torch.device) -> AlignVLM:
     def prepare(model: AlignVLM) -> None:
         for name, module in model.named_children():
             module.requires_grad_(name in recipe.trainable)
-        shard(model, device)
+        shard(model, device, args.shard_size, args.recompute, args.compile)
 
     torch.manual_seed(args.seed)
     if stage == 1 and args.llm:
@@ -427,53 +415,21 @@ def build(stage: int, recipe: Recipe, args, device: torch.device) -> AlignVLM:
     return model
 
 
-def keep_heap() -> None:
-    """Let glibc keep freed memory: by default each large buffer goes back to the kernel, and its pages fault in anew
-    at the next operation, a third of a training step on a CPU."""
-    if sys.platform == "linux" and hasattr(libc := ctypes.CDLL(None), "mallopt"):
-        m_trim_threshold, m_mmap_max = -1, -4
-        libc.mallopt(m_mmap_max, 0)
-        libc.mallopt(m_trim_threshold, 2 ** 31 - 1)
-
-
-def keep_files_open() -> None:
-    """Let a process open as many files as it may: each tensor that a loading process hands over is one."""
-    if sys.platform != "win32":
-        import resource
-        most = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
-        with contextlib.suppress(ValueError):       # macOS reports no limit and then refuses to have none
-            resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
-
-
-def start_processes() -> torch.device:
-    """Join torchrun's processes, or be the only one; nccl on CUDA, gloo on a CPU."""
-    device = torch.device("cpu")
-    if torch.cuda.is_available():
-        device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
-        torch.cuda.set_device(device)
-    backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"        # counts travel over gloo
-    if "RANK" in os.environ:
-        dist.init_process_group(backend)
-    else:
-        dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
-    return device
-
-
 def parse_args() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    add = parser.add_argument
+    group = parser.add_argument_group
+    add = group("what is trained").add_argument
     add("--preset", choices=list(RECIPES), help="recipe (default: by the size of --llm; without one the toy's)")
     add("--vision", type=Path, help="folder with a released SigLIP, for stage 1 (default: the toy's own)")
     add("--llm", type=Path, help="folder with a released Llama and its tokenizer, for stage 1 (default: the toy's own)")
     add("--stage", type=int, choices=[0, 1, 2, 3], help="train this stage only (default: all, in order)")
-    add("--out", type=Path, help="the run's folder (default: out/PRESET)")
-    add("--retrain", action="store_true", help="train also what is already complete in --out")
     add("--seed", type=int, default=0, help="of weights and data (default: %(default)s)")
     add("--steps", type=int, help="optimizer steps of each stage (default: the recipe's)")
     add("--batch-size", type=int, help="samples a step, over all processes (default: the recipe's)")
     add("--row-tokens", type=int, help="tokens a forward pass, visual ones too; a process's share of a step takes as "
         "many as it needs (default: the recipe's)")
     add("--lr", type=float, help="peak learning rate (default: the recipe's)")
+    add = group("data").add_argument
     add("--data", nargs="+", metavar="PATH[:WEIGHT]", help="what --stage learns from: folders, files or globs of tar "
         "(img2dataset), parquet (BigDocs, VCR-wiki), JSONL or JSON (DocDownstream, MS-Swift, LLaVA); with weights the "
         "data sets are mixed in that ratio (default: the toy's drawn pages)")
@@ -481,119 +437,134 @@ def parse_args() -> argparse.Namespace:
     add("--max-bad", type=float, default=0.01, help="share of bad samples above which training stops, judged from a "
         "thousand samples or an epoch on (default: %(default)s)")
     add("--workers", type=int, help="data loading processes per process (default: with --data up to 4, else 0)")
-    add("--held-out", type=int, default=200, help="held-out documents read at the end (default: %(default)s; 0: none)")
+    add = group("the run").add_argument
+    add("--out", type=Path, help="the run's folder (default: out/PRESET)")
+    add("--retrain", action="store_true", help="train also what is already complete in --out")
+    add("--resume", default="auto", metavar="auto|never|PATH", help="go on from the newest training state in --out, "
+        "begin the stage anew and drop its states, or go back to the one at PATH (default: %(default)s)")
+    add("--save-every", type=int, default=200, help="steps between training states (default: %(default)s)")
+    add("--keep", type=int, default=2, help="training states that are kept (default: %(default)s)")
+    add("--max-steps", type=int, help="save and leave after so many steps of the stage; more, or none, goes on")
+    add("--eval-every", type=int, help="steps between evaluations of the held-out loss (default: none)")
+    add("--eval-data", nargs="+", metavar="PATH", help="held-out data for it, as for --data (the toy draws its own)")
+    add("--held-out", type=int, default=200, help="documents the toy reads at the end (default: %(default)s; 0: none)")
+    add("--plot", type=Path, nargs="+", metavar="RUN", help="only draw loss and throughput of runs' folders, or of "
+        "log.jsonl files, into OUT/plot.png (needs `pip install matplotlib`)")
+    add = group("the machines").add_argument
+    add("--shard-size", type=int, help="processes that hold one copy of the model between them (default: all of them)")
+    add("--recompute", action="store_true", help="compute activations twice instead of keeping them")
+    add("--compile", action="store_true", help="torch.compile each block")
+    add("--timeout", type=float, default=600, help="seconds to wait for a stalled process (default: %(default)s)")
+    add("--plan", action="store_true", help="only say what training takes: memory per GPU, step time, days")
+    add("--gpus", type=int, default=64, help="for --plan (default: %(default)s)")
+    add("--gpu-memory", type=float, default=80, help="GB of each, for --plan (default: %(default)s)")
+    add("--mfu", type=float, default=0.4, help="share of an H100's 989 TFLOP/s, for --plan (default: %(default)s)")
     args = parser.parse_args()
-    numbers = args.steps, args.batch_size, args.row_tokens, args.lr, args.max_tiles
-    if any(x is not None and not x > 0 for x in numbers):
-        parser.error("--steps, --batch-size, --row-tokens, --lr and --max-tiles are more than 0")
+    for name in ("steps batch_size row_tokens lr max_tiles save_every keep max_steps eval_every shard_size timeout "
+                 "gpus gpu_memory mfu").split():
+        if getattr(args, name) is not None and not getattr(args, name) > 0:
+            parser.error(f"--{name.replace('_', '-')} is more than 0")
     args.workers = args.workers if args.workers is not None else min(4, os.cpu_count()) if args.data else 0
     if min(args.workers, args.held_out, args.seed) < 0 or not 0 <= args.max_bad <= 1:
-        parser.error("--workers, --held-out and --seed are at least 0, --max-bad is a share from 0 to 1")
+        parser.error("--workers, --held-out and --seed are at least 0, --max-bad is from 0 to 1")
     if args.data and not args.stage:
         parser.error("--data is for one stage: add --stage 1, 2 or 3")
+    if args.data and args.eval_every and not args.eval_data:
+        parser.error("--eval-every needs --eval-data beside --data")
+    if args.resume not in ("auto", "never") and args.stage is None:
+        parser.error("--resume PATH is for one stage: add --stage")
     if bool(args.vision) != bool(args.llm):
         parser.error("--vision and --llm go together: two folders with released weights")
+    args.timeout = timedelta(seconds=args.timeout)
     return args
 
 
 def choose_preset(args) -> str:
-    """The recipe that was asked for, or the one that goes with the LLM's size: that of --llm, or of the folder from
-    which --stage starts. The toy's without either."""
+    """The recipe for the LLM's size: that of --llm, or of the folder where --stage starts; without either the toy's."""
     started = args.out / f"stage{args.stage - 1}" / "config.json" if args.out and args.stage else None
-    if args.llm and args.preset is None:
+    if args.llm:
         size = asdict(read_llama(args.llm)[0])
-    elif args.preset is None and started and started.exists():
+    elif started and started.exists():
         size = Settings(started).section("llm").values
     else:
-        return args.preset or "toy"
+        return "toy"
     sizes = {(config.hidden_size, config.n_layers): name for name, config in LLAMA_PRESETS.items()}
     return sizes.get((size.get("hidden_size"), size.get("n_layers")), "llama-3.2-1b")
 
 
-def is_complete(stage: int, out: Path) -> bool:
-    """Whether a stage's folder is there, and not older than the stage that it started from."""
-    folder, previous = (out / f"stage{s}" / "config.json" for s in (stage, stage - 1))
-    return folder.exists() and (not previous.exists() or folder.stat().st_mtime >= previous.stat().st_mtime)
-
-
-def check_recipe(folder: Path, recipe: dict) -> None:
-    """Raise InputError if a complete stage was trained with another recipe than is asked for now."""
-    before = json.loads((folder / "recipe.json").read_text())
-    changed = [f"{key} {before.get(key)}, not {value}" for key, value in recipe.items() if before.get(key) != value]
-    if changed:
-        raise InputError(f"{folder} was trained with {', '.join(changed)}: take another --out, or --retrain")
+def run_stage(stage: int, args, device: torch.device, restarted: bool) -> bool:
+    """Build, train and export one stage, unless that is done. Returns whether it is complete."""
+    given = {name: getattr(args, name) for name in ("steps", "batch_size", "row_tokens", "lr")}
+    recipe = replace(RECIPES[args.preset][stage], **{k: v for k, v in given.items() if v is not None})
+    launch = os.environ.get("TORCHELASTIC_RUN_ID")
+    record = {"preset": args.preset, "seed": args.seed, "data": args.data if stage else None,
+              "max_tiles": args.max_tiles, **asdict(recipe), "origin": origin(stage, args.out), "launch": launch}
+    record = json.loads(json.dumps(record))
+    folder, partial, main_rank = args.out / f"stage{stage}", args.out / f"stage{stage}.partial", dist.get_rank() == 0
+    # What torchrun restarts goes on with what this launch has begun, whatever the command says.
+    resume = "auto" if restarted and recorded(partial, "launch") == launch else args.resume
+    retrain = args.retrain and not (restarted and recorded(folder, "launch") == launch)
+    complete = [is_complete(stage, args.out) and not retrain]
+    dist.broadcast_object_list(complete)        # the first rank decides: another may see the disk as it was
+    if complete[0]:
+        check_recipe(folder, record, "--retrain")
+        if main_rank:
+            drop_states(folder)
+            print(f"stage {stage} is complete in {folder} (--retrain trains it again)")
+        return True
+    if stage > 1 and not (args.out / f"stage{stage - 1}" / "config.json").exists():
+        raise InputError(f"stage {stage} starts from stage {stage - 1}, and {args.out} has none: train that first")
+    # A tokenizer goes with its LLM: the released one's, or that of the folder from which the stage starts.
+    source = args.llm if stage == 1 and args.llm else partial if stage == 0 else args.out / f"stage{stage - 1}"
+    model = build(stage, recipe, args, device)
+    tokenizer = Tokenizer(source, model.config.llm.vocab_size) if stage > 0 else None
+    path = [begin(stage, partial, record, model, resume, args.keep) if main_rank else None]
+    dist.broadcast_object_list(path)
+    tokenizer = tokenizer or Tokenizer(source, model.config.llm.vocab_size)
+    if not train_stage(stage, recipe, model, tokenizer, path[0], args, device):
+        if main_rank:
+            print(f"stage {stage} has stopped, its state is in {newest_state(partial)}: the same command goes on")
+        return False
+    model.save_pretrained(folder, tokenizer.path, torch.float32 if args.preset == "toy" else torch.bfloat16)
+    if main_rank:
+        drop_states(folder)
+    return True
 
 
 def main() -> None:
     args = parse_args()
-    args.preset = choose_preset(args)
+    args.preset = args.preset or ("llama-3.2-1b" if args.plan and not args.llm else choose_preset(args))
     args.out = args.out or Path("out") / args.preset
+    if args.plot:
+        return plot(args.plot, args.out / "plot.png")
+    if args.plan:
+        return plan(args, RECIPES)
+    stages = [stage for stage in RECIPES[args.preset] if stage > 0] if args.stage is None else [args.stage]
+    if stages[0] not in RECIPES[args.preset]:
+        raise InputError(f"--preset {args.preset} has no stage {stages[0]}")
     if args.preset != "toy" and args.steps is None and not args.data:
-        raise InputError(f"the recipe {args.preset} counts epochs, which drawn pages do not have: "
-                         "give --data or --steps")
-    documents = Documents(args.data, args.seed) if args.data else None
-    keep_heap()
-    keep_files_open()
-    device = start_processes()
-    main_rank = dist.get_rank() == 0
-    toy = args.preset == "toy"
-    stages = [1, 2, 3] if args.stage is None else [args.stage]
-    if not args.llm and 1 in stages and not is_complete(0, args.out) and (args.retrain or not is_complete(1, args.out)):
-        if not toy:
+        raise InputError(f"the recipe {args.preset} counts epochs, drawn pages have none: give --data or --steps")
+    afresh = args.retrain and args.stage is None
+    if not args.llm and 1 in stages and (afresh or not is_complete(0, args.out) and (
+            args.retrain or not is_complete(1, args.out))):
+        if args.preset != "toy":
             raise InputError(f"the recipe {args.preset} is for released weights: give stage 1 --vision and --llm")
         stages = [0, *stages]       # the toy's LLM is pretrained, as a released one is
-    given = {name: getattr(args, name) for name in ("steps", "batch_size", "row_tokens", "lr")}
-    for stage in stages:
-        if stage not in RECIPES[args.preset]:
-            raise InputError(f"--preset {args.preset} has no stage {stage}")
-        recipe = replace(RECIPES[args.preset][stage], **{k: v for k, v in given.items() if v is not None})
-        record = {"preset": args.preset, "seed": args.seed, "data": args.data if stage > 0 else None,
-                  "max_tiles": args.max_tiles, **asdict(recipe)}
-        record = json.loads(json.dumps(record))
-        folder = args.out / f"stage{stage}"
-        if is_complete(stage, args.out) and not args.retrain:
-            check_recipe(folder, record)
-            if main_rank:
-                print(f"stage {stage} is complete in {folder} (--retrain trains it again)")
-            continue
-        if stage > 1 and not (args.out / f"stage{stage - 1}" / "config.json").exists():
-            raise InputError(f"stage {stage} starts from stage {stage - 1}, and {args.out} has none: train that first")
-        partial = folder.with_name(folder.name + ".partial")
-        # A tokenizer goes with its LLM: the released one's, or the one in the folder from which the stage starts.
-        source = args.llm if stage == 1 and args.llm else partial if stage == 0 else args.out / f"stage{stage - 1}"
-        model = build(stage, recipe, args, device)
-        if stage > 0:
-            tokenizer = Tokenizer(source, model.config.llm.vocab_size)
-        if main_rank:       # nothing is written before everything is read
-            try:
-                partial.mkdir(parents=True, exist_ok=True)
-                (partial / "recipe.json").write_text(json.dumps(record, indent=2) + "\n")
-                if stage == 0:
-                    write_toy_tokenizer(partial / "tokenizer.model")
-            except OSError as error:
-                raise InputError(f"--out {args.out}: {error.strerror}") from None
+    device, restarted = start_processes(args.timeout)
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, lambda *_: STOP.set())
+    with roll_call(args.timeout):
+        complete = all(run_stage(stage, args, device, restarted) for stage in stages)
+        if complete and args.preset == "toy" and 3 in stages and args.held_out and dist.get_rank() == 0:
+            report(args.out / "stage3", args.held_out, args.seed, device)
         dist.barrier()
-        if stage == 0:
-            tokenizer = Tokenizer(source, model.config.llm.vocab_size)
-        train_stage(stage, recipe, model, tokenizer, documents if stage > 0 else None, args, device)
-        model.save_pretrained(folder, tokenizer.path, torch.float32 if toy else torch.bfloat16)
-    if toy and main_rank and 3 in stages and args.held_out:
-        folder = args.out / "stage3"
-        model = AlignVLM.from_pretrained(folder, device=device).eval()
-        scores = held_out_scores(model, Tokenizer(folder, model.config.llm.vocab_size), args.held_out, args.seed)
-        (folder / "held_out.json").write_text(json.dumps(scores, indent=2) + "\n")
-        for group, s in scores.items():
-            print(f"{group}: exact_match={s['exact_match']:.3f} cer={s['cer']:.3f} n={s['n']}")
-    dist.barrier()
     dist.destroy_process_group()
 
 
 if __name__ == "__main__":
     try:
         main()
-    except InputError as error:
-        print(f"train.py: {error}", file=sys.stderr)
-        sys.exit(2)
-    except KeyboardInterrupt:
-        print("train.py: interrupted; the stages that were complete are kept", file=sys.stderr)
-        sys.exit(130)
+    except Exception as error:
+        ours = isinstance(error, (InputError, OSError, SafetensorError))        # OSError: a disk is full
+        print(f"train.py: {error}" if ours else traceback.format_exc(), file=sys.stderr, flush=True)
+        os._exit(2 if ours else 1)      # at once: a state's writer may be waiting for a rank that has died

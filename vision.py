@@ -276,8 +276,9 @@ def own_rows(p: nn.Parameter) -> tuple[Tensor, int]:
     """The part of a parameter that this rank holds and its first row: all of it, unless FSDP2 has sharded it."""
     if not hasattr(p, "to_local"):
         return p, 0
-    chunk = -(-p.shape[0] // p.device_mesh.size())      # dim 0 in equal chunks, the last ones shorter or empty
-    return p.to_local(), p.device_mesh.get_local_rank() * chunk
+    mesh = p.device_mesh        # its last dimension shards, one before it replicates
+    chunk = -(-p.shape[0] // mesh.size(-1))             # dim 0 in equal chunks, the last ones shorter or empty
+    return p.to_local(), mesh.get_coordinate()[-1] * chunk
 
 
 def load(build: Callable[[], nn.Module], parts: dict[str, Weights], dtype: torch.dtype | None, device,

@@ -56,9 +56,10 @@ else:
     import torch.distributed as dist
 
     from model import AlignVLM, Llama
-    from train import fully_shard, shard, start_processes
+    from eval import start_processes
+    from train import fully_shard, shard
 
-    device = start_processes()
+    device, _ = start_processes()
     if what == "ranks":
         def shard_llama(model: Llama) -> None:
             for module in [*model.layers, model]:

@@ -1,9 +1,11 @@
 """Align against equations 1 and 2 written out, and what the paper says of it: convex, from the LM head, on live words."""
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
+import connector
 from conftest import close, randomise
-from connector import Align
+from connector import Align, Mixture, blocks
 from model import IMAGE, AlignVLM, AlignVLMConfig, LlamaConfig
 from vision import SigLIPConfig
 
@@ -98,6 +100,121 @@ def test_W2_starts_as_the_lm_head_and_is_then_its_own():
         assert torch.equal(lm_head, original)
         lm_head.zero_()
     assert torch.equal(align.W2.weight, original + 1)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# In blocks of tokens, with nothing V-wide kept
+
+
+@pytest.fixture
+def small_blocks(monkeypatch):
+    """Blocks of 16 tokens, and one row at a time."""
+    monkeypatch.setattr(connector, "BLOCK_BYTES", 1)
+    monkeypatch.setattr(connector, "CACHE_BYTES", 1)
+
+
+def gradients(output, leaves, g):
+    """The gradients of those of `leaves` that are learned; the others must have none."""
+    for p in leaves:
+        p.grad = None
+    output.backward(g)
+    assert all(p.requires_grad or p.grad is None for p in leaves)
+    return [p.grad for p in leaves if p.requires_grad]
+
+
+@pytest.mark.parametrize("N", [0, 1, 16, 17, 50])
+@pytest.mark.parametrize("learned", [range(8), [0], [1], [2], [3], [5], [6], [7], [0, 7], [2, 5, 6], []])
+def test_any_number_of_tokens_and_whatever_is_learned(small_blocks, N, learned):
+    """In leaves: F, E_text, W1, W2, norm_D's weight and bias, norm_V's. What is frozen costs no product either."""
+    align, F, E_text, generator = inputs((N,), 7, 11, 13)
+    ours = [F, E_text, *leaves(align)]
+    for i, p in enumerate(ours):
+        p.requires_grad_(i in learned)
+    with Products() as products:
+        F_align, expected = align(F, E_text), align.p_vocab(F) @ E_text
+        products.clear()
+        if learned:
+            g = torch.randn(N, 11, generator=generator, dtype=torch.float64)
+            ours_g = gradients(F_align, ours, g)
+            count = sum(products)
+    assert torch.equal(F_align, expected) if N == 0 else close(F_align, expected, 1e-12) is None
+    if not learned:
+        return
+    for a, b in zip(ours_g, gradients(expected, ours, g), strict=True):
+        assert torch.equal(a, b) if N == 0 else close(a, b, 1e-12) is None
+    before_z, norm_V = set(learned) & {0, 2, 4, 5}, set(learned) & {6, 7}
+    W2, E = 3 in learned, 1 in learned
+    wanted = 1 + E + bool(before_z or norm_V or W2) + W2 + bool(before_z)       # z, dE_text, dP, dW2, dh
+    assert count == N * wanted
+
+
+class Products(TorchDispatchMode, list):
+    """Of each matrix product with as many words as W2 has (13), the number of tokens in it."""
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if func.overloadpacket in (torch.ops.aten.mm, torch.ops.aten.addmm_):
+            a, b = (args if func.overloadpacket == torch.ops.aten.mm else args[1:])[:2]
+            sizes = [*a.shape, b.shape[1]]
+            if 13 in sizes:
+                sizes.remove(13)
+                sizes.remove(11)
+                self.extend(sizes)
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("N, V, D", [(5, 7, 3), (18, 5, 4)])
+def test_gradients_are_those_of_finite_differences(small_blocks, N, V, D):
+    generator = torch.Generator().manual_seed(1)
+    shapes = [(N, D), (V, D), (V,), (V,), (V, D)]       # h, W2, weight, bias, E_text
+    tensors = [torch.randn(s, generator=generator, dtype=torch.float64, requires_grad=True) for s in shapes]
+    torch.autograd.gradcheck(lambda *t: Mixture.apply(*t, 1e-5), tensors)
+
+
+def test_bf16_is_no_further_from_the_truth_than_autograd(small_blocks):
+    """With statistics in fp32, against the same bf16 numbers computed in float64."""
+    align, F, E_text, generator = inputs((3, 50), 24, 40, 300, torch.bfloat16)
+    g = torch.randn(3, 50, 40, generator=generator).bfloat16()
+    leaves_of = lambda align, *tensors: [*(t.requires_grad_() for t in tensors), *leaves(align)]
+    exact = Align(24, 40, 300).double()
+    exact.load_state_dict(align.state_dict())
+    ours = leaves_of(align, F, E_text)
+    wide = leaves_of(exact, F.detach().double(), E_text.detach().double())
+    results = []
+    for run, tensors, g in [(lambda: align(F, E_text), ours, g), (lambda: align.p_vocab(F) @ E_text, ours, g),
+                            (lambda: exact.p_vocab(wide[0]) @ wide[1], wide, g.double())]:
+        y = run()
+        results.append([y.detach(), *gradients(y, tensors, g)])
+    for a, b, c in zip(*results):
+        assert a.dtype == torch.bfloat16
+        size = c.abs().max()
+        assert (a - c).abs().max() < 1.5 * (b - c).abs().max() + 2 ** -9 * size
+
+
+def test_nothing_V_wide_is_kept_for_the_backward_pass(small_blocks):
+    align, F, E_text, _ = inputs((4, 25), 7, 11, 60)
+    kept = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t) or t, lambda t: t):
+        align(F, E_text.requires_grad_())
+    assert {tuple(t.shape) for t in kept if 60 in t.shape} == {(60, 11), (60,)}         # W2, E_text, norm_V
+    assert (3, 100, 1) in {tuple(t.shape) for t in kept}                                # mean, 1 / std, lse
+
+
+def test_blocks_cover_every_token_once_within_the_budget(monkeypatch):
+    for per_token in (1, 3, 20, 100):
+        monkeypatch.setattr(connector, "BLOCK_BYTES", 64 * per_token)
+        for N in range(300):
+            parts = blocks(N, per_token)
+            assert [i for part in parts for i in range(N)[part]] == list(range(N))
+            assert all(0 < part.stop - part.start <= min(64, parts[0].stop) for part in parts) or N == 0
+
+
+def test_align_compiles():
+    """torch.compile takes the operator as it is, or leaves it out of its graphs: the same numbers."""
+    align, F, E_text, generator = inputs((2, 9), 7, 11, 13)
+    ours, g = [F.requires_grad_(), E_text.requires_grad_(), *leaves(align)], torch.randn(2, 9, 11, dtype=torch.float64)
+    expected = gradients(align(F, E_text), ours, g)
+    for a, b in zip(gradients(torch.compile(align, backend="aot_eager")(F, E_text), ours, g), expected, strict=True):
+        close(a, b, 1e-12)
 
 
 # ---------------------------------------------------------------------------------------------------------------------

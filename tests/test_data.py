@@ -10,10 +10,11 @@ import pytest
 import torch
 from PIL import Image
 
-from data import (CELL, IGNORE, IMAGE, KINDS, Example, Page, Tokenizer, Turn, draw, drawn_page,
-                  encode_chat, glyph, held_out_documents, pack, prepare, split_images, write_toy_tokenizer)
+from data import IGNORE, IMAGE, Example, Tokenizer, Turn, encode_chat, pack, prepare, split_images
+from eval import edit_distance
 from model import LLAMA_PRESETS
-from train import ToyDocuments, edit_distance, eye_chart, plain_text
+from toy.pages import (CELL, KINDS, Page, ToyDocuments, draw, drawn_page, eye_chart, glyph, held_out_documents,
+                       plain_text, write_toy_tokenizer)
 from vision import SIGLIP_PRESETS, tile
 
 ROOT = Path(__file__).parent.parent

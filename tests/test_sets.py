@@ -32,9 +32,9 @@ import data
 import train as train_py
 from conftest import ENV, ROOT, close, randomise, run, torchrun
 from data import (BAD_KINDS, IGNORE, IMAGE, READ, VCR_PROMPT, Bad, BadSample, DataSet, Documents, Example, Position,
-                  Sample, Tokenizer, Turn, deal, draw, fill_rows, held_out_documents, pack, prepare,
-                  write_toy_tokenizer)
+                  Sample, Tokenizer, Turn, deal, fill_rows, pack, prepare)
 from model import ALIGNVLM_PRESETS, AlignVLM
+from toy.pages import draw, held_out_documents, write_toy_tokenizer
 from train import steps_of
 from vision import SIGLIP_PRESETS, InputError
 
@@ -343,6 +343,22 @@ def test_an_epoch_ends_with_its_last_sample(started, tmp_path):
         assert len(stage_log(out, 3)) == steps
 
 
+def test_steps_beyond_an_epoch_go_on_where_they_stopped(started, tmp_path):
+    """Text alone: the encoder gets no gradient before the state is saved."""
+    rows = [{"messages": [{"role": "user", "content": "?"}, {"role": "assistant", "content": f"{i}!"}]} for i in range(8)]
+    write_lines(tmp_path / "train.jsonl", rows)
+    losses = {}
+    for name, stops in [("whole", []), ("stopped", [["--max-steps", 3]])]:
+        out = from_stage(started, 2, tmp_path / name)
+        for stop in [*stops, []]:
+            train("--stage", 2, "--data", tmp_path / "train.jsonl", "--batch-size", 4, "--steps", 5, "--held-out", 0,
+                  "--out", out, *stop)
+        lines = stage_log(out, 2)
+        assert [line["resumed"] for line in lines if "resumed" in line] == ([3] if stops else [])
+        losses[name] = [(line["step"], line["epoch"], line["loss"]) for line in lines if "loss" in line]
+    assert losses["stopped"] == losses["whole"] and [epoch for _, epoch, _ in losses["whole"]] == [0, 0, 1, 1, 2]
+
+
 def test_a_step_of_nothing_but_bad_samples_is_survived(started, tmp_path):
     """All ranks run on: the counts stand in the log, the weights stay."""
     write_lines(tmp_path / "train.jsonl", [{"text": "other keys"}] * 4)
@@ -603,7 +619,8 @@ sys.path.insert(0, root)
 import itertools
 import torch
 from torch.utils.data import DataLoader
-from data import Documents, Position, Tokenizer, deal, write_toy_tokenizer
+from data import Documents, Position, Tokenizer, deal
+from toy.pages import write_toy_tokenizer
 from train import steps_of
 from vision import SIGLIP_PRESETS
 torch.set_num_threads(1)

@@ -14,7 +14,7 @@ from PIL import Image
 from safetensors.torch import load_file
 
 import sample as sample_py
-from conftest import ENV, ROOT, run, torchrun
+from conftest import ENV, ROOT, run
 from model import LLAMA_PRESETS
 from train import RECIPES, learning_rate
 
@@ -51,7 +51,8 @@ def test_every_stage_leaves_a_complete_folder(trained):
         assert names == {"config.json", "model.safetensors", "tokenizer.model", "log.jsonl", "recipe.json"}
         lines = log(out / f"stage{stage}")
         assert [line["step"] for line in lines] == [0, 1]
-        assert {"stage", "step", "loss", "lr", "grad_norm", "tokens_per_s", "epoch", "bad"} == set(lines[0])
+        assert {"stage", "step", "loss", "lr", "grad_norm", "tokens_per_s", "epoch", "bad", "images_per_s", "padding", "skipped",
+                "peak_memory", "flops_per_s", "mfu"} == set(lines[0])
 
 
 def test_each_stage_trains_its_modules_and_no_others(trained):
@@ -88,11 +89,6 @@ def test_a_complete_stage_is_not_trained_again_unless_asked(trained, tmp_path):
     assert not (out / "stage0").exists()
 
 
-def test_a_run_that_diverges_stops(tmp_path):
-    done = run("train.py", "--stage", 0, "--steps", 3, "--batch-size", 2, "--lr", "1e30", "--out", tmp_path, code=2)
-    assert "--lr" in done.stderr.splitlines()[-1] and not (tmp_path / "stage0").exists()
-
-
 @pytest.mark.parametrize("flags", [["--steps", 0], ["--lr", -1], ["--lr", "nan"], ["--batch-size", 0], ["--row-tokens", -2],
                                    ["--workers", -1], ["--held-out", -5], ["--preset", "llama-3.2-1b"]])
 def test_impossible_flags_are_one_line(tmp_path, flags):
@@ -111,12 +107,15 @@ def test_recipes_are_the_papers():
     table = {"llama-3.2-1b": [(512, 1024, 1, 1e-5), (512, 2048, 1, 5e-5), (512, 2048, 5, 5e-5)],
              "llama-3.2-3b": [(512, 1024, 1, 1e-5), (256, 2048, 1, 5e-5), (256, 2048, 5, 5e-5)],
              "llama-3.1-8b": [(512, 1024, 1, 1e-5), (256, 2048, 1, 1e-5), (256, 2048, 5, 1e-5)]}
-    assert set(RECIPES) == {"toy", *table} == set(LLAMA_PRESETS)
+    assert set(RECIPES) == {"low-resource", *LLAMA_PRESETS} == {"low-resource", "toy", *table}
     for preset, rows in table.items():
         for stage, row in enumerate(rows, 1):
             recipe = RECIPES[preset][stage]
             assert (recipe.batch_size, recipe.max_length, recipe.epochs, recipe.lr) == row
-    for stages in RECIPES.values():
+    small = RECIPES["low-resource"]
+    assert small[1].trainable == ("connector",) and (small[1].lr, small[2].lr) == (1e-3, 1e-5)
+    assert small[2].lr * small[2].lr_scale["vision"] == pytest.approx(2e-6)
+    for stages in (RECIPES[preset] for preset in LLAMA_PRESETS):
         assert all((stages[stage].trainable == ("connector", "llm")) == (stage == 3) for stage in (1, 2, 3))
 
 
@@ -127,31 +126,6 @@ def test_learning_rate_warms_up_and_decays():
     assert max(rates) == recipe.lr and rates[0] < rates[1] and rates[:peak + 1] == sorted(rates[:peak + 1])
     assert rates[peak:] == sorted(rates[peak:], reverse=True)
     assert rates[-1] == pytest.approx(recipe.final_lr * recipe.lr, rel=1e-2)
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# One process and two
-
-
-def test_two_processes_learn_what_one_does(trained, tmp_path):
-    """The same global batch, which two cannot halve: gradients of the first step within 1e-6 of their largest, losses
-    within 1e-5 relative."""
-    out, _ = trained
-    runs = {"one": (1, []), "two": (2, []), "accumulated": (1, ["--row-tokens", 300])}
-    for name, (processes, more) in runs.items():
-        torchrun(processes, ROOT / "tests" / "gradients.py", out / "stage1", tmp_path / f"{name}.safetensors", *more)
-        (tmp_path / name).mkdir()
-        (tmp_path / name / "stage1").symlink_to(out / "stage1")
-        torchrun(processes, "train.py", "--stage", 2, "--steps", 20, "--batch-size", 7, "--out", tmp_path / name, *more)
-    one = load_file(tmp_path / "one.safetensors")
-    losses = [line["loss"] for line in log(tmp_path / "one" / "stage2")]
-    largest = max(g.abs().max() for g in one.values())
-    assert largest > 0 and len(losses) == 20 and len(set(losses)) == 20
-    for name in ("two", "accumulated"):
-        other = load_file(tmp_path / f"{name}.safetensors")
-        assert other.keys() == one.keys()
-        assert max((one[key] - other[key]).abs().max() for key in one) <= 1e-6 * largest
-        assert [line["loss"] for line in log(tmp_path / name / "stage2")] == pytest.approx(losses, rel=1e-5)
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -14,9 +14,10 @@ from transformers import LlamaConfig as TheirConfig
 
 import sample
 from conftest import close, randomise, run, torchrun
-from data import Tokenizer, Turn, encode_chat, write_toy_tokenizer
+from data import Tokenizer, Turn, encode_chat
 from model import LLAMA_PRESETS, AlignVLM, Llama, read_llama
 from released import change_tensors, edit, fetched, random_state, smollm2, truncate, write_meta
+from toy.pages import write_toy_tokenizer
 from vision import SIGLIP_PRESETS, CheckpointError, SigLIP, SigLIPConfig, read_siglip
 
 ROPE = {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
@@ -237,6 +238,23 @@ def test_train_from_released_weights_and_sample_elsewhere(backbones, tmp_path):
     done = run("sample.py", "--checkpoint", tmp_path / "elsewhere", "--image", tmp_path / "0000-invoice.png",
                "--max-new-tokens", 3, "--device", "cpu")
     assert str(tmp_path / "elsewhere") in done.stderr
+
+
+def test_the_small_setup_trains_the_connector_alone_also_on_replicas(backbones, tmp_path):
+    """Two replicas of two shards, whose rows (542 words, 25 positions) do not divide evenly, read and learn what one
+    process does."""
+    states, losses = {}, {}
+    for name, processes, more in [("one", 1, []), ("four", 4, ["--shard-size", 2])]:
+        torchrun(processes, "train.py", "--stage", 1, "--preset", "low-resource", "--vision", backbones[0], "--llm", backbones[1],
+                 "--steps", 2, "--batch-size", 4, "--out", tmp_path / name, *more)
+        folder = tmp_path / name / "stage1"
+        states[name] = load_file(folder / "model.safetensors")
+        losses[name] = [json.loads(line)["loss"] for line in (folder / "log.jsonl").read_text().splitlines()]
+    assert losses["four"] == pytest.approx(losses["one"], rel=1e-5)
+    torch.manual_seed(0)
+    before = AlignVLM.from_backbones(*backbones, dtype=torch.float32).state_dict()
+    changed = {name.split(".")[0] for name, p in states["one"].items() if not torch.equal(p, before[name].bfloat16())}
+    assert changed == {"connector"}
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -1,0 +1,271 @@
+"""Training however it is cut among processes, and whatever happens to it."""
+import json
+import os
+import resource
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import time
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from conftest import ENV, ROOT, run, torchrun
+
+
+def rows(folder):
+    return [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
+
+
+def losses(folder):
+    """By step; of a step that was done twice, the last."""
+    return list({row["step"]: row["loss"] for row in rows(folder) if "loss" in row}.values())
+
+
+@pytest.fixture(scope="module")
+def stage1(tmp_path_factory):
+    out = tmp_path_factory.mktemp("survival") / "first"
+    run("train.py", "--stage", 1, "--steps", 2, "--batch-size", 4, "--out", out)
+    return out / "stage1"
+
+
+@pytest.fixture
+def out(stage1, tmp_path):
+    (tmp_path / "stage1").symlink_to(stage1)
+    return tmp_path
+
+
+def train(out, *more):
+    return ["train.py", "--stage", 2, "--steps", 12, "--batch-size", 4, "--save-every", 3, "--out", out, *more]
+
+
+def launcher(processes):
+    return [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(processes)]
+
+
+def wait_for(path, process, seconds=60):
+    until = time.time() + seconds
+    while not path.exists():
+        assert process.poll() is None and time.time() < until, f"no {path}"
+        time.sleep(0.02)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# However it is cut
+
+
+@pytest.fixture(scope="module")
+def whole(stage1, tmp_path_factory):
+    """One process, 20 steps of 7 samples, which no number of ranks divides."""
+    return cut(stage1, tmp_path_factory.mktemp("whole"), 1)
+
+
+def cut(stage1, work, processes, *more):
+    (work / "stage1").symlink_to(stage1)
+    command = [ROOT / "tests" / "first_gradients.py", work / "first.safetensors", "--stage", 2, "--steps", 20,
+               "--batch-size", 7, "--out", work, *more]
+    if processes == "2x2":
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            port = free.getsockname()[1]
+        agents = [subprocess.Popen([sys.executable, "-m", "torch.distributed.run", "--nnodes", "2", "--node-rank", str(i),
+                                    "--nproc_per_node", "2", "--master-addr", "127.0.0.1", "--master-port", str(port),
+                                    *map(str, command)], cwd=ROOT, env=ENV, stderr=subprocess.PIPE, text=True)
+                  for i in range(2)]
+        for agent in agents:
+            error = agent.communicate(timeout=240)[1]
+            assert agent.returncode == 0, error
+    else:
+        torchrun(processes, *command)
+    return load_file(work / "first.safetensors"), losses(work / "stage2")
+
+
+@pytest.mark.parametrize("processes, more", [
+    (2, []), (4, []), ("2x2", []), (4, ["--shard-size", 2]), (1, ["--row-tokens", 300]), (2, ["--recompute"]),
+    (1, ["--compile"])], ids=["2", "4", "2 nodes x 2", "2 x 2 hybrid", "accumulated", "recompute", "compile"])
+def test_the_same_gradients_and_losses(stage1, whole, tmp_path, processes, more):
+    """Gradients of the first step within 1e-6 of their largest (1e-5 compiled), losses within 1e-5 (1e-4)."""
+    slack = 10 if "--compile" in more else 1
+    gradients, these = cut(stage1, tmp_path, processes, *more)
+    largest = max(g.abs().max() for g in whole[0].values())
+    assert gradients.keys() == whole[0].keys() and largest > 0
+    assert max((gradients[name] - whole[0][name]).abs().max() for name in gradients) <= 1e-6 * slack * largest
+    assert len(these) == 20 and len(set(these)) == 20
+    assert these == pytest.approx(whole[1], rel=1e-5 * slack)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Whatever happens
+
+
+def test_killed_and_resumed_is_as_if_nothing_had_happened():
+    """The short form of tests/kill.py: bit for bit."""
+    done = run("tests/kill.py", "--runs", 3, "--steps", 16)
+    assert "3 runs killed" in done.stdout
+
+
+def test_another_number_of_processes_goes_on(out, stage1, tmp_path_factory):
+    torchrun(2, *train(out, "--max-steps", 5))
+    assert not (out / "stage2").exists()
+    run(*train(out))
+    whole = tmp_path_factory.mktemp("whole")
+    (whole / "stage1").symlink_to(stage1)
+    run(*train(whole))
+    assert [row["resumed"] for row in rows(out / "stage2") if "resumed" in row] == [5]
+    assert losses(out / "stage2") == pytest.approx(losses(whole / "stage2"), rel=1e-5)
+    assert not [*(out / "stage2").glob("step-*")]
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_saves_and_exits_0(out, number):
+    process = subprocess.Popen([sys.executable, *map(str, train(out, "--steps", 400, "--save-every", 1000, "--workers", 1))],
+                               cwd=ROOT, env=ENV, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+                               start_new_session=True)
+    wait_for(out / "stage2.partial" / "log.jsonl", process)
+    while (out / "stage2.partial" / "log.jsonl").read_text().count("\n") < 2:
+        time.sleep(0.05)
+    os.killpg(process.pid, number)          # as a cluster does it: the loading processes get it too
+    printed, error = process.communicate(timeout=30)
+    assert process.returncode == 0, error
+    [state] = (out / "stage2.partial").glob("step-*")
+    step = json.loads((state / "progress.json").read_text())["step"]
+    assert step == len(losses(out / "stage2.partial")) and str(state) in printed
+
+
+def test_torchrun_restarts_what_died(out, stage1, tmp_path_factory):
+    process = subprocess.Popen([*launcher(2), "--max-restarts", "1", *map(str, train(out, "--steps", 20))], cwd=ROOT,
+                               env=ENV, stderr=subprocess.PIPE, text=True)
+    wait_for(out / "stage2.partial" / "step-00000006", process)
+    ranks = subprocess.run(["pgrep", "-P", str(process.pid), "-f", "train.py"], capture_output=True, text=True)
+    os.kill(int(ranks.stdout.split()[1]), signal.SIGKILL)
+    error = process.communicate(timeout=200)[1]
+    assert process.returncode == 0, error
+    resumed = [row["resumed"] for row in rows(out / "stage2") if "resumed" in row]
+    assert len(resumed) == 1 and resumed[0] >= 6
+    whole = tmp_path_factory.mktemp("whole")
+    (whole / "stage1").symlink_to(stage1)
+    torchrun(2, *train(whole, "--steps", 20))
+    assert losses(out / "stage2") == losses(whole / "stage2")
+
+
+def test_a_stalled_rank_is_named(out):
+    process = subprocess.Popen([*launcher(2), *map(str, train(out, "--steps", 400, "--timeout", 10))], cwd=ROOT, env=ENV,
+                               stderr=subprocess.PIPE, text=True)
+    wait_for(out / "stage2.partial" / "step-00000003", process)
+    for rank in subprocess.run(["pgrep", "-P", str(process.pid), "-f", "train.py"], capture_output=True, text=True).stdout.split():
+        if b"LOCAL_RANK=1\0" in open(f"/proc/{rank}/environ", "rb").read():
+            os.kill(int(rank), signal.SIGSTOP)
+            stalled = int(rank)
+    said = []
+    for line in process.stderr:
+        said.append(line)
+        if "train.py: a rank has stalled" in line:
+            os.kill(stalled, signal.SIGCONT)        # or torchrun waits 30 s before it kills
+    assert process.wait() != 0
+    assert any("train.py: a rank has stalled" in line and "Ranks 1 " in line for line in said), "".join(said)
+
+
+def test_a_full_disk_keeps_the_last_good_state(out):
+    """No file over 300 kB: the states have larger ones."""
+    run(*train(out, "--max-steps", 4))
+
+    def limit():
+        resource.setrlimit(resource.RLIMIT_FSIZE, (300_000, 300_000))
+
+    done = subprocess.run([sys.executable, *map(str, train(out))], cwd=ROOT, env=ENV, capture_output=True, text=True,
+                          preexec_fn=limit)
+    line = next(line for line in done.stderr.splitlines() if "train.py: " in line)
+    assert done.returncode == 2 and "could not be written" in line and "step-00000004" in line, done.stderr
+    assert {path.name for path in (out / "stage2.partial").glob("step-*")} == {"step-00000003", "step-00000004"}
+    run(*train(out))
+    assert [row["resumed"] for row in rows(out / "stage2") if "resumed" in row] == [4, 4]
+    assert len(losses(out / "stage2")) == 12
+
+
+def test_no_room_and_no_permission_are_said_before_the_first_step(out):
+    done = run(*train(out, "--keep", 10 ** 7), code=2)
+    assert done.stderr.splitlines()[-1].startswith("train.py: ") and "GB free" in done.stderr
+    (out / "file").write_text("")
+    done = run("train.py", "--stage", 0, "--steps", 1, "--out", out / "file" / "below", code=2)
+    assert done.stderr.splitlines() == [f"train.py: --out {out / 'file' / 'below'}: Not a directory"]
+
+
+def test_a_run_that_diverges_stops_and_names_its_samples(tmp_path):
+    done = run("train.py", "--stage", 0, "--steps", 30, "--batch-size", 2, "--lr", "1e30", "--save-every", 1, "--out", tmp_path,
+               code=2)
+    line = done.stderr.splitlines()[-1]
+    assert "--lr" in line and "toy/0/" in line and not (tmp_path / "stage0").exists()
+    log = rows(tmp_path / "stage0.partial")
+    assert [row["loss"] for row in log][-9:] == [None] * 9
+    last = max((tmp_path / "stage0.partial").glob("step-????????"))
+    assert int(last.name[5:]) == log[-1]["step"] + 2 - 10, "a state was saved among the bad steps"
+
+
+def test_a_bad_step_is_skipped_and_changes_nothing(stage1, tmp_path):
+    """The same steps without the poisoned one's samples leave the same weights."""
+    code = """if True:
+        import sys, torch, train
+        from collections import Counter
+        accumulate, calls = train.accumulate_gradients, []
+        def poisoned(model, rows, device):
+            loss, counts, suspects = accumulate(model, rows, device)
+            calls.append(loss)
+            if len(calls) == 3 and POISON:
+                next(model.parameters()).grad.fill_(float("inf"))
+            elif len(calls) == 3:
+                for p in model.parameters():
+                    p.grad = None
+                return None, counts, suspects
+            return loss, counts, suspects
+        train.accumulate_gradients = poisoned
+        train.main()
+    """
+    for poison in (True, False):
+        out = tmp_path / str(poison)
+        out.mkdir()
+        (out / "stage1").symlink_to(stage1)
+        run("-c", code.replace("POISON", str(poison)), *train(out, "--steps", 5)[1:])
+    bad, good = (load_file(tmp_path / name / "stage2" / "model.safetensors") for name in ("True", "False"))
+    assert all(torch.equal(bad[name], good[name]) for name in good)
+    log = rows(tmp_path / "True" / "stage2")
+    assert [row["skipped"] for row in log] == [0, 0, 1, 1, 1] and log[2]["loss"] is None and log[2]["grad_norm"] is None
+
+
+def test_resume_never_and_from_a_path(out, tmp_path):
+    run(*train(out, "--max-steps", 7))
+    states = [path.name for path in sorted((out / "stage2.partial").glob("step-*"))]
+    assert states == ["step-00000006", "step-00000007"]
+    done = run(*train(out, "--lr", 0.5), code=2)
+    assert "was trained with lr" in done.stderr and "--resume never" in done.stderr
+    for wrong in (out / "stage2.partial", "step-00000006"):         # nothing is touched for a path that is no state
+        assert "no such training state" in run(*train(out, "--resume", wrong), code=2).stderr
+    run(*train(out, "--max-steps", 7))                              # done already
+    assert states == [path.name for path in sorted((out / "stage2.partial").glob("step-*"))]
+    run(*train(out, "--resume", out / "stage2.partial" / "step-00000006", "--max-steps", 8))
+    assert [row["resumed"] for row in rows(out / "stage2.partial") if "resumed" in row][-1] == 6
+    run(*train(out, "--resume", "never"))
+    assert [row["step"] for row in rows(out / "stage2")] == list(range(12))
+    done = run(*train(out, "--retrain", "--resume", out / "nowhere"), code=2)
+    assert len(done.stderr.splitlines()) == 1 and "nowhere" in done.stderr
+
+
+def test_parameters_that_never_get_a_gradient_resume_too(out, stage1):
+    """With F from the layer before the last, the last one learns nothing."""
+    (out / "stage1").unlink()
+    shutil.copytree(stage1, out / "stage1")
+    config = json.loads((out / "stage1" / "config.json").read_text())
+    config["vision"]["feature_layer"] = -2
+    (out / "stage1" / "config.json").write_text(json.dumps(config))
+    run(*train(out, "--max-steps", 4))
+    run(*train(out))
+    assert len(losses(out / "stage2")) == 12
+
+
+def test_held_out_scores_are_logged(out):
+    run(*train(out, "--steps", 4, "--eval-every", 2, "--held-out", 5))
+    scores = [row for row in rows(out / "stage2") if "held_out_loss" in row]
+    assert [row["step"] for row in scores] == [1, 3] and scores[0]["held_out_loss"] > 0
+    assert {"exact_match", "cer"} <= scores[0].keys()
