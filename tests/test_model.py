@@ -87,7 +87,9 @@ def test_llama_equals_transformers(name):
     assert their_grads.keys() == dict(ours.named_parameters()).keys()
     for k, p in ours.named_parameters():
         if L == 1 and ("q_proj" in k or "k_proj" in k):
-            assert not p.grad.any(), k      # one token attends to itself whatever q and k are
+            # One token attends to itself whatever q and k are: rounding noise, measured against the values' gradient.
+            values = their_grads[k.replace("q_proj", "v_proj").replace("k_proj", "v_proj")]
+            close(p.grad, torch.zeros_like(p), scale=values.abs().max().item())
         else:
             close(p.grad, their_grads[k])
 

@@ -77,7 +77,9 @@ def test_siglip_equals_transformers(name, feature_layer):
         if their_grads[k] is None:          # a layer above the feature layer
             assert p.grad is None, k
         elif config.n_patches == 1 and re.search(r"[qk]_proj", k):
-            assert not p.grad.any(), k      # one patch attends to itself whatever q and k are
+            # One patch attends to itself whatever q and k are: rounding noise, measured against the values' gradient.
+            values = their_grads[re.sub(r"[qk]_proj\.\w+", "v_proj.weight", k)]
+            close(p.grad, torch.zeros_like(p), scale=values.abs().max().item())
         elif k.endswith("k_proj.bias"):
             # A bias on the keys shifts a query's scores all alike, so its true gradient is 0 and both sides hold
             # rounding noise: measured against the weight's gradient instead of its own.
