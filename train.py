@@ -174,11 +174,11 @@ def row_loss(model: AlignVLM, row: list[Sample], device: torch.device) -> Tensor
 
 
 def accumulate_gradients(model: AlignVLM, rows: list[list[Sample]],
-                         device: torch.device) -> tuple[float | None, Counter, list[str]]:
+                         device: torch.device) -> tuple[Tensor | None, Counter, list[Tensor]]:
     """Gradients of the mean loss over all supervised tokens of a step, on all ranks, however it is split into rows.
 
     Returns that loss (nats per token; None, and no gradients, if every sample was bad), the counts of in_step, and the
-    keys of this rank's samples in rows whose loss is not finite.
+    sums of this rank's rows. The losses stay on the device.
     """
     rows, counts = in_step(rows, model.config.vision)
     if counts["supervised"] == 0:
@@ -189,32 +189,32 @@ def accumulate_gradients(model: AlignVLM, rows: list[list[Sample]],
         loss = row_loss(model, row, device)
         (loss * dist.get_world_size() / counts["supervised"]).backward()        # times the ranks: FSDP averages
         losses.append(loss.detach())
-    finite = torch.stack(losses).isfinite().tolist()
     total = sum(losses)
     dist.all_reduce(total)
-    suspects = [s.key for row, good in zip(rows, finite) if not good for s in row]
-    return total.item() / counts["supervised"], counts, suspects
+    return total / counts["supervised"], counts, losses
 
 
 def take_step(model: AlignVLM, optimizer: torch.optim.Optimizer, rows: list[list[Sample]], lr: float, clip: float,
-              device: torch.device) -> tuple[float | None, float | None, Counter, list[str]]:
+              device: torch.device) -> tuple[Tensor | None, torch.cuda.Event | None, Counter]:
     """One step of the optimizer, unless the loss or the gradient is not finite: then all ranks skip it.
 
-    Returns the loss and the gradient's norm (None if skipped), in_step's counts, and keys that may be to blame for it.
+    The device decides that, and the host does not wait for it. Returns the loss, the gradient's norm and the losses of
+    this rank's rows in one tensor (None if there was nothing to learn from), which the host has after the event that
+    comes with it, if one does; and in_step's counts.
     """
-    loss, counts, suspects = accumulate_gradients(model, rows, device)
+    loss, counts, losses = accumulate_gradients(model, rows, device)
     if loss is None:
-        return None, None, counts, []
+        return None, None, counts
     params = [p for group in optimizer.param_groups for p in group["params"]]
-    norm = torch.nn.utils.clip_grad_norm_(params, clip).full_tensor().item()
-    if math.isfinite(loss) and math.isfinite(norm):
-        for group in optimizer.param_groups:
-            group["lr"] = lr * group["scale"]
-        optimizer.step()
-    else:
-        loss, norm, suspects = None, None, suspects or [s.key for row in rows for s in row]
+    norm = torch.nn.utils.clip_grad_norm_(params, clip).full_tensor()
+    for group in optimizer.param_groups:
+        group["lr"] = lr * group["scale"]
+    bad = ~(loss.isfinite() & norm.isfinite())
+    optimizer.found_inf = bad.float()               # as GradScaler does it: the fused step then changes nothing
+    optimizer.step()
     optimizer.zero_grad()
-    return loss, norm, counts, suspects
+    numbers = torch.stack([loss, norm, *losses]).to("cpu", non_blocking=True)
+    return numbers, torch.cuda.current_stream().record_event() if loss.is_cuda else None, counts
 
 
 @torch.no_grad()
@@ -313,6 +313,21 @@ def evaluate(stage: int, model: AlignVLM, tokenizer: Tokenizer, held_out: Datase
     return scores
 
 
+def samples_of(stage: int, recipe: Recipe, tokenizer: Tokenizer, config: SigLIPConfig,
+               args) -> tuple[Dataset, Dataset | None]:
+    """What a stage learns from, and what it is evaluated on: --data and --eval-data, or the toy's pages."""
+    if not args.data or stage == 0:
+        return (ToyDocuments(stage, recipe.steps * recipe.batch_size, args.seed, tokenizer, config),
+                ToyDocuments(stage, EVAL_SAMPLES, args.seed, tokenizer, config, "held-out"))
+    settings = dict(tokenizer=tokenizer, config=config, max_tiles=args.max_tiles, max_text=recipe.max_length,
+                    max_tokens=recipe.row_tokens)
+    encode_chat([Turn("user", [])], tokenizer, [])      # refuses here, not sample by sample
+    documents = Documents(args.data, args.seed, **settings)
+    if args.steps is None:      # for the schedule and the bar; the stage ends where its last epoch does
+        recipe.steps = math.ceil(recipe.epochs * documents.epoch_samples() / recipe.batch_size)
+    return documents, Documents(args.eval_data, args.seed, **settings) if args.eval_data else None
+
+
 def train_stage(stage: int, recipe: Recipe, model: AlignVLM, tokenizer: Tokenizer, path: Path | None, args,
                 device: torch.device) -> bool:
     """Train one stage of a sharded model on --data, or else on the toy's pages, from the state at `path` on, if any.
@@ -323,17 +338,7 @@ def train_stage(stage: int, recipe: Recipe, model: AlignVLM, tokenizer: Tokenize
     rank, world, config = dist.get_rank(), dist.get_world_size(), model.config
     folder = args.out / f"stage{stage}.partial"
     optimizer = optimizer_of(model, recipe)
-    if args.data and stage > 0:
-        settings = dict(tokenizer=tokenizer, config=config.vision, max_tiles=args.max_tiles,
-                        max_text=recipe.max_length, max_tokens=recipe.row_tokens)
-        encode_chat([Turn("user", [])], tokenizer, [])      # refuses here, not sample by sample
-        documents = Documents(args.data, args.seed, **settings)
-        if args.steps is None:      # for the schedule and the bar; the stage ends where its last epoch does
-            recipe.steps = math.ceil(recipe.epochs * documents.epoch_samples() / recipe.batch_size)
-        held_out = Documents(args.eval_data, args.seed, **settings) if args.eval_data else None
-    else:
-        documents = ToyDocuments(stage, recipe.steps * recipe.batch_size, args.seed, tokenizer, config.vision)
-        held_out = ToyDocuments(stage, EVAL_SAMPLES, args.seed, tokenizer, config.vision, "held-out")
+    documents, held_out = samples_of(stage, recipe, tokenizer, config.vision, args)
     states = States(folder, model, optimizer, args.keep, args.timeout)
     p = Progress(**states.load(path)) if path else Progress()
     p.position, p.holes = Position(**p.position), Counter(p.holes)
@@ -350,41 +355,59 @@ def train_stage(stage: int, recipe: Recipe, model: AlignVLM, tokenizer: Tokenize
     def is_over() -> bool:
         return p.step >= args.steps if args.steps else p.position.epoch >= recipe.epochs
 
+    def settle() -> None:
+        """Judge and log the step before: the device has sent its numbers while the host was busy with the next."""
+        if not under_way:
+            return
+        row, counts, keys, numbers, sent = under_way.pop()
+        if sent:
+            sent.synchronize()
+        loss, norm, *losses = [None, None] if numbers is None else numbers.tolist()
+        if loss is not None and not (math.isfinite(loss) and math.isfinite(norm)):
+            suspects = [key for row_keys, n in zip(keys, losses) if not math.isfinite(n) for key in row_keys]
+            blamed.append(suspects or sum(keys, []))
+            p.skipped, loss, norm = p.skipped + 1, None, None
+        else:
+            blamed.clear()
+        check_blamed(blamed, row["step"])
+        seconds = row.pop("seconds")
+        speed, flops = (counts["tokens"] - counts["blank"]) / seconds, step_flops(config, recipe.trainable, counts)
+        log(**row, loss=loss, grad_norm=norm, tokens_per_s=speed, images_per_s=counts["images"] / seconds,
+            padding=counts["blank"] / max(1, counts["tokens"]), peak_memory=peak_memory(device),
+            flops_per_s=flops / seconds, mfu=mfu(flops / seconds / world, device), skipped=p.skipped)
+        bar.update()
+        bar.set_postfix_str(f"loss {math.nan if loss is None else loss:.3f}, lr {row['lr']:.1e}, {speed:,.0f} tokens/s",
+                            refresh=False)
+
     if file.tell():
         log(resumed=p.step, processes=world)
-    blamed, start = [], time.perf_counter()
+    under_way, blamed, start = [], [], time.perf_counter()
     with tqdm(desc=f"stage {stage}", total=recipe.steps, initial=p.step, disable=rank > 0, mininterval=1) as bar:
         steps = steps_of(loader)
         while not is_over():
             samples, position = next(steps)
             if meet(position, STOP.is_set() or p.step >= (args.max_steps or math.inf)):
+                settle()
                 states.save(p.step, {**vars(p), "position": vars(p.position)})
                 break
             rows = fill_rows(without_holes(samples, documents, p.holes), recipe.row_tokens)
             if p.holes["seen"] >= 1000 or position.epoch > p.position.epoch:
                 check_holes(p.holes, args.max_bad)
             lr = learning_rate(p.step, recipe)
-            loss, norm, counts, suspects = take_step(model, optimizer, rows, lr, recipe.clip, device)
-            skipped = loss is None and counts["supervised"] > 0
-            blamed = [*blamed, suspects] if skipped else []
-            check_blamed(blamed, p.step)
-            p.skipped += skipped
-
-            seconds, start = time.perf_counter() - start, time.perf_counter()
-            speed, blank = (counts["tokens"] - counts["blank"]) / seconds, counts["blank"] / max(1, counts["tokens"])
-            flops = step_flops(config, recipe.trainable, counts) / seconds
-            log(step=p.step, epoch=p.position.epoch, loss=loss, lr=lr, grad_norm=norm, tokens_per_s=speed,
-                images_per_s=counts["images"] / seconds, padding=blank, peak_memory=peak_memory(device),
-                flops_per_s=flops, mfu=mfu(flops / world, device), skipped=p.skipped,
-                bad={kind: p.holes[kind] for kind in BAD_KINDS if p.holes[kind]})
-            bar.update()
-            shown = math.nan if loss is None else loss
-            bar.set_postfix_str(f"loss {shown:.3f}, lr {lr:.1e}, {speed:,.0f} tokens/s", refresh=False)
+            numbers, sent, counts = take_step(model, optimizer, rows, lr, recipe.clip, device)
+            settle()
+            row = dict(step=p.step, epoch=p.position.epoch, lr=lr, seconds=time.perf_counter() - start,
+                       bad={kind: p.holes[kind] for kind in BAD_KINDS if p.holes[kind]})
+            under_way.append((row, counts, [[s.key for s in row] for row in rows], numbers, sent))
+            start = time.perf_counter()
             p.step, p.position = p.step + 1, position
             states.finish(wait=False)
-            if is_over() or p.step % args.save_every == 0 and not blamed:
-                states.save(p.step, {**vars(p), "position": vars(p.position)})
+            if is_over() or p.step % args.save_every == 0:
+                settle()
+                if is_over() or not blamed:
+                    states.save(p.step, {**vars(p), "position": vars(p.position)})
             if args.eval_every and p.step % args.eval_every == 0:
+                settle()
                 log(step=p.step - 1, **evaluate(stage, model, tokenizer, held_out, recipe, args, device))
                 start = time.perf_counter()
         states.finish()

@@ -211,15 +211,15 @@ def test_a_bad_step_is_skipped_and_changes_nothing(stage1, tmp_path):
         from collections import Counter
         accumulate, calls = train.accumulate_gradients, []
         def poisoned(model, rows, device):
-            loss, counts, suspects = accumulate(model, rows, device)
+            loss, counts, losses = accumulate(model, rows, device)
             calls.append(loss)
             if len(calls) == 3 and POISON:
                 next(model.parameters()).grad.fill_(float("inf"))
             elif len(calls) == 3:
                 for p in model.parameters():
                     p.grad = None
-                return None, counts, suspects
-            return loss, counts, suspects
+                return None, counts, []
+            return loss, counts, losses
         train.accumulate_gradients = poisoned
         train.main()
     """
