@@ -24,7 +24,7 @@ import torch
 from PIL import Image, ImageDraw, ImageFont
 
 from connector import BLOCK_BYTES, CACHE_BYTES
-from model import ALIGNVLM_PRESETS, AlignVLM, AlignVLMConfig, read_llama
+from model import ALIGNVLM_PRESETS, LOGITS, AlignVLM, AlignVLMConfig, read_llama
 from vision import SIGLIP_PRESETS, InputError, read_image, read_siglip, tile, tile_boxes
 
 
@@ -166,7 +166,7 @@ def memory(config: AlignVLMConfig, trainable: tuple[str, ...], ranks: int, token
         # connector.Mixture: what it keeps, its blocks of two (n, V), and two or three fp32 copies of a few rows.
         "connector": (visual * (3 * size * D + 20) + min(BLOCK_BYTES, 2 * size * sixteens * l.vocab_size)
                       + 2.5 * min(CACHE_BYTES, 4 * visual * l.vocab_size)),
-        "head": supervised * l.vocab_size * (size + 8),         # logits, in fp32, and their gradient
+        "head": min(supervised * l.vocab_size, LOGITS) * (size + 8),        # logits, in fp32, and their gradient
         "data": tiles * 3 * v.image_size ** 2 * 4,
     }
 

@@ -26,6 +26,7 @@ import torch.nn.functional as nnf
 from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
+from torch.utils.checkpoint import checkpoint
 
 from connector import Align
 from vision import (SIGLIP_PRESETS, CheckpointError, Settings, SigLIP, SigLIPConfig, Stored, Weights, load,
@@ -33,6 +34,7 @@ from vision import (SIGLIP_PRESETS, CheckpointError, Settings, SigLIP, SigLIPCon
 
 IMAGE = -1      # marks the position of a visual token in a token sequence; no vocabulary has this id
 IGNORE = -100   # marks a label that is not supervised, as in torch's cross_entropy
+LOGITS = 2 ** 26        # numbers that the LM head makes at a time in training: 256 MB in fp32
 
 
 @dataclass
@@ -459,30 +461,41 @@ class AlignVLM(nn.Module):
     def embed(self, tokens: Tensor, pixels: Tensor) -> Tensor:
         """tokens (B, L) with IMAGE at T * N places, pixels (T, 3, S, S) -> H_input (B, L, D).
 
-        Raises ValueError when the image positions and the visual tokens differ in number.
+        tokens may be on the CPU: the places are counted there then, and a GPU is not waited for. Raises ValueError
+        when the image positions and the visual tokens differ in number.
         """
         E_text = self.llm.embed_tokens.weight                                      # (V, D)
         image = tokens == IMAGE                                                    # (B, L)
         n = len(pixels) * self.config.vision.n_patches
         if image.sum() != n:
             raise ValueError(f"{int(image.sum())} image positions for {n} visual tokens")
-        H = nnf.embedding(tokens.masked_fill(image, 0), E_text)                    # (B, L, D), equation 3
+        words = tokens.masked_fill(image, 0).to(E_text.device, non_blocking=True)
+        H = nnf.embedding(words, E_text)                                           # (B, L, D), equation 3
         if n == 0:      # on all ranks or on none, else FSDP waits: train.blank
             return H
         F = self.vision(pixels)                                                    # (T, N, d)
         F_align = self.connector(F, E_text).flatten(0, 1)                          # (T * N, D), equations 1 and 2
-        return H.masked_scatter(image[..., None], F_align.to(H.dtype))
+        image = image[..., None].to(E_text.device, non_blocking=True)              # (B, L, 1)
+        return H.masked_scatter(image, F_align.to(H.dtype))
 
     def forward(self, tokens: Tensor, labels: Tensor, pixels: Tensor, lengths: list[int]) -> Tensor:
         """One packed row of samples -> the sum of its supervised tokens' cross-entropies (nats), fp32.
 
         tokens (1, L), samples of `lengths` one after another; labels (1, L): at each position the token that should
-        come next there, or IGNORE; pixels (T, 3, S, S): the tiles of all samples, in their order.
+        come next there, or IGNORE; pixels (T, 3, S, S): the tiles of all samples, in their order. tokens and labels
+        may be on the CPU, as in embed.
         """
-        h = self.llm.hidden(self.embed(tokens, pixels), lengths)                   # (1, L, D)
-        supervised = labels != IGNORE                                              # the LM head runs only there
-        logits = nnf.linear(h[supervised], self.llm.head)                          # (supervised, V)
-        return nnf.cross_entropy(logits.float(), labels[supervised], reduction="sum")
+        h = self.llm.hidden(self.embed(tokens, pixels), lengths)[0]                # (L, D)
+        supervised = (labels[0] != IGNORE).nonzero()[:, 0]                         # the LM head runs only there
+        gold = labels[0, supervised].to(h.device, non_blocking=True)               # (supervised,)
+        h = h[supervised.to(h.device, non_blocking=True)]                          # (supervised, D)
+        some = max(1, LOGITS // self.config.llm.vocab_size)                        # logits at a time, made twice
+        return sum((checkpoint(self.word_loss, *part, use_reentrant=False)
+                    for part in zip(h.split(some), gold.split(some))), h.new_zeros((), dtype=torch.float32))
+
+    def word_loss(self, h: Tensor, gold: Tensor) -> Tensor:
+        """h (n, D), gold (n,) -> the sum of n cross-entropies, fp32."""
+        return nnf.cross_entropy(nnf.linear(h, self.llm.head).float(), gold, reduction="sum")
 
     @classmethod
     def from_backbones(cls, vision_folder: str | Path, llm_folder: str | Path, dtype: torch.dtype | None = None,

@@ -170,7 +170,7 @@ def in_step(rows: list[list[Sample]], config: SigLIPConfig) -> tuple[list[list[S
 def row_loss(model: AlignVLM, row: list[Sample], device: torch.device) -> Tensor:
     """The sum of a row's cross-entropies, in nats."""
     tokens, labels, pixels, lengths = pack(row)
-    return model(tokens.to(device), labels.to(device), pixels.to(device), lengths)
+    return model(tokens, labels, pixels.to(device, non_blocking=True), lengths)
 
 
 def accumulate_gradients(model: AlignVLM, rows: list[list[Sample]],

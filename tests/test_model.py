@@ -1,11 +1,13 @@
 """Llama against transformers, packing against one by one, embed against a loop, generate against no cache at all."""
 import pytest
 import torch
+import torch.nn.functional as nnf
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import LlamaConfig as TheirConfig
 from transformers import LlamaForCausalLM
 from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
+import model
 from conftest import close, n_parameters, randomise, shapes
 from model import (ALIGNVLM_PRESETS, IGNORE, IMAGE, LLAMA_PRESETS, AlignVLM, AlignVLMConfig, KVCache, Llama, LlamaConfig,
                    choose, rope)
@@ -324,6 +326,27 @@ def test_the_head_runs_only_where_a_token_is_needed():
     assert all_of_them.most == row[0].numel()
     assert supervised.most == (row[1] != IGNORE).sum() < row[0].numel()
     assert sampled.most == len(texts)
+
+
+def test_the_loss_in_blocks_of_logits(monkeypatch):
+    """The same loss and gradients as from all logits at once; never more of them, in the backward pass either."""
+    vlm, row = small_vlm(), row_of(SAMPLES)
+    where = row[1][0] != IGNORE
+    h = vlm.llm.hidden(vlm.embed(row[0], row[2]), row[3])[0, where]
+    expected = nnf.cross_entropy(h @ vlm.llm.head.T, row[1][0, where], reduction="sum")
+    gradients = torch.autograd.grad(expected, [*vlm.parameters()], allow_unused=True)
+    monkeypatch.setattr(model, "LOGITS", 3 * V + 1)
+    texts = row_of([s for s in SAMPLES if not len(s[1])])
+    with Rows(V) as most:
+        vlm(*texts).backward()
+    assert most.most == 3
+    vlm.zero_grad()
+    loss = vlm(*row)
+    close(loss, expected.detach(), 1e-6)
+    loss.backward()
+    for (name, p), g in zip(vlm.named_parameters(), gradients):
+        if not name.endswith("k_proj.bias"):        # 0 in theory: rounding noise
+            close(p.grad, g)
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -223,6 +223,22 @@ def dense_text(rng: random.Random) -> Page:
     return page
 
 
+def short_lines(rng: random.Random) -> Page:
+    """A word of one to three symbols in most rows, or up to four of them across two tiles: to go on from where a word
+    ends to where the next one begins is what the LLM finds hardest, and a common page has few such places."""
+    wide = rng.random() < 0.25
+    page = Page("short", 16 if wide else 8, 8 if wide else rng.choice([8, 16, 24]))
+    share = rng.uniform(0.2, 0.9)
+    for row in range(page.rows):
+        if wide:
+            words = [(4 * i, code(rng, 1, 3)) for i in range(4) if rng.random() < 0.8]
+        else:
+            words = [(rng.randint(0, 5), code(rng, 1, 3))]
+        if words and rng.random() < share:
+            page.write(row, *words)
+    return page if page.lines else short_lines(rng)
+
+
 def eye_chart(rng: random.Random) -> Page:
     """Random characters all over the page, read as one line: the k-th of the answer is the k-th patch of the image.
 
@@ -264,8 +280,8 @@ def text_lesson(rng: random.Random, progress: float, split: str) -> tuple[Page, 
     if rng.random() > 4 * progress - 0.5:               # all dense for an eighth of the stage, none after three eighths
         page = dense_text(rng)
         return page, [("", page.text)]
-    if kind < charts + 0.08:
-        page = sticker(rng)
+    if kind < charts + 0.3:
+        page = short_lines(rng) if rng.random() < 0.75 else sticker(rng)
         return page, [("", page.text)]
     page = drawn_page(rng, rng.choice(KINDS + ["table"]), progress > 0.25 and rng.random() < 0.45, split)
     return page, reading_and_questions(rng, page, read=0.25, ask=0.25)
