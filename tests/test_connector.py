@@ -198,7 +198,6 @@ def test_nothing_V_wide_is_kept_for_the_backward_pass(small_blocks):
     with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t) or t, lambda t: t):
         align(F, E_text.requires_grad_())
     assert {tuple(t.shape) for t in kept if 60 in t.shape} == {(60, 11), (60,)}         # W2, E_text, norm_V
-    assert (3, 100, 1) in {tuple(t.shape) for t in kept}                                # mean, 1 / std, lse
 
 
 def test_blocks_cover_every_token_once_within_the_budget(monkeypatch):
