@@ -28,13 +28,14 @@ from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
 from torch.utils.checkpoint import checkpoint
 
-from connector import Align
-from vision import (SIGLIP_PRESETS, CheckpointError, Settings, SigLIP, SigLIPConfig, Stored, Weights, load,
+from connector import Align, AlignTopK, choose_words, spread
+from vision import (SIGLIP_PRESETS, CheckpointError, InputError, Settings, SigLIP, SigLIPConfig, Stored, Weights, load,
                     read_safetensors, read_siglip)
 
 IMAGE = -1      # marks the position of a visual token in a token sequence; no vocabulary has this id
 IGNORE = -100   # marks a label that is not supervised, as in torch's cross_entropy
 LOGITS = 2 ** 26        # numbers that the LM head makes at a time in training: 256 MB in fp32
+ALIGN_VOCAB = "align_vocab.json"    # in a model's folder: the words that the connector can do with
 
 
 @dataclass
@@ -524,6 +525,42 @@ class AlignVLM(nn.Module):
         config = AlignVLMConfig(saved_config(SigLIPConfig, settings.section("vision")),
                                 saved_config(LlamaConfig, settings.section("llm")))
         return load(lambda: cls(config), {"": read_safetensors(folder)}, dtype, device, shard)
+
+    @torch.inference_mode()
+    def choose_words(self, folder: str | Path, pixels: list[Tensor], K: int) -> dict:
+        """Choose the K words that carry P_vocab on some pages, tiles (T, 3, S, S) of each, for use_words.
+
+        Writes them to ALIGN_VOCAB in the model's folder, with what they change in F' (connector.choose_words), and
+        returns the latter. Raises InputError if the vocabulary has no K words.
+        """
+        E_text = self.llm.embed_tokens.weight
+        if not 1 <= K <= len(E_text):
+            raise InputError(f"{K} words to keep: the vocabulary has {len(E_text)}")
+        pages = [self.vision(page.to(E_text.device, E_text.dtype)).flatten(0, 1) for page in pixels]    # F (T * N, d)
+        words, deviation = choose_words(self.connector, pages, E_text, K)
+        deviation = {"pages": len(pages), **deviation}
+        path = Path(folder) / ALIGN_VOCAB
+        partial = path.with_suffix(".partial")
+        partial.write_text(json.dumps({**deviation, "words": words.tolist()}) + "\n")
+        os.replace(partial, path)
+        return deviation
+
+    def use_words(self, folder: str | Path, K: int) -> None:
+        """From here on the connector mixes only the K words that choose_words stored in the folder: for inference.
+
+        Raises CheckpointError if it holds none, others than K, or no ids of this vocabulary.
+        """
+        path = Path(folder) / ALIGN_VOCAB
+        if not path.exists():
+            raise CheckpointError(f"{path}: no such file: no words have been chosen for this model yet")
+        settings = Settings(path)
+        words, V = settings.values.get("words"), self.config.llm.vocab_size
+        if not isinstance(words, list) or not all(type(i) is int and 0 <= i < V for i in words):
+            raise settings.error("words", f"is not a list of word ids from 0 to {V - 1}")
+        if len(words) != K or len(set(words)) != K:
+            raise settings.error("words", f"holds {len(set(words))} words, not {K}: choose them anew")
+        W2 = self.connector.W2.weight
+        self.connector = AlignTopK(self.connector, torch.tensor(words, device=W2.device), *spread(W2))
 
     @torch.no_grad()
     def save_pretrained(self, folder: str | Path, tokenizer_file: str | Path,

@@ -3,6 +3,8 @@
     python sample.py --image doc.png                                    # reads the page aloud
     python sample.py --image doc.png --prompt "what is TAX?"
     python sample.py --questions pages/questions.jsonl --answers answers.jsonl
+    python sample.py --align-vocab 100 --choose-from pages/*.png        # choose the connector's words, and store them
+    python sample.py --align-vocab 100 --image doc.png                  # with these words alone
     python sample.py --llm Llama-3.2-1B-Instruct --prompt "What is the capital of France?"      # the bare LLM
 
 Without --checkpoint the newest trained model under out/ is taken. --llm is the first thing to try on new weights: a
@@ -22,7 +24,7 @@ from tqdm import tqdm
 from data import READ, Tokenizer, Turn, encode_chat
 from eval import answer
 from model import AlignVLM, Llama
-from vision import InputError, read_image
+from vision import InputError, read_image, tile
 
 
 def newest_checkpoint(out: Path = Path("out")) -> Path:
@@ -87,6 +89,10 @@ def parse_args() -> argparse.Namespace:
     add("--prompt", help=f"what to ask about it (default: {READ!r}); '' gives a caption")
     add("--questions", help="JSONL with an image (relative to the file) and a prompt in each row")
     add("--answers", help="where to write the rows of --questions with a prediction in each")
+    add("--align-vocab", type=int, metavar="K", help="let the connector mix only the K words that --choose-from chose "
+        "for this model (default: the whole vocabulary)")
+    add("--choose-from", nargs="+", metavar="IMAGE", help="choose the K words that carry the probability on these "
+        "pages, store them in the model's folder and print what they change")
     add("--checkpoint", help="model folder (default: the newest under out/)")
     add("--llm", help="folder with a released Llama and its tokenizer: ask it --prompt, with no image")
     add("--max-new-tokens", type=int, default=256, help="longest answer (default: %(default)s)")
@@ -96,8 +102,13 @@ def parse_args() -> argparse.Namespace:
     add("--max-tiles", type=int, default=9, help="tiles a page is cut into at most (default: %(default)s)")
     add("--device", choices=["cpu", "cuda", "mps"], help="default: the fastest there is")
     args = parser.parse_args()
-    if sum(map(bool, (args.image, args.questions, args.llm))) != 1 or bool(args.questions) != bool(args.answers):
-        parser.error("give either --image, or --questions with --answers, or --llm with --prompt")
+    if sum(map(bool, (args.image, args.questions, args.llm, args.choose_from))) != 1 or (
+            bool(args.questions) != bool(args.answers)):
+        parser.error("give either --image, or --questions with --answers, or --llm with --prompt, or --choose-from")
+    if args.choose_from and (args.align_vocab is None or args.prompt is not None):
+        parser.error("--choose-from needs --align-vocab K, and asks no --prompt")
+    if args.align_vocab is not None and (args.align_vocab < 1 or args.llm):
+        parser.error("--align-vocab is at least 1, and --llm has no connector")
     if args.llm and (args.prompt is None or args.checkpoint):
         parser.error("--llm needs a --prompt and goes without --checkpoint")
     if args.questions and args.prompt is not None:
@@ -123,6 +134,11 @@ def main() -> None:
         model = (Llama if args.llm else AlignVLM).from_pretrained(folder, device=args.device).eval()
         tokenizer = Tokenizer(folder, (model if args.llm else model.llm).config.vocab_size)
         print(f"model: {folder} on {args.device}", file=sys.stderr)
+        if args.choose_from:
+            pixels = [tile(read_image(file), model.config.vision, args.max_tiles) for file in args.choose_from]
+            return print(json.dumps(model.choose_words(folder, pixels, args.align_vocab)))
+        if args.align_vocab:
+            model.use_words(folder, args.align_vocab)
         if args.questions:
             return answer_file(model, tokenizer, args, **generation)
         prompt, shown = READ if args.prompt is None else args.prompt, 0

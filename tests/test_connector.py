@@ -1,13 +1,15 @@
 """Align against equations 1 and 2 written out, and what the paper says of it: convex, from the LM head, on live words."""
+import json
+
 import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import connector
 from conftest import close, randomise
-from connector import Align, Mixture, blocks
-from model import IMAGE, AlignVLM, AlignVLMConfig, LlamaConfig
-from vision import SigLIPConfig
+from connector import Align, AlignTopK, Mixture, blocks, choose_words, spread
+from model import ALIGN_VOCAB, IMAGE, AlignVLM, AlignVLMConfig, LlamaConfig
+from vision import CheckpointError, InputError, SigLIPConfig
 
 # (leading dimensions, d, D, V). No d of 1 or D of 2: a LayerNorm's output is then +-1 and F's gradient pure rounding.
 SHAPES = [((2, 4), 8, 16, 32), ((3, 5), 7, 11, 13), ((1, 1), 3, 4, 5), ((), 6, 5, 29), ((2, 3, 2), 9, 4, 101),
@@ -196,7 +198,6 @@ def test_nothing_V_wide_is_kept_for_the_backward_pass(small_blocks):
     with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t) or t, lambda t: t):
         align(F, E_text.requires_grad_())
     assert {tuple(t.shape) for t in kept if 60 in t.shape} == {(60, 11), (60,)}         # W2, E_text, norm_V
-    assert (3, 100, 1) in {tuple(t.shape) for t in kept}                                # mean, 1 / std, lse
 
 
 def test_blocks_cover_every_token_once_within_the_budget(monkeypatch):
@@ -215,6 +216,91 @@ def test_align_compiles():
     expected = gradients(align(F, E_text), ours, g)
     for a, b in zip(gradients(torch.compile(align, backend="aot_eager")(F, E_text), ours, g), expected, strict=True):
         close(a, b, 1e-12)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# With K words
+
+
+def top_K(align, words):
+    return AlignTopK(align, torch.as_tensor(words), *spread(align.W2.weight))
+
+
+@pytest.mark.parametrize("dtype, tolerance", [(torch.float64, 1e-12), (torch.float32, 1e-5)])
+@pytest.mark.parametrize("shape, d, D, V", SHAPES)
+def test_with_all_words_it_is_align(shape, d, D, V, dtype, tolerance):
+    """In any order; and with fewer, the logits keep their values: P_vocab of the kept words, over their sum."""
+    align, F, E_text, generator = inputs(shape, d, D, V, dtype)
+    order = torch.randperm(V, generator=generator)
+    close(top_K(align, order)(F, E_text).detach(), align(F, E_text).detach(), tolerance)
+    few = order[:V // 2]
+    P, P_few = align.p_vocab(F).detach()[..., few], top_K(align, few).p_vocab(F)
+    close(P_few, P / P.sum(-1, keepdim=True), tolerance)
+    close(top_K(align, few)(F, E_text), P_few @ E_text[few], tolerance)     # a convex combination of the few
+    assert (P_few >= 0).all()
+    close(P_few.sum(-1), torch.ones(shape, dtype=dtype), 1e-6)
+    assert not list(top_K(align, few).state_dict().keys() - align.state_dict().keys())
+
+
+@pytest.mark.parametrize("offset", [0.0, 100.0])
+def test_the_statistics_are_those_of_the_full_vocabulary(offset):
+    """Also where W2's rows share a part 100 times as long as their spread, and E[z^2] - E[z]^2 would cancel."""
+    generator = torch.Generator().manual_seed(4)
+    W2 = torch.randn(9000, 24, generator=generator) + offset * torch.randn(24, generator=generator)
+    h = torch.randn(50, 24, generator=generator)
+    z = h.double() @ W2.double().T
+    m, C = spread(W2)
+    close(h @ m, z.mean(-1).float())
+    close((h @ C * h).sum(-1), z.var(-1, correction=0).float())
+    G = W2.T @ W2
+    naive = (h @ G * h).sum(-1) / 9000 - (h @ m) ** 2
+    assert (naive - z.var(-1, correction=0)).abs().max() < 1e-5 * z.var(-1).max() or offset > 0
+
+
+def test_in_bf16_the_statistics_are_fp32(small_blocks):
+    align, F, E_text, _ = inputs((50,), 24, 40, 300, torch.bfloat16)
+    m, C = spread(align.W2.weight)
+    assert m.dtype == C.dtype == torch.float32
+    ours, full = top_K(align, range(300))(F, E_text), align(F, E_text)
+    exact = Align(24, 40, 300).double()
+    exact.load_state_dict(align.state_dict())
+    exact = exact(F.double(), E_text.double())
+    assert ours.dtype == torch.bfloat16
+    assert (ours - exact).abs().max() < 1.5 * (full - exact).abs().max()
+
+
+def test_more_words_change_less(small_blocks):
+    """Chosen are those with most probability; on an unseen page too what they change falls as K grows."""
+    align, F, E_text, generator = inputs((3, 40), 24, 16, 200)
+    with torch.no_grad():
+        align.norm_V.bias += 2 * torch.randn(200, generator=generator, dtype=torch.float64)      # some words matter more
+    pages = list(F)
+    mass = align.p_vocab(F).sum((0, 1))
+    measured = []
+    for K in (1, 5, 20, 100, 200):
+        words, deviation = choose_words(align, pages, E_text, K)
+        assert torch.equal(words, mass.topk(K).indices)
+        measured.append(deviation)
+    for name, sign in [("probability", 1), ("mean_cosine_distance", -1), ("largest_relative_error", -1)]:
+        values = [sign * m[name] for m in measured]
+        assert values == sorted(values) and values[0] < values[-2] < values[-1]
+    assert measured[-1]["probability"] == 1 and measured[-1]["largest_relative_error"] < 1e-12
+
+
+def test_each_page_is_measured_with_the_words_of_the_others():
+    align, F, E_text, _ = inputs((2, 40), 24, 16, 200)
+    a, b = F
+    P = [align.p_vocab(page).sum(0) for page in (a, b)]
+    _, deviation = choose_words(align, [a, b], E_text, 10)
+    kept = [mine[other.topk(10).indices].sum() / mine.sum() for mine, other in (P, P[::-1])]
+    assert deviation["probability"] == pytest.approx(sum(kept).item() / 2, rel=1e-12)
+    _, alone = choose_words(align, [a], E_text, 10)
+    assert alone["probability"] == pytest.approx((P[0].topk(10).values.sum() / P[0].sum()).item(), rel=1e-12)
+    full, few = align(a, E_text), top_K(align, P[0].topk(10).indices)(a, E_text)
+    error = ((few - full).norm(dim=-1) / full.norm(dim=-1)).max().item()
+    assert alone["largest_relative_error"] == pytest.approx(error, rel=1e-9)
+    cosine = 1 - (few * full).sum(-1) / few.norm(dim=-1) / full.norm(dim=-1)
+    assert alone["mean_cosine_distance"] == pytest.approx(cosine.mean().item(), rel=1e-9)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -262,3 +348,36 @@ def test_E_text_is_the_live_input_embedding(tied):
     with torch.no_grad():
         E_text += change
     close(vlm.embed(tokens, pixels)[0].detach(), F_align.detach() + P @ change, 1e-12)
+
+
+def test_chosen_words_are_stored_and_used(tmp_path):
+    """Through the folder and back; what is not a choice of K words of this vocabulary is refused in one line."""
+    vlm, tokens, pixels = small_vlm(tied=True)
+    full = vlm.embed(tokens, pixels)
+    with pytest.raises(CheckpointError, match="no words have been chosen"):
+        vlm.use_words(tmp_path, 9)
+    for K in (0, 24):
+        with pytest.raises(InputError, match="has 23"):
+            vlm.choose_words(tmp_path, [pixels], K)
+    assert not list(tmp_path.iterdir())
+    deviation = vlm.choose_words(tmp_path, list(pixels[:, None]), 9)
+    stored = json.loads((tmp_path / ALIGN_VOCAB).read_text())
+    words = stored.pop("words")
+    assert stored == deviation and deviation["pages"] == 2 and [*tmp_path.iterdir()] == [tmp_path / ALIGN_VOCAB]
+    assert torch.equal(vlm.embed(tokens, pixels), full)         # choosing changes nothing yet
+    with pytest.raises(CheckpointError, match="9 words, not 8"):
+        vlm.use_words(tmp_path, 8)
+
+    good = (tmp_path / ALIGN_VOCAB).read_text()
+    for bad in ("", good[:len(good) // 2], "[]", "{}", '{"words": 3}', '{"words": [0, 1, 23]}', '{"words": [0, 1, -1]}',
+                '{"words": [0, 1, 1]}', '{"words": [0, 1, true]}', '{"words": [0, 1, 2.0]}', '{"words": []}'):
+        (tmp_path / ALIGN_VOCAB).write_text(bad)
+        with pytest.raises(CheckpointError) as error:
+            vlm.use_words(tmp_path, 3)
+        assert str(tmp_path / ALIGN_VOCAB) in str(error.value) and "\n" not in str(error.value)
+    (tmp_path / ALIGN_VOCAB).write_text(good)
+
+    F = vlm.vision(pixels).flatten(0, 1)
+    E_text, align = vlm.llm.embed_tokens.weight, vlm.connector
+    vlm.use_words(tmp_path, 9)
+    close(vlm.embed(tokens, pixels)[0].detach(), top_K(align, words)(F, E_text).detach(), 1e-12)
