@@ -283,7 +283,7 @@ def text_lesson(rng: random.Random, progress: float, split: str) -> tuple[Page, 
     if kind < charts + 0.3:
         page = short_lines(rng) if rng.random() < 0.75 else sticker(rng)
         return page, [("", page.text)]
-    page = drawn_page(rng, rng.choice(KINDS + ["table"]), progress > 0.25 and rng.random() < 0.45, split)
+    page = drawn_page(rng, rng.choice(KINDS + ["table"]), progress > 0.25 and rng.random() < 0.6, split)
     return page, reading_and_questions(rng, page, read=0.25, ask=0.25)
 
 
