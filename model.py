@@ -84,7 +84,7 @@ def rope(positions: Tensor, config: LlamaConfig) -> tuple[Tensor, Tensor]:
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """Turn each pair (x_i, x_{i + head_dim / 2}) of x (B, heads, L, head_dim) by its position's angle."""
     x1, x2 = x.chunk(2, dim=-1)
-    return x * cos.to(x.dtype) + torch.cat([-x2, x1], dim=-1) * sin.to(x.dtype)
+    return torch.addcmul(x * cos, torch.cat([-x2, x1], dim=-1), sin)
 
 
 class KVCache:
@@ -94,24 +94,18 @@ class KVCache:
         shape = config.n_layers, batch, config.n_kv_heads, length, config.head_dim
         self.k, self.v = (torch.zeros(shape, device=device, dtype=dtype) for _ in range(2))
         self.rows = torch.arange(batch, device=device)[:, None]                    # (B, 1)
+        self.reach = length         # attention reads this many places: all of them, or as many as are filled
 
     def write(self, layer: int, positions: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
         """Put k and v (B, kv_heads, L, head_dim) at positions (B, L) of a layer; returns all that the layer holds."""
         self.k[layer][self.rows, :, positions] = k.transpose(1, 2)
         self.v[layer][self.rows, :, positions] = v.transpose(1, 2)
-        return self.k[layer], self.v[layer]
+        return self.k[layer][:, :, :self.reach], self.v[layer][:, :, :self.reach]
 
-
-class RMSNorm(nn.Module):
-    def __init__(self, size: int, eps: float):
-        super().__init__()
-        self.weight = nn.Parameter(torch.ones(size))
-        self.eps = eps
-
-    def forward(self, x: Tensor) -> Tensor:
-        y = x.float()                                                              # the mean of squares needs fp32
-        y = y * torch.rsqrt(y.square().mean(-1, keepdim=True) + self.eps)
-        return self.weight * y.to(x.dtype)
+    def mask(self, positions: Tensor) -> Tensor:
+        """What attention adds to the scores of rows at positions (B, 1): -inf for what is later. (B, 1, 1, reach)"""
+        later = torch.arange(self.reach, device=positions.device) > positions[:, :, None, None]
+        return torch.zeros_like(later, dtype=self.k.dtype).masked_fill_(later, -math.inf)
 
 
 class Attention(nn.Module):
@@ -119,28 +113,26 @@ class Attention(nn.Module):
 
     def __init__(self, config: LlamaConfig, layer: int):
         super().__init__()
-        self.layer, self.head_dim = layer, config.head_dim
+        self.layer, self.n_heads, self.head_dim = layer, config.n_heads, config.head_dim
         D, q_size, kv_size = config.hidden_size, config.n_heads * config.head_dim, config.n_kv_heads * config.head_dim
         self.q_proj = nn.Linear(D, q_size, bias=False)
         self.k_proj = nn.Linear(D, kv_size, bias=False)
         self.v_proj = nn.Linear(D, kv_size, bias=False)
         self.o_proj = nn.Linear(q_size, D, bias=False)
 
-    def forward(self, x: Tensor, cos: Tensor, sin: Tensor, lengths=None, cache=None, positions=None) -> Tensor:
-        B, L, _ = x.shape
-        q, k, v = (proj(x).view(B, L, -1, self.head_dim).transpose(1, 2)           # (B, heads or kv_heads, L, head_dim)
-                   for proj in (self.q_proj, self.k_proj, self.v_proj))
-        q, k = rotate(q, cos, sin), rotate(k, cos, sin)
+    def forward(self, x: Tensor, cos: Tensor, sin: Tensor, lengths=None, cache=None, positions=None,
+                mask=None) -> Tensor:
+        qk = torch.cat([self.q_proj(x), self.k_proj(x)], dim=-1)
+        qk, v = (y.unflatten(-1, (-1, self.head_dim)).transpose(1, 2) for y in (qk, self.v_proj(x)))
+        q, k = rotate(qk, cos, sin).split([self.n_heads, v.shape[1]], dim=1)       # (B, heads or kv_heads, L, head_dim)
         if cache is not None:
             past_k, past_v = cache.write(self.layer, positions, k, v)
-            if L == 1:      # decoding: every row sees its own past; a prefill starts at 0 and is causal among itself
-                seen = torch.arange(past_k.shape[2], device=x.device) <= positions[:, :, None, None]  # (B, 1, 1, L_max)
-                return self.output(attend(q, past_k, past_v, attn_mask=seen))
-        if lengths is None:
-            return self.output(attend(q, k, v, is_causal=True))
-        return self.output(attend_packed(q, k, v, lengths))
-
-    def output(self, y: Tensor) -> Tensor:
+        if mask is not None:    # decoding: every row sees its own past
+            y = attend(q, past_k, past_v, attn_mask=mask)
+        elif lengths is None:   # a prefill starts at position 0 and is causal among itself
+            y = attend(q, k, v, is_causal=True)
+        else:
+            y = attend_packed(q, k, v, lengths)
         return self.o_proj(y.transpose(1, 2).flatten(2))                           # (B, L, D)
 
 
@@ -174,9 +166,9 @@ class Layer(nn.Module):
 
     def __init__(self, config: LlamaConfig, layer: int):
         super().__init__()
-        self.input_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.input_layernorm = nn.RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.self_attn = Attention(config, layer)
-        self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.post_attention_layernorm = nn.RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.mlp = MLP(config)
 
     def forward(self, x: Tensor, *context) -> Tensor:
@@ -190,7 +182,7 @@ class Llama(nn.Module):
         self.config = config
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)    # E_text (V, D)
         self.layers = nn.ModuleList(Layer(config, i) for i in range(config.n_layers))
-        self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.norm = nn.RMSNorm(config.hidden_size, config.rms_norm_eps)
         if not config.tie_embeddings:
             self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
 
@@ -208,10 +200,11 @@ class Llama(nn.Module):
         """
         if positions is None:
             positions = torch.cat([torch.arange(n, device=x.device) for n in lengths or [x.shape[1]]])[None]
-        cos, sin = rope(positions, self.config)
+        cos, sin = (angle.to(x.dtype) for angle in rope(positions, self.config))
+        mask = cache.mask(positions) if cache is not None and x.shape[1] == 1 else None
         lengths = None if lengths is None else torch.tensor(lengths)       # a list would be compiled for its length
         for layer in self.layers:
-            x = layer(x, cos, sin, lengths, cache, positions)
+            x = layer(x, cos, sin, lengths, cache, positions, mask)
         return self.norm(x)
 
     def forward(self, tokens: Tensor | None = None, embeddings: Tensor | None = None) -> Tensor:
@@ -235,7 +228,9 @@ class Llama(nn.Module):
         h = h[torch.arange(B, device=x.device), position[:, 0] - 1]               # (B, D): each row's last token
         done = [False] * B
         for step in range(max_new_tokens):
-            if step > 0:    # a padded row's stale keys lie beyond its position: unseen until the row overwrites them
+            if step > 0:
+                if x.is_cpu: cache.reach = max(lengths) + step
+                # a padded row's stale keys lie beyond its position: unseen until the row overwrites them
                 h = self.hidden(self.embed_tokens(ids[:, None]), None, cache, position)[:, 0]
                 position = position + 1
             ids = choose(nnf.linear(h, self.head), temperature, top_p, generator)  # (B,)
