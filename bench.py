@@ -1,42 +1,171 @@
 """What it costs: speed, measured beside transformers in one run, and what training takes, on paper and by its log.
 
     pip install transformers
-    python bench.py                     # all of it
-    python bench.py pages --json        # one, a JSON line per row
+    python bench.py                                     # all of it
+    python bench.py prefill decode --json               # some, a JSON line per row
+    python bench.py decode --llm Llama-3.2-1B           # released weights; without, random ones of SmolLM2-135M's shape
+    python bench.py train --preset llama-3.2-1b --alone # on a GPU: packed 10-tile pages, ours alone
 
-The two sides take turns, and the median over the repeats counts: absolute times on a shared CPU mean little, ratios do.
-The second half is what train.py --plan and --plot run, and the arithmetic of its log.
+The two sides do the same work with the same weights and take turns, and the median over the repeats counts: absolute
+times on a shared CPU mean little, ratios do. of_ceiling is the share of what the machine does at best, measured in the
+same run: a large matrix product, for decoding the model's matrices times one vector (a large copy on a GPU), for
+loading a copy. The second half is what train.py --plan and --plot run, and the arithmetic of its log.
 """
 import argparse
+import copy
 import io
 import json
 import math
 import random
 import statistics
 import sys
+import tempfile
 import time
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import numpy as np
 import torch
+import torch.nn.functional as nnf
 from PIL import Image, ImageDraw, ImageFont
+from torch import Tensor, nn
+from torch.nn.utils.rnn import pad_sequence
 
-from connector import BLOCK_BYTES, CACHE_BYTES
-from model import ALIGNVLM_PRESETS, AlignVLM, AlignVLMConfig, read_llama
-from vision import SIGLIP_PRESETS, InputError, read_image, read_siglip, tile, tile_boxes
+from connector import BLOCK_BYTES, CACHE_BYTES, Align
+from eval import keep_heap
+from model import ALIGNVLM_PRESETS, IGNORE, IMAGE, AlignVLM, AlignVLMConfig, Llama, LlamaConfig, read_llama
+from vision import SIGLIP_PRESETS, InputError, SigLIP, SigLIPConfig, read_image, read_siglip, tile, tile_boxes
+
+GPU = torch.cuda.is_available()
+DEVICE = torch.device("cuda" if GPU else "cpu")
+FP32, BF16 = torch.float32, torch.bfloat16
+# SigLIP base-patch16-224 and SmolLM2-135M: what two CPU cores can train.
+SMALL = AlignVLMConfig(SigLIPConfig(768, 12, 12, 3072, 224, 16),
+                       LlamaConfig(vocab_size=49_152, hidden_size=576, n_layers=30, n_heads=9, n_kv_heads=3,
+                                   intermediate_size=1536, rope_factor=1.0))
 
 
-def alternate(ours: Callable, theirs: Callable, repeats: int) -> tuple[float, float]:
-    """The median seconds of either, called in turns; a first call of each is not counted."""
-    times = {ours: [], theirs: []}
-    for repeat in range(repeats + 1):
-        for work in times:
-            start = time.perf_counter()
-            work()
-            times[work].append(time.perf_counter() - start)
-    return statistics.median(times[ours][1:]), statistics.median(times[theirs][1:])
+# ---------------------------------------------------------------------------------------------------------------------
+# Measuring
+
+
+def seconds(work: Callable) -> float:
+    """Of one call; on a GPU by its own clock."""
+    if not GPU:
+        start = time.perf_counter()
+        work()
+        return time.perf_counter() - start
+    start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    start.record()
+    work()
+    end.record()
+    torch.cuda.synchronize()
+    return start.elapsed_time(end) / 1000
+
+
+def alternate(ours: Callable, theirs: Callable | None, repeats: int, clock=seconds) -> tuple[float, float | None]:
+    """The median seconds of either, called in turns. First calls are not counted; what they return must be equal."""
+    sides = [side for side in (ours, theirs) if side]
+    results = [side() for side in sides]
+    if theirs and isinstance(results[0], Tensor):
+        a, b = (result.float() for result in results)
+        assert (a - b).abs().max() <= 0.1 * b.abs().max(), "the two sides do not do the same work"
+    times = [[clock(side) for side in sides] for _ in range(repeats)]
+    medians = [statistics.median(column) for column in zip(*times)]
+    return medians[0], medians[1] if theirs else None
+
+
+def row(work: str, ours_s: float, theirs_s: float | None = None, ceiling_s: float | None = None,
+        extra_gb: float | None = None) -> dict:
+    """A line of the table; None is what was not, or cannot be, measured."""
+    return {"work": work, "ours_s": ours_s, "theirs_s": theirs_s, "ratio": ours_s / theirs_s if theirs_s else None,
+            "of_ceiling": ceiling_s / ours_s if ceiling_s else None, "extra_gb": extra_gb}
+
+
+def product_rate(dtype: torch.dtype) -> float:
+    """FLOP/s of a large matrix product."""
+    n = 8192 if GPU else 2048
+    a, b = (torch.randn(n, n, device=DEVICE, dtype=dtype) for _ in range(2))
+    return 2 * n ** 3 / alternate(lambda: a @ b, None, 5)[0]
+
+
+def copy_rate() -> float:
+    """Bytes per second, read and written, of a large copy."""
+    a = torch.ones(2 ** 28, device=DEVICE)
+    b = torch.empty_like(a)
+    return 2 * a.nbytes / alternate(lambda: b.copy_(a), None, 5)[0]
+
+
+def extra_gb(work: Callable) -> float | None:
+    """GB that a call has at its peak beyond what was there before; None where the system cannot tell."""
+    if GPU:
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        work()
+        return (torch.cuda.max_memory_allocated() - before) / 1e9
+    status, clear = Path("/proc/self/status"), Path("/proc/self/clear_refs")
+
+    def resident(key: str) -> int:
+        return next(int(line.split()[1]) * 1024 for line in status.read_text().splitlines() if line.startswith(key))
+
+    try:
+        clear.write_text("5")           # the peak begins anew
+    except OSError:
+        return work()
+    before = resident("VmRSS")
+    work()
+    return (resident("VmHWM") - before) / 1e9
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The same weights on the other side
+
+
+def our_llama(args, dtype: torch.dtype) -> Llama:
+    if args.llm:
+        return Llama.from_pretrained(args.llm, dtype, DEVICE).eval()
+    llm = Llama((ALIGNVLM_PRESETS[args.preset] if args.preset else SMALL).llm)
+    llm.init_weights()
+    return llm.to(DEVICE, dtype).eval()
+
+
+def their_llama(ours: Llama) -> nn.Module:
+    """transformers' LlamaForCausalLM on the very tensors of ours."""
+    from transformers import LlamaConfig as TheirConfig
+    from transformers import LlamaForCausalLM
+    c = ours.config
+    scaling = {"rope_type": "default"} if c.rope_factor == 1 else {
+        "rope_type": "llama3", "factor": c.rope_factor, "low_freq_factor": c.rope_low_freq_factor,
+        "high_freq_factor": c.rope_high_freq_factor, "original_max_position_embeddings": c.rope_original_length}
+    theirs = LlamaForCausalLM(TheirConfig(
+        vocab_size=c.vocab_size, hidden_size=c.hidden_size, num_hidden_layers=c.n_layers,
+        num_attention_heads=c.n_heads, num_key_value_heads=c.n_kv_heads, head_dim=c.head_dim,
+        intermediate_size=c.intermediate_size, rms_norm_eps=c.rms_norm_eps, tie_word_embeddings=c.tie_embeddings,
+        max_position_embeddings=131_072, rope_parameters={"rope_theta": c.rope_theta, **scaling},
+        attn_implementation="sdpa")).to(DEVICE)
+    weights = {f"model.{k}": p for k, p in ours.state_dict().items() if k != "lm_head.weight"}
+    theirs.load_state_dict({**weights, "lm_head.weight": ours.head.data}, assign=True)
+    theirs.tie_weights()
+    return theirs.eval()
+
+
+def their_siglip(ours: SigLIP) -> nn.Module:
+    """transformers' SiglipVisionModel on the very tensors of ours, without the pooling head."""
+    from transformers import SiglipVisionConfig, SiglipVisionModel
+    c = ours.config
+    theirs = SiglipVisionModel(SiglipVisionConfig(
+        hidden_size=c.hidden_size, num_hidden_layers=c.n_layers, num_attention_heads=c.n_heads,
+        intermediate_size=c.intermediate_size, image_size=c.image_size, patch_size=c.patch_size,
+        layer_norm_eps=c.layer_norm_eps, hidden_act="gelu_pytorch_tanh", vision_use_head=False,
+        attn_implementation="sdpa")).to(DEVICE)
+    prefix = "vision_model." if any(name.startswith("vision_model.") for name in theirs.state_dict()) else ""
+    theirs.load_state_dict({prefix + k: p for k, p in ours.state_dict().items()}, assign=True)
+    return theirs.eval()
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The works
 
 
 def page_file(width: int, height: int, kind: str) -> bytes:
@@ -51,13 +180,13 @@ def page_file(width: int, height: int, kind: str) -> bytes:
     return file.getvalue()
 
 
-def pages(repeats: int) -> list[dict]:
+def pages(args) -> Iterator[dict]:
     """Decoding, tiling and normalising a page on one core, against SiglipImageProcessorPil on the same boxes."""
     from transformers import SiglipImageProcessorPil
-    config, processor, rows = SIGLIP_PRESETS["so400m-patch14-384"], SiglipImageProcessorPil(), []
-    side = config.image_size
+    config, processor = SIGLIP_PRESETS["so400m-patch14-384"], SiglipImageProcessorPil()
+    side, threads = config.image_size, torch.get_num_threads()
 
-    def theirs(data: bytes) -> torch.Tensor:
+    def theirs(data: bytes) -> Tensor:
         page = Image.open(io.BytesIO(data)).convert("RGB")
         boxes = tile_boxes(*page.size, config)
         pixels = np.zeros((len(boxes), 3, side, side), dtype=np.float32)
@@ -70,13 +199,236 @@ def pages(repeats: int) -> list[dict]:
             canvas[:, y:y + new_h, x:x + new_w] = done
         return torch.from_numpy(pixels)
 
+    torch.set_num_threads(1)
     for width, height, kind in [(850, 1100, "PNG"), (1700, 2200, "PNG"), (1700, 2200, "JPEG"), (500, 400, "JPEG")]:
         data = page_file(width, height, kind)
         difference = (tile(read_image(io.BytesIO(data)), config) - theirs(data)).abs().max().item()
-        ours_s, theirs_s = alternate(lambda: tile(read_image(io.BytesIO(data)), config), lambda: theirs(data), repeats)
-        rows.append({"work": f"pages-{width}x{height}-{kind.lower()}", "ours_s": ours_s, "theirs_s": theirs_s,
-                     "ratio": ours_s / theirs_s, "pages_per_s": 1 / ours_s, "difference": difference})
-    return rows
+        times = alternate(lambda: tile(read_image(io.BytesIO(data)), config), lambda: theirs(data), args.repeats)
+        yield {**row(f"pages-{width}x{height}-{kind.lower()}", *times), "difference": difference}
+    torch.set_num_threads(threads)
+
+
+@torch.inference_mode()
+def vision(args) -> Iterator[dict]:
+    """4 tiles through SigLIP so400m."""
+    config = (ALIGNVLM_PRESETS[args.preset] if args.preset else AlignVLMConfig()).vision
+    for dtype, name in [(FP32, "fp32"), (BF16, "bf16")]:
+        ours = SigLIP(config)
+        ours.init_weights()
+        ours = ours.to(DEVICE, dtype).eval()
+        theirs = None if args.alone else their_siglip(ours)
+        pixels = torch.randn(4, 3, config.image_size, config.image_size, device=DEVICE, dtype=dtype)
+        times = alternate(lambda: ours(pixels), theirs and (lambda: theirs(pixels).last_hidden_state), args.repeats)
+        no_llm = LlamaConfig(hidden_size=0, n_layers=0)
+        flops = step_flops(AlignVLMConfig(config, no_llm), (), Counter(tiles=4))
+        yield row(f"vision-{name}", *times, flops / product_rate(dtype))
+
+
+@torch.inference_mode()
+def prefill(args) -> Iterator[dict]:
+    """A prompt of 1,024 tokens until the logits of the next one; both sides keep keys and values."""
+    for dtype, name in [(FP32, "fp32"), (BF16, "bf16")]:
+        llm = our_llama(args, dtype)
+        theirs = None if args.alone else their_llama(llm)
+        tokens = torch.randint(llm.config.vocab_size, (1, 1024), device=DEVICE)
+
+        def ours() -> None:
+            next(llm.generate(llm.embed_tokens(tokens), [1024], set(), 1))
+
+        times = alternate(ours, theirs and (lambda: theirs(tokens, logits_to_keep=1).logits.argmax(-1).item()),
+                          args.repeats)
+        counts = Counter(tokens=1024, supervised=1, squares=1024 ** 2)
+        flops = step_flops(AlignVLMConfig(SMALL.vision, llm.config), (), counts)
+        yield row(f"prefill-{name}", *times, flops / product_rate(dtype))
+
+
+class Clock:
+    """A streamer for transformers' generate that notes when each token comes."""
+
+    def __init__(self):
+        self.times = []
+
+    def put(self, ids: Tensor) -> None:
+        self.times.append(time.perf_counter())
+
+    def end(self) -> None:
+        del self.times[0]               # the prompt's
+
+
+@torch.inference_mode()
+def decode(args) -> Iterator[dict]:
+    """Seconds per step of 128 after prompts of 512 tokens, greedily; batch8 has 8 prompts of 288 to 512."""
+    n_new = 128
+    for name, dtype, lengths in [("fp32", FP32, [512]), ("bf16", BF16, [512]),
+                                 ("batch8", FP32, [512 - 32 * i for i in range(8)])]:
+        llm = our_llama(args, dtype)
+        prompts = [torch.randint(llm.config.vocab_size, (n,), device=DEVICE) for n in lengths]
+        x = llm.embed_tokens(pad_sequence(prompts, batch_first=True))              # (B, L, D), padded on the right
+        left = dict(batch_first=True, padding_side="left")
+        ids, mask = pad_sequence(prompts, **left), pad_sequence([torch.ones_like(p) for p in prompts], **left)
+
+        def ours() -> float:
+            times = [time.perf_counter() for _ in llm.generate(x, lengths, set(), n_new + 1)]
+            return (times[-1] - times[0]) / n_new
+
+        def theirs(new: int = n_new + 1) -> float:
+            clock = Clock()
+            their_llm.generate(ids, attention_mask=mask, min_new_tokens=new, max_new_tokens=new, do_sample=False,
+                               pad_token_id=0, streamer=clock, **cache)
+            return (clock.times[-1] - clock.times[0]) / (new - 1)
+
+        if not args.alone:
+            their_llm, tried = their_llama(llm), []
+            for cache in [{}, {"cache_implementation": "static", "disable_compile": not GPU}]:      # or dynamic
+                theirs(9)
+                tried.append((theirs(17), len(tried), cache))
+            cache = min(tried)[2]                                                  # the one that is faster here
+        times = alternate(ours, None if args.alone else theirs, args.repeats, clock=lambda side: side())
+        tied = llm.config.tie_embeddings
+        matrices = [p for k, p in llm.named_parameters() if p.ndim == 2 and (tied or k != "embed_tokens.weight")]
+        vectors = {D: torch.randn(len(lengths), D, device=DEVICE, dtype=dtype) for D in {W.shape[1] for W in matrices}}
+        ceiling_s, _ = alternate(lambda: [nnf.linear(vectors[W.shape[1]], W) for W in matrices] and None, None, 20)
+        if GPU:
+            ceiling_s = sum(W.nbytes for W in matrices) / copy_rate()
+        yield row(f"decode-{name}", *times, ceiling_s)
+
+
+def train(args) -> Iterator[dict]:
+    """A step (loss, gradients, clipping, AdamW) on 8 samples of a tile and 40 to 96 words; with --preset on 2 pages.
+
+    The other side: the same towers of transformers, joined by the naive Align; rows padded on the right, where neither
+    the loss nor a causal LLM needs a mask; logits of the text alone.
+    """
+    keep_heap()                         # as train.py does; both sides have it
+    config, (B, T) = (ALIGNVLM_PRESETS[args.preset], (2, 10)) if args.preset else (SMALL, (8, 1))
+    dtype, N, rng = BF16 if GPU else FP32, T * config.vision.n_patches, random.Random(0)
+    model = AlignVLM(config)
+    model.vision.init_weights()
+    model.llm.init_weights()
+    model.connector.init_weights(model.llm.head)
+    model.to(DEVICE, dtype)
+    texts = [torch.randint(config.llm.vocab_size, (rng.randint(40, 96),)) for _ in range(B)]
+    pixels = torch.randn(B * T, 3, config.vision.image_size, config.vision.image_size, device=DEVICE, dtype=dtype)
+    samples = [torch.cat([torch.full((N,), IMAGE), text]) for text in texts]
+    labels = [torch.cat([torch.full((N - 1,), IGNORE), text, torch.tensor([IGNORE])]) for text in texts]
+    tokens, labels = torch.cat(samples)[None].to(DEVICE), torch.cat(labels)[None].to(DEVICE)       # (1, L)
+    lengths, supervised = [len(s) for s in samples], sum(map(len, texts))
+
+    def step(loss_of: Callable, modules: nn.Module, optimizer: torch.optim.Optimizer) -> Tensor:
+        loss = loss_of()
+        loss.backward()
+        nn.utils.clip_grad_norm_(modules.parameters(), 1.0)
+        optimizer.step()
+        optimizer.zero_grad()
+        return loss.detach()
+
+    theirs = None
+    if not args.alone:
+        towers = nn.ModuleList([their_siglip(copy.deepcopy(model.vision)), copy.deepcopy(model.connector),
+                                their_llama(copy.deepcopy(model.llm))])
+        siglip, align, llama = towers
+        words = pad_sequence(texts, batch_first=True).to(DEVICE)                   # (B, longest)
+        targets = pad_sequence(texts, batch_first=True, padding_value=IGNORE).to(DEVICE)
+        their_optimizer = torch.optim.AdamW(towers.parameters(), lr=1e-5, fused=True)
+
+        def their_loss() -> Tensor:
+            E_text = llama.get_input_embeddings().weight
+            F_align = align.p_vocab(siglip(pixels).last_hidden_state) @ E_text     # (B * T, N / T, D)
+            x = torch.cat([F_align.view(B, N, -1), nnf.embedding(words, E_text)], dim=1)
+            logits = llama(inputs_embeds=x, logits_to_keep=words.shape[1] + 1, use_cache=False).logits[:, :-1]
+            return nnf.cross_entropy(logits.float().flatten(0, 1), targets.flatten())
+
+        theirs = lambda: step(their_loss, towers, their_optimizer)
+
+    if GPU:
+        for block in [*model.vision.encoder["layers"], *model.llm.layers]:
+            block.compile()
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-5, fused=True)
+    ours = lambda: step(lambda: model(tokens, labels, pixels, lengths) / supervised, model, optimizer)
+    times = alternate(ours, theirs, args.repeats)
+    counts = Counter(tokens=sum(lengths), supervised=supervised, tiles=B * T, squares=sum(n ** 2 for n in lengths))
+    yield row("train", *times, step_flops(config, ("vision", "connector", "llm"), counts) / product_rate(dtype))
+
+
+def connector(args) -> Iterator[dict]:
+    """Align forward and backward on one tile and on ten, against the naive equations under autograd (one tile only).
+
+    extra_gb is beyond weights and gradients. of_ceiling counts the six products that autograd does.
+    """
+    config, dtype = ALIGNVLM_PRESETS[args.preset or "llama-3.2-1b"], BF16 if GPU else FP32
+    d, D, V = config.vision.hidden_size, config.llm.hidden_size, config.llm.vocab_size
+    align, E_text = Align(d, D, V), nn.Parameter(torch.empty(V, D).normal_(std=D ** -0.5))
+    align.init_weights(E_text)
+    align, E_text = align.to(DEVICE, dtype), nn.Parameter(E_text.detach().to(DEVICE, dtype))
+    weights = [*align.parameters(), E_text]
+
+    def step(forward: Callable) -> None:
+        for p in weights:
+            p.grad = None
+        forward(F, E_text).square().sum().backward()
+
+    rate = product_rate(dtype)
+    for n in (729, 7290):
+        F = torch.randn(n, d, device=DEVICE, dtype=dtype)
+        first: list[float] = []
+
+        def fresh() -> None:
+            first.append(seconds(lambda: step(align)))
+
+        for p in weights:
+            p.grad = None
+        extra = extra_gb(fresh)
+        extra = None if extra is None else extra - sum(p.grad.nbytes for p in weights) / 1e9
+        naive = None if args.alone or n > 729 else lambda: step(lambda F, E_text: align.p_vocab(F) @ E_text)
+        # Ten tiles take minutes on a CPU: there the first call is the only one.
+        times = alternate(lambda: step(align), naive, args.repeats) if n == 729 or GPU else (first[0], None)
+        yield row(f"connector-{n}", *times, 6 * 2 * n * D * V / rate, extra)
+
+
+class MLP(nn.Sequential):
+    """LLaVA's connector in Align's place."""
+
+    def forward(self, F: Tensor, E_text: Tensor) -> Tensor:
+        return super().forward(F)
+
+
+@torch.inference_mode()
+def answer(args) -> Iterator[dict]:
+    """A page and 16 words, 32 tokens of answer: with Align, and (theirs) with an MLP connector in its place."""
+    config, T = (ALIGNVLM_PRESETS[args.preset], 10) if args.preset else (SMALL, 1)
+    model, dtype = AlignVLM(config), BF16 if GPU else FP32
+    model.vision.init_weights()
+    model.llm.init_weights()
+    model.connector.init_weights(model.llm.head)
+    model.to(DEVICE, dtype)
+    d, D = config.vision.hidden_size, config.llm.hidden_size
+    connectors = model.connector, MLP(nn.Linear(d, D), nn.GELU(), nn.Linear(D, D)).to(DEVICE, dtype)
+    tokens = torch.cat([torch.full((T * config.vision.n_patches,), IMAGE), torch.arange(16)])
+    pixels = torch.randn(T, 3, config.vision.image_size, config.vision.image_size)
+
+    def generate(connector: nn.Module) -> None:
+        model.connector = connector
+        list(model.generate([tokens], [pixels], set(), 32))
+
+    yield row("answer-mlp", *alternate(lambda: generate(connectors[0]), lambda: generate(connectors[1]), args.repeats))
+
+
+def load(args) -> Iterator[dict]:
+    """A folder in hub format, in bf16, into a model that is in memory; the ceiling is a copy of as many bytes."""
+    from transformers import LlamaForCausalLM
+    with tempfile.TemporaryDirectory() as folder:
+        llm = our_llama(args, BF16)
+        their_llama(llm).save_pretrained(folder)
+        n_bytes = sum(p.nbytes for p in llm.parameters())
+
+        def loaded(model: nn.Module) -> None:
+            for p in model.parameters():        # a mapped file is not in memory before every page of it was read
+                p.flatten()[::2048].max()
+
+        times = alternate(lambda: loaded(Llama.from_pretrained(folder, device=DEVICE)),
+                          lambda: loaded(LlamaForCausalLM.from_pretrained(folder, dtype="auto").to(DEVICE)), args.repeats)
+        numbers = torch.ones(n_bytes // 2, dtype=BF16)
+        yield row("load", *times, alternate(lambda: numbers.clone(), None, 5)[0])
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -259,33 +611,44 @@ def plot(paths: list[Path], out: Path) -> None:
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-WORKS = {"pages": pages}
+# The last one changes how memory is allocated. Beside each how often it is repeated.
+WORKS = {"pages": (pages, 20), "vision": (vision, 3), "prefill": (prefill, 5), "decode": (decode, 3),
+         "connector": (connector, 3), "load": (load, 5), "answer": (answer, 5), "train": (train, 5)}
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("work", nargs="*", help=f"which of {', '.join(WORKS)} (default: all)")
-    parser.add_argument("--repeats", type=int, default=20, help="calls of each side (default: %(default)s)")
-    parser.add_argument("--threads", type=int, default=1, help="CPU threads (default: %(default)s)")
-    parser.add_argument("--json", action="store_true", help="a JSON line per row instead of a table")
+    add = parser.add_argument
+    add("work", nargs="*", help=f"which of {', '.join(WORKS)} (default: all)")
+    add("--preset", choices=ALIGNVLM_PRESETS, help="sizes (default: SigLIP so400m for vision, SmolLM2-135M for "
+        "prefill, decode and load, SigLIP base with it for answer and train, Llama-3.2-1B for connector)")
+    add("--llm", help="folder with a released Llama for prefill, decode and load (default: random weights)")
+    add("--alone", action="store_true", help="ours alone, nothing beside it")
+    add("--repeats", type=int, help="calls of each side (default: 3 to 20, as long as they take)")
+    add("--threads", type=int, help="CPU threads (default: all cores; pages always takes one)")
+    add("--json", action="store_true", help="a JSON line per row instead of a table")
     args = parser.parse_args()
     if unknown := set(args.work) - set(WORKS):
         parser.error(f"no work called {', '.join(unknown)}: there is {', '.join(WORKS)}")
-    if min(args.repeats, args.threads) < 1:
+    if min(args.repeats or 1, args.threads or 1) < 1:
         parser.error("--repeats and --threads are at least 1")
-    torch.set_num_threads(args.threads)
+    if args.threads:
+        torch.set_num_threads(args.threads)
+    torch.manual_seed(0)
     for name in args.work or WORKS:
+        work, repeats = WORKS[name]
         try:
-            rows = WORKS[name](args.repeats)
+            rows = list(work(argparse.Namespace(**{**vars(args), "repeats": args.repeats or repeats})))
         except ImportError as error:
             parser.error(f"{name} needs `pip install transformers` ({error})")
-        for i, row in enumerate(rows):
+        if not args.json:
+            print("".join(f"{key:>{26 if key == 'work' else 13}}" for key in rows[0]))
+        for row in rows:
             if args.json:
-                print(json.dumps(row))
-                continue
-            if i == 0:
-                print("".join(f"{key:>{26 if key == 'work' else 13}}" for key in row))
-            print("".join(f"{value:>26}" if key == "work" else f"{value:13.4g}" for key, value in row.items()))
+                print(json.dumps(row), flush=True)
+            else:
+                print("".join(f"{'-' if value is None else value:>{26}}" if key == "work" or value is None
+                              else f"{value:13.4g}" for key, value in row.items()))
 
 
 if __name__ == "__main__":
