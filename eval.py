@@ -31,15 +31,18 @@ from toy.pages import draw, held_out_documents, write_toy_tokenizer
 from vision import InputError
 
 
-def answer(model: AlignVLM, tokenizer: Tokenizer, images: list[Image.Image], prompts: list[str], max_tiles: int = 9,
-           **generation) -> Iterator[list[str]]:
-    """Answer each (image, prompt) as one batch; yields the answers so far after every token, the last time complete.
+def answer(model: AlignVLM, tokenizer: Tokenizer, images: list[Image.Image | list[Image.Image]], prompts: list[str],
+           max_tiles: int = 9, **generation) -> Iterator[list[str]]:
+    """Answer each (image or images, prompt) as one batch; yields the answers so far after every token, at last complete.
 
     generation: what AlignVLM.generate takes (max_new_tokens, temperature, top_p, seed). An empty prompt asks for a
     caption: the user's turn is the image alone, as in stage 1.
     """
-    samples = [prepare(Example([image], [Turn("user", [IMAGE, prompt] if prompt else [IMAGE])], ""), tokenizer,
-                       model.config.vision, max_tiles) for image, prompt in zip(images, prompts)]
+    samples = []
+    for pages, prompt in zip(images, prompts):
+        pages = pages if isinstance(pages, list) else [pages]
+        turn = Turn("user", [IMAGE] * len(pages) + ([prompt] if prompt else []))
+        samples.append(prepare(Example(pages, [turn], ""), tokenizer, model.config.vision, max_tiles))
     ids: list[list[int]] = [[] for _ in samples]
     for step in model.generate([s.tokens for s in samples], [s.pixels for s in samples], tokenizer.stop, **generation):
         for row, token in zip(ids, step):

@@ -26,6 +26,7 @@ import torch.nn.functional as nnf
 from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
+from torch.utils.checkpoint import checkpoint
 
 from connector import Align
 from vision import (SIGLIP_PRESETS, CheckpointError, Settings, SigLIP, SigLIPConfig, Stored, Weights, load,
@@ -33,6 +34,7 @@ from vision import (SIGLIP_PRESETS, CheckpointError, Settings, SigLIP, SigLIPCon
 
 IMAGE = -1      # marks the position of a visual token in a token sequence; no vocabulary has this id
 IGNORE = -100   # marks a label that is not supervised, as in torch's cross_entropy
+LOSS_BYTES = 256 * 2 ** 20      # logits, in fp32, of as many supervised tokens as are done together
 
 
 @dataclass
@@ -88,16 +90,20 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 
 
 class KVCache:
-    """Preallocated keys and values, written by position: two tensors (layers, B, kv_heads, L, head_dim)."""
+    """Preallocated keys and values of every layer, (B, kv_heads, length, head_dim) each, written by position."""
 
     def __init__(self, config: LlamaConfig, batch: int, length: int, device, dtype):
-        shape = config.n_layers, batch, config.n_kv_heads, length, config.head_dim
-        self.k, self.v = (torch.zeros(shape, device=device, dtype=dtype) for _ in range(2))
+        shape = batch, config.n_kv_heads, length, config.head_dim
+        self.k, self.v = ([torch.zeros(shape, device=device, dtype=dtype) for _ in range(config.n_layers)]
+                          for _ in range(2))
         self.rows = torch.arange(batch, device=device)[:, None]                    # (B, 1)
-        self.reach = length         # attention reads this many places: all of them, or as many as are filled
+        if torch.device(device).type == "cuda":     # a CUDA graph may then write to them
+            for x in (*self.k, *self.v):
+                torch._dynamo.mark_static_address(x)
+        self.reach = length         # attention reads so many places: all, or on a CPU as many as are filled
 
     def write(self, layer: int, positions: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-        """Put k and v (B, kv_heads, L, head_dim) at positions (B, L) of a layer; returns all that the layer holds."""
+        """Put k and v (B, kv_heads, L, head_dim) at positions (B, L) of a layer; returns what is within reach."""
         self.k[layer][self.rows, :, positions] = k.transpose(1, 2)
         self.v[layer][self.rows, :, positions] = v.transpose(1, 2)
         return self.k[layer][:, :, :self.reach], self.v[layer][:, :, :self.reach]
@@ -105,7 +111,7 @@ class KVCache:
     def mask(self, positions: Tensor) -> Tensor:
         """What attention adds to the scores of rows at positions (B, 1): -inf for what is later. (B, 1, 1, reach)"""
         later = torch.arange(self.reach, device=positions.device) > positions[:, :, None, None]
-        return torch.zeros_like(later, dtype=self.k.dtype).masked_fill_(later, -math.inf)
+        return torch.zeros_like(later, dtype=self.k[0].dtype).masked_fill_(later, -math.inf)
 
 
 class Attention(nn.Module):
@@ -120,11 +126,15 @@ class Attention(nn.Module):
         self.v_proj = nn.Linear(D, kv_size, bias=False)
         self.o_proj = nn.Linear(q_size, D, bias=False)
 
-    def forward(self, x: Tensor, cos: Tensor, sin: Tensor, lengths=None, cache=None, positions=None,
-                mask=None) -> Tensor:
+    def qkv(self, x: Tensor, cos: Tensor, sin: Tensor) -> list[Tensor]:
+        """x (B, L, D) -> q (B, heads, L, head_dim), k and v (B, kv_heads, L, head_dim); q and k are turned together."""
         qk = torch.cat([self.q_proj(x), self.k_proj(x)], dim=-1)
         qk, v = (y.unflatten(-1, (-1, self.head_dim)).transpose(1, 2) for y in (qk, self.v_proj(x)))
-        q, k = rotate(qk, cos, sin).split([self.n_heads, v.shape[1]], dim=1)       # (B, heads or kv_heads, L, head_dim)
+        return [*rotate(qk, cos, sin).split([self.n_heads, v.shape[1]], dim=1), v]
+
+    def forward(self, x: Tensor, cos: Tensor, sin: Tensor, lengths=None, cache=None, positions=None,
+                mask=None) -> Tensor:
+        q, k, v = self.qkv(x, cos, sin)
         if cache is not None:
             past_k, past_v = cache.write(self.layer, positions, k, v)
         if mask is not None:    # decoding: every row sees its own past
@@ -138,7 +148,10 @@ class Attention(nn.Module):
 
 def attend(q: Tensor, k: Tensor, v: Tensor, **kind) -> Tensor:
     """Scaled dot-product attention of q (B, heads, L, head_dim) over k and v (B, kv_heads, M, head_dim)."""
-    return nnf.scaled_dot_product_attention(q, k, v, enable_gqa=q.shape[1] != k.shape[1], **kind)
+    dtype = q.dtype
+    if q.is_cpu and q.shape[2] > 1:     # there PyTorch takes 1.6 times as long in bf16 as in fp32
+        q, k, v = q.float(), k.float(), v.float()
+    return nnf.scaled_dot_product_attention(q, k, v, enable_gqa=q.shape[1] != k.shape[1], **kind).to(dtype)
 
 
 @torch.compiler.disable         # each number of samples would be a graph of its own
@@ -158,7 +171,10 @@ class MLP(nn.Module):
         self.down_proj = nn.Linear(config.intermediate_size, config.hidden_size, bias=False)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.down_proj(nnf.silu(self.gate_proj(x)) * self.up_proj(x))
+        gate, up = self.gate_proj(x), self.up_proj(x)                              # (B, L, intermediate_size)
+        if torch.is_grad_enabled():
+            return self.down_proj(nnf.silu(gate) * up)
+        return self.down_proj(nnf.silu(gate, inplace=True).mul_(up))               # fresh memory is 4 % of a prefill
 
 
 class Layer(nn.Module):
@@ -192,8 +208,8 @@ class Llama(nn.Module):
         return self.embed_tokens.weight if self.config.tie_embeddings else self.lm_head.weight
 
     def hidden(self, x: Tensor, lengths: list[int] | None = None, cache: KVCache | None = None,
-               positions: Tensor | None = None) -> Tensor:
-        """Embeddings x (B, L, D) -> final hidden states (B, L, D).
+               positions: Tensor | None = None, last: Tensor | None = None) -> Tensor:
+        """Embeddings x (B, L, D) -> final hidden states (B, L, D), or (B, 1, D) of the positions `last` (B, 1) alone.
 
         lengths: the row (B = 1) holds samples of these lengths, packed; each is read by itself, from position 0.
         cache, positions (B, L): keep keys and values there; L = 1 continues, a longer x starts at position 0.
@@ -203,9 +219,15 @@ class Llama(nn.Module):
         cos, sin = (angle.to(x.dtype) for angle in rope(positions, self.config))
         mask = cache.mask(positions) if cache is not None and x.shape[1] == 1 else None
         lengths = None if lengths is None else torch.tensor(lengths)       # a list would be compiled for its length
-        for layer in self.layers:
+        *layers, top = self.layers
+        for layer in layers:
             x = layer(x, cos, sin, lengths, cache, positions, mask)
-        return self.norm(x)
+        if last is not None:    # of the other tokens the top layer's keys and values are all that is ever needed
+            _, k, v = top.self_attn.qkv(top.input_layernorm(x), cos, sin)
+            cache.write(top.self_attn.layer, positions, k, v)
+            x, positions, mask = x[cache.rows, last], last, cache.mask(last)       # (B, 1, D)
+            cos, sin = (angle[0, 0, last][:, None] for angle in (cos, sin))
+        return self.norm(top(x, cos, sin, lengths, cache, positions, mask))
 
     def forward(self, tokens: Tensor | None = None, embeddings: Tensor | None = None) -> Tensor:
         """tokens (B, L) int64, or embeddings (B, L, D) -> logits (B, L, V)."""
@@ -222,18 +244,21 @@ class Llama(nn.Module):
         """
         B, L, _ = x.shape
         generator = torch.Generator(x.device).manual_seed(seed)
-        cache = KVCache(self.config, B, L + max_new_tokens, x.device, x.dtype)
-        h = self.hidden(x, None, cache, torch.arange(L, device=x.device).expand(B, L))        # (B, L, D)
+        places, continue_hidden = L + max_new_tokens, self.hidden
+        if x.is_cuda:       # a step is one CUDA graph; rounded up, so that prompts of about this length share it
+            places, continue_hidden = 256 * math.ceil(places / 256), torch.compile(self.hidden, mode="reduce-overhead")
+        cache = KVCache(self.config, B, places, x.device, x.dtype)
         position = torch.tensor(lengths, device=x.device)[:, None]                # (B, 1)
-        h = h[torch.arange(B, device=x.device), position[:, 0] - 1]               # (B, D): each row's last token
+        h = self.hidden(x, None, cache, torch.arange(L, device=x.device).expand(B, L), position - 1)     # (B, 1, D)
         done = [False] * B
         for step in range(max_new_tokens):
             if step > 0:
-                if x.is_cpu: cache.reach = max(lengths) + step
+                if x.is_cpu:        # elsewhere a shape that changes costs more than places that are empty
+                    cache.reach = max(lengths) + step
                 # a padded row's stale keys lie beyond its position: unseen until the row overwrites them
-                h = self.hidden(self.embed_tokens(ids[:, None]), None, cache, position)[:, 0]
+                h = continue_hidden(self.embed_tokens(ids[:, None]), None, cache, position)      # (B, 1, D)
                 position = position + 1
-            ids = choose(nnf.linear(h, self.head), temperature, top_p, generator)  # (B,)
+            ids = choose(nnf.linear(h[:, 0], self.head), temperature, top_p, generator)  # (B,)
             done = [d or i in stop for d, i in zip(done, ids.tolist())]
             if all(done):
                 return
@@ -476,8 +501,17 @@ class AlignVLM(nn.Module):
         """
         h = self.llm.hidden(self.embed(tokens, pixels), lengths)                   # (1, L, D)
         supervised = labels != IGNORE                                              # the LM head runs only there
-        logits = nnf.linear(h[supervised], self.llm.head)                          # (supervised, V)
-        return nnf.cross_entropy(logits.float(), labels[supervised], reduction="sum")
+        n = max(LOSS_BYTES // (4 * self.config.llm.vocab_size), 1)
+        blocks = list(zip(h[supervised].split(n), labels[supervised].split(n)))    # (n, D) and (n,) each
+
+        def block_loss(h: Tensor, labels: Tensor) -> Tensor:
+            logits = nnf.linear(h, self.llm.head)                                  # (n, V)
+            return nnf.cross_entropy(logits.float(), labels, reduction="sum")
+
+        if len(blocks) == 1:
+            return block_loss(*blocks[0])
+        # Several blocks make their logits again in the backward pass, so that never more than one has them.
+        return sum(checkpoint(block_loss, *block, use_reentrant=False, preserve_rng_state=False) for block in blocks)
 
     @classmethod
     def from_backbones(cls, vision_folder: str | Path, llm_folder: str | Path, dtype: torch.dtype | None = None,
