@@ -6,10 +6,10 @@
     python bench.py decode --llm Llama-3.2-1B           # released weights; without, random ones of SmolLM2-135M's shape
     python bench.py train --preset llama-3.2-1b --alone # on a GPU: packed 10-tile pages, ours alone
 
-The two sides do the same work with the same weights and take turns, and the median over the repeats counts: absolute
-times on a shared CPU mean little, ratios do. of_ceiling is the share of what the machine does at best, measured in the
-same run: a large matrix product, for decoding the model's matrices times one vector (a large copy on a GPU), for
-loading a copy. The second half is what train.py --plan and --plot run, and the arithmetic of its log.
+Both sides do the same with the same weights, in turns, and the median counts: absolute times on a shared CPU mean
+little, ratios do. of_ceiling is the share of the machine's best in the same run: a large matrix product, for decoding
+the model's matrices times one vector (on a GPU a large copy), for loading a copy. The second half is what train.py
+--plan and --plot run, and the arithmetic of its log.
 """
 import argparse
 import copy
@@ -17,6 +17,7 @@ import io
 import json
 import math
 import random
+import re
 import statistics
 import sys
 import tempfile
@@ -24,6 +25,7 @@ import time
 from collections import Counter
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import torch
@@ -44,10 +46,6 @@ FP32, BF16 = torch.float32, torch.bfloat16
 SMALL = AlignVLMConfig(SigLIPConfig(768, 12, 12, 3072, 224, 16),
                        LlamaConfig(vocab_size=49_152, hidden_size=576, n_layers=30, n_heads=9, n_kv_heads=3,
                                    intermediate_size=1536, rope_factor=1.0))
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Measuring
 
 
 def seconds(work: Callable) -> float:
@@ -90,36 +88,20 @@ def product_rate(dtype: torch.dtype) -> float:
     return 2 * n ** 3 / alternate(lambda: a @ b, None, 5)[0]
 
 
-def copy_rate() -> float:
-    """Bytes per second, read and written, of a large copy."""
-    a = torch.ones(2 ** 28, device=DEVICE)
-    b = torch.empty_like(a)
-    return 2 * a.nbytes / alternate(lambda: b.copy_(a), None, 5)[0]
-
-
-def extra_gb(work: Callable) -> float | None:
-    """GB that a call has at its peak beyond what was there before; None where the system cannot tell."""
+def extra_gb(work: Callable) -> tuple[float | None, float]:
+    """GB that a call has at its peak beyond what was there before (None where the system cannot tell), and seconds."""
     if GPU:
         torch.cuda.reset_peak_memory_stats()
         before = torch.cuda.memory_allocated()
-        work()
-        return (torch.cuda.max_memory_allocated() - before) / 1e9
-    status, clear = Path("/proc/self/status"), Path("/proc/self/clear_refs")
-
-    def resident(key: str) -> int:
-        return next(int(line.split()[1]) * 1024 for line in status.read_text().splitlines() if line.startswith(key))
-
+        taken = seconds(work)
+        return (torch.cuda.max_memory_allocated() - before) / 1e9, taken
     try:
-        clear.write_text("5")           # the peak begins anew
+        Path("/proc/self/clear_refs").write_text("5")           # the peak begins anew
     except OSError:
-        return work()
-    before = resident("VmRSS")
-    work()
-    return (resident("VmHWM") - before) / 1e9
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# The same weights on the other side
+        return None, seconds(work)
+    resident = lambda key: int(re.search(rf"{key}:\s*(\d+)", Path("/proc/self/status").read_text())[1]) * 1024
+    before, taken = resident("VmRSS"), seconds(work)
+    return (resident("VmHWM") - before) / 1e9, taken
 
 
 def our_llama(args, dtype: torch.dtype) -> Llama:
@@ -132,13 +114,12 @@ def our_llama(args, dtype: torch.dtype) -> Llama:
 
 def their_llama(ours: Llama) -> nn.Module:
     """transformers' LlamaForCausalLM on the very tensors of ours."""
-    from transformers import LlamaConfig as TheirConfig
-    from transformers import LlamaForCausalLM
+    import transformers
     c = ours.config
     scaling = {"rope_type": "default"} if c.rope_factor == 1 else {
         "rope_type": "llama3", "factor": c.rope_factor, "low_freq_factor": c.rope_low_freq_factor,
         "high_freq_factor": c.rope_high_freq_factor, "original_max_position_embeddings": c.rope_original_length}
-    theirs = LlamaForCausalLM(TheirConfig(
+    theirs = transformers.LlamaForCausalLM(transformers.LlamaConfig(
         vocab_size=c.vocab_size, hidden_size=c.hidden_size, num_hidden_layers=c.n_layers,
         num_attention_heads=c.n_heads, num_key_value_heads=c.n_kv_heads, head_dim=c.head_dim,
         intermediate_size=c.intermediate_size, rms_norm_eps=c.rms_norm_eps, tie_word_embeddings=c.tie_embeddings,
@@ -152,9 +133,9 @@ def their_llama(ours: Llama) -> nn.Module:
 
 def their_siglip(ours: SigLIP) -> nn.Module:
     """transformers' SiglipVisionModel on the very tensors of ours, without the pooling head."""
-    from transformers import SiglipVisionConfig, SiglipVisionModel
+    import transformers
     c = ours.config
-    theirs = SiglipVisionModel(SiglipVisionConfig(
+    theirs = transformers.SiglipVisionModel(transformers.SiglipVisionConfig(
         hidden_size=c.hidden_size, num_hidden_layers=c.n_layers, num_attention_heads=c.n_heads,
         intermediate_size=c.intermediate_size, image_size=c.image_size, patch_size=c.patch_size,
         layer_norm_eps=c.layer_norm_eps, hidden_act="gelu_pytorch_tanh", vision_use_head=False,
@@ -166,6 +147,14 @@ def their_siglip(ours: SigLIP) -> nn.Module:
 
 # ---------------------------------------------------------------------------------------------------------------------
 # The works
+
+
+def random_vlm(args, dtype: torch.dtype) -> AlignVLM:
+    model = AlignVLM(ALIGNVLM_PRESETS[args.preset] if args.preset else SMALL)
+    for part in (model.vision, model.llm):
+        part.init_weights()
+    model.connector.init_weights(model.llm.head)
+    return model.to(DEVICE, dtype)
 
 
 def page_file(width: int, height: int, kind: str) -> bytes:
@@ -184,7 +173,7 @@ def pages(args) -> Iterator[dict]:
     """Decoding, tiling and normalising a page on one core, against SiglipImageProcessorPil on the same boxes."""
     from transformers import SiglipImageProcessorPil
     config, processor = SIGLIP_PRESETS["so400m-patch14-384"], SiglipImageProcessorPil()
-    side, threads = config.image_size, torch.get_num_threads()
+    side = config.image_size
 
     def theirs(data: bytes) -> Tensor:
         page = Image.open(io.BytesIO(data)).convert("RGB")
@@ -199,13 +188,11 @@ def pages(args) -> Iterator[dict]:
             canvas[:, y:y + new_h, x:x + new_w] = done
         return torch.from_numpy(pixels)
 
-    torch.set_num_threads(1)
     for width, height, kind in [(850, 1100, "PNG"), (1700, 2200, "PNG"), (1700, 2200, "JPEG"), (500, 400, "JPEG")]:
         data = page_file(width, height, kind)
         difference = (tile(read_image(io.BytesIO(data)), config) - theirs(data)).abs().max().item()
         times = alternate(lambda: tile(read_image(io.BytesIO(data)), config), lambda: theirs(data), args.repeats)
         yield {**row(f"pages-{width}x{height}-{kind.lower()}", *times), "difference": difference}
-    torch.set_num_threads(threads)
 
 
 @torch.inference_mode()
@@ -238,21 +225,8 @@ def prefill(args) -> Iterator[dict]:
         times = alternate(ours, theirs and (lambda: theirs(tokens, logits_to_keep=1).logits.argmax(-1).item()),
                           args.repeats)
         counts = Counter(tokens=1024, supervised=1, squares=1024 ** 2)
-        flops = step_flops(AlignVLMConfig(SMALL.vision, llm.config), (), counts)
+        flops = step_flops(AlignVLMConfig(llm=llm.config), (), counts)
         yield row(f"prefill-{name}", *times, flops / product_rate(dtype))
-
-
-class Clock:
-    """A streamer for transformers' generate that notes when each token comes."""
-
-    def __init__(self):
-        self.times = []
-
-    def put(self, ids: Tensor) -> None:
-        self.times.append(time.perf_counter())
-
-    def end(self) -> None:
-        del self.times[0]               # the prompt's
 
 
 @torch.inference_mode()
@@ -272,10 +246,11 @@ def decode(args) -> Iterator[dict]:
             return (times[-1] - times[0]) / n_new
 
         def theirs(new: int = n_new + 1) -> float:
-            clock = Clock()
+            times = []          # the first is the prompt's
+            streamer = SimpleNamespace(put=lambda ids: times.append(time.perf_counter()), end=lambda: None)
             their_llm.generate(ids, attention_mask=mask, min_new_tokens=new, max_new_tokens=new, do_sample=False,
-                               pad_token_id=0, streamer=clock, **cache)
-            return (clock.times[-1] - clock.times[0]) / (new - 1)
+                               pad_token_id=0, streamer=streamer, **cache)
+            return (times[-1] - times[1]) / (new - 1)
 
         if not args.alone:
             their_llm, tried = their_llama(llm), []
@@ -289,7 +264,9 @@ def decode(args) -> Iterator[dict]:
         vectors = {D: torch.randn(len(lengths), D, device=DEVICE, dtype=dtype) for D in {W.shape[1] for W in matrices}}
         ceiling_s, _ = alternate(lambda: [nnf.linear(vectors[W.shape[1]], W) for W in matrices] and None, None, 20)
         if GPU:
-            ceiling_s = sum(W.nbytes for W in matrices) / copy_rate()
+            numbers = torch.ones(2, 2 ** 28, device=DEVICE)             # a copy reads one half and writes the other
+            copy_s, _ = alternate(lambda: numbers[1].copy_(numbers[0]), None, 5)
+            ceiling_s = sum(W.nbytes for W in matrices) / numbers.nbytes * copy_s
         yield row(f"decode-{name}", *times, ceiling_s)
 
 
@@ -300,13 +277,10 @@ def train(args) -> Iterator[dict]:
     the loss nor a causal LLM needs a mask; logits of the text alone.
     """
     keep_heap()                         # as train.py does; both sides have it
-    config, (B, T) = (ALIGNVLM_PRESETS[args.preset], (2, 10)) if args.preset else (SMALL, (8, 1))
-    dtype, N, rng = BF16 if GPU else FP32, T * config.vision.n_patches, random.Random(0)
-    model = AlignVLM(config)
-    model.vision.init_weights()
-    model.llm.init_weights()
-    model.connector.init_weights(model.llm.head)
-    model.to(DEVICE, dtype)
+    dtype, rng, (B, T) = BF16 if GPU else FP32, random.Random(0), (2, 10) if args.preset else (8, 1)
+    model = random_vlm(args, dtype)
+    config = model.config
+    N = T * config.vision.n_patches
     texts = [torch.randint(config.llm.vocab_size, (rng.randint(40, 96),)) for _ in range(B)]
     pixels = torch.randn(B * T, 3, config.vision.image_size, config.vision.image_size, device=DEVICE, dtype=dtype)
     samples = [torch.cat([torch.full((N,), IMAGE), text]) for text in texts]
@@ -370,52 +344,39 @@ def connector(args) -> Iterator[dict]:
     rate = product_rate(dtype)
     for n in (729, 7290):
         F = torch.randn(n, d, device=DEVICE, dtype=dtype)
-        first: list[float] = []
-
-        def fresh() -> None:
-            first.append(seconds(lambda: step(align)))
-
-        for p in weights:
-            p.grad = None
-        extra = extra_gb(fresh)
+        align.zero_grad()
+        E_text.grad = None
+        extra, first_s = extra_gb(lambda: step(align))
         extra = None if extra is None else extra - sum(p.grad.nbytes for p in weights) / 1e9
         naive = None if args.alone or n > 729 else lambda: step(lambda F, E_text: align.p_vocab(F) @ E_text)
         # Ten tiles take minutes on a CPU: there the first call is the only one.
-        times = alternate(lambda: step(align), naive, args.repeats) if n == 729 or GPU else (first[0], None)
+        times = alternate(lambda: step(align), naive, args.repeats) if n == 729 or GPU else (first_s, None)
         yield row(f"connector-{n}", *times, 6 * 2 * n * D * V / rate, extra)
-
-
-class MLP(nn.Sequential):
-    """LLaVA's connector in Align's place."""
-
-    def forward(self, F: Tensor, E_text: Tensor) -> Tensor:
-        return super().forward(F)
 
 
 @torch.inference_mode()
 def answer(args) -> Iterator[dict]:
     """A page and 16 words, 32 tokens of answer: with Align, and (theirs) with an MLP connector in its place."""
-    config, T = (ALIGNVLM_PRESETS[args.preset], 10) if args.preset else (SMALL, 1)
-    model, dtype = AlignVLM(config), BF16 if GPU else FP32
-    model.vision.init_weights()
-    model.llm.init_weights()
-    model.connector.init_weights(model.llm.head)
-    model.to(DEVICE, dtype)
+    dtype, T = BF16 if GPU else FP32, 10 if args.preset else 1
+    model = random_vlm(args, dtype)
+    config = model.config
     d, D = config.vision.hidden_size, config.llm.hidden_size
-    connectors = model.connector, MLP(nn.Linear(d, D), nn.GELU(), nn.Linear(D, D)).to(DEVICE, dtype)
+    mlp = nn.Sequential(nn.Linear(d, D), nn.GELU(), nn.Linear(D, D)).to(DEVICE, dtype)
     tokens = torch.cat([torch.full((T * config.vision.n_patches,), IMAGE), torch.arange(16)])
     pixels = torch.randn(T, 3, config.vision.image_size, config.vision.image_size)
 
-    def generate(connector: nn.Module) -> None:
-        model.connector = connector
+    def generate(connect: Callable) -> None:
+        model.connector.forward = connect
         list(model.generate([tokens], [pixels], set(), 32))
 
-    yield row("answer-mlp", *alternate(lambda: generate(connectors[0]), lambda: generate(connectors[1]), args.repeats))
+    align = model.connector.forward
+    yield row("answer-mlp", *alternate(lambda: generate(align), lambda: generate(lambda F, E_text: mlp(F)),
+                                       args.repeats))
 
 
 def load(args) -> Iterator[dict]:
     """A folder in hub format, in bf16, into a model that is in memory; the ceiling is a copy of as many bytes."""
-    from transformers import LlamaForCausalLM
+    import transformers
     with tempfile.TemporaryDirectory() as folder:
         llm = our_llama(args, BF16)
         their_llama(llm).save_pretrained(folder)
@@ -425,8 +386,9 @@ def load(args) -> Iterator[dict]:
             for p in model.parameters():        # a mapped file is not in memory before every page of it was read
                 p.flatten()[::2048].max()
 
+        theirs = transformers.LlamaForCausalLM
         times = alternate(lambda: loaded(Llama.from_pretrained(folder, device=DEVICE)),
-                          lambda: loaded(LlamaForCausalLM.from_pretrained(folder, dtype="auto").to(DEVICE)), args.repeats)
+                          lambda: loaded(theirs.from_pretrained(folder, dtype="auto").to(DEVICE)), args.repeats)
         numbers = torch.ones(n_bytes // 2, dtype=BF16)
         yield row("load", *times, alternate(lambda: numbers.clone(), None, 5)[0])
 
@@ -632,11 +594,11 @@ def main() -> None:
         parser.error(f"no work called {', '.join(unknown)}: there is {', '.join(WORKS)}")
     if min(args.repeats or 1, args.threads or 1) < 1:
         parser.error("--repeats and --threads are at least 1")
-    if args.threads:
-        torch.set_num_threads(args.threads)
+    threads = args.threads or torch.get_num_threads()
     torch.manual_seed(0)
     for name in args.work or WORKS:
         work, repeats = WORKS[name]
+        torch.set_num_threads(1 if name == "pages" else threads)
         try:
             rows = list(work(argparse.Namespace(**{**vars(args), "repeats": args.repeats or repeats})))
         except ImportError as error:
@@ -646,9 +608,8 @@ def main() -> None:
         for row in rows:
             if args.json:
                 print(json.dumps(row), flush=True)
-            else:
-                print("".join(f"{'-' if value is None else value:>{26}}" if key == "work" or value is None
-                              else f"{value:13.4g}" for key, value in row.items()))
+                continue
+            print(f"{row.pop('work'):>26}" + "".join(f"{'-' if n is None else f'{n:.4g}':>13}" for n in row.values()))
 
 
 if __name__ == "__main__":

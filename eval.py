@@ -33,7 +33,7 @@ from vision import InputError
 
 def answer(model: AlignVLM, tokenizer: Tokenizer, images: list[Image.Image | list[Image.Image]], prompts: list[str],
            max_tiles: int = 9, **generation) -> Iterator[list[str]]:
-    """Answer each (image or images, prompt) as one batch; yields the answers so far after every token, at last complete.
+    """Answer each (image or images, prompt) as one batch; yields what is there after every token, last the whole.
 
     generation: what AlignVLM.generate takes (max_new_tokens, temperature, top_p, seed). An empty prompt asks for a
     caption: the user's turn is the image alone, as in stage 1.

@@ -13,7 +13,6 @@ order of q and k: rotary embeddings turn the pairs (i, i + head_dim / 2).
 import json
 import math
 import os
-import pickle
 import re
 import shutil
 from collections.abc import Callable, Iterator
@@ -30,7 +29,7 @@ from torch.utils.checkpoint import checkpoint
 
 from connector import Align
 from vision import (SIGLIP_PRESETS, CheckpointError, Settings, SigLIP, SigLIPConfig, Stored, Weights, load,
-                    read_safetensors, read_siglip)
+                    open_pickle, read_safetensors, read_siglip)
 
 IMAGE = -1      # marks the position of a visual token in a token sequence; no vocabulary has this id
 IGNORE = -100   # marks a label that is not supervised, as in torch's cross_entropy
@@ -78,8 +77,7 @@ def rope(positions: Tensor, config: LlamaConfig) -> tuple[Tensor, Tensor]:
     low, high = config.rope_low_freq_factor, config.rope_high_freq_factor
     keep = ((config.rope_original_length / wavelength - low) / (high - low)).clamp(0, 1)
     freq = (1 - keep) * freq / config.rope_factor + keep * freq
-    angle = positions[:, None, :, None].float() * freq                             # (B, 1, L, head_dim / 2)
-    angle = torch.cat([angle, angle], dim=-1)                                      # (B, 1, L, head_dim)
+    angle = (positions[:, None, :, None].float() * freq).repeat(1, 1, 1, 2)        # (B, 1, L, head_dim)
     return angle.cos(), angle.sin()
 
 
@@ -148,10 +146,9 @@ class Attention(nn.Module):
 
 def attend(q: Tensor, k: Tensor, v: Tensor, **kind) -> Tensor:
     """Scaled dot-product attention of q (B, heads, L, head_dim) over k and v (B, kv_heads, M, head_dim)."""
-    dtype = q.dtype
-    if q.is_cpu and q.shape[2] > 1:     # there PyTorch takes 1.6 times as long in bf16 as in fp32
-        q, k, v = q.float(), k.float(), v.float()
-    return nnf.scaled_dot_product_attention(q, k, v, enable_gqa=q.shape[1] != k.shape[1], **kind).to(dtype)
+    wide = q.is_cpu and q.shape[2] > 1      # there PyTorch takes 1.6 times as long in bf16 as in fp32
+    qkv = (x.float() if wide else x for x in (q, k, v))
+    return nnf.scaled_dot_product_attention(*qkv, enable_gqa=q.shape[1] != k.shape[1], **kind).to(q.dtype)
 
 
 @torch.compiler.disable         # each number of samples would be a graph of its own
@@ -394,25 +391,6 @@ def equal(a: Stored, b: Stored | None) -> bool:
         torch.equal(a.rows(i, i + 4096), b.rows(i, i + 4096)) for i in range(0, a.shape[0], 4096))
 
 
-def open_pickle(path: Path) -> dict[str, Tensor]:
-    """A file of Meta's, mapped into memory; nothing that it holds is executed."""
-    try:
-        tensors = torch.load(path, map_location="cpu", mmap=True, weights_only=True)
-    except FileNotFoundError:
-        raise CheckpointError(f"{path}: no such file") from None
-    except pickle.UnpicklingError as error:
-        what = re.search(r"(?:GLOBAL|global|class|function) (\S+)", str(error))
-        raise CheckpointError(f"{path}: holds {what[1] if what else 'something'} where only tensors may be") from None
-    except Exception as error:      # a damaged archive shows itself in many ways
-        raise CheckpointError(f"{path}: not a complete file of tensors ({str(error).splitlines()[0]})") from None
-    if not isinstance(tensors, dict):
-        raise CheckpointError(f"{path}: holds a {type(tensors).__name__}, not tensors by name")
-    for key, tensor in tensors.items():
-        if not isinstance(key, str) or not isinstance(tensor, Tensor) or tensor.layout != torch.strided:
-            raise CheckpointError(f"{path}: {key} is not a tensor")
-    return tensors
-
-
 def join_shards(paths: list[Path], head_dim: int) -> dict[str, Stored]:
     """The tensors of Meta's files by name, each a whole one and in the order of rows that our modules expect."""
     shards = [open_pickle(path) for path in paths]
@@ -510,7 +488,7 @@ class AlignVLM(nn.Module):
 
         if len(blocks) == 1:
             return block_loss(*blocks[0])
-        # Several blocks make their logits again in the backward pass, so that never more than one has them.
+        # Several make their logits again in the backward pass, so that never more than one block's are there.
         return sum(checkpoint(block_loss, *block, use_reentrant=False, preserve_rng_state=False) for block in blocks)
 
     @classmethod
@@ -530,10 +508,7 @@ class AlignVLM(nn.Module):
     @classmethod
     def from_pretrained(cls, folder: str | Path, dtype: torch.dtype | None = None, device="cpu",
                         shard: Callable[[nn.Module], None] | None = None) -> "AlignVLM":
-        """The model of a folder that save_pretrained wrote; dtype None keeps the stored one, shard: see vision.load.
-
-        Raises CheckpointError, one line that names the file and the key.
-        """
+        """The model of a folder that save_pretrained wrote; dtype, shard and what is raised: see vision.load."""
         folder = Path(folder)
         settings = Settings(folder / "config.json")
         settings.only("model_type", "alignvlm")
