@@ -54,7 +54,7 @@ def seconds(work: Callable) -> float:
         start = time.perf_counter()
         work()
         return time.perf_counter() - start
-    start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
     start.record()
     work()
     end.record()
@@ -65,17 +65,16 @@ def seconds(work: Callable) -> float:
 def alternate(ours: Callable, theirs: Callable | None, repeats: int, clock=seconds) -> tuple[float, float | None]:
     """The median seconds of either, called in turns. First calls are not counted; what they return must be equal."""
     sides = [side for side in (ours, theirs) if side]
-    results = [side() for side in sides]
-    if theirs and isinstance(results[0], Tensor):
-        a, b = (result.float() for result in results)
-        assert (a - b).abs().max() <= 0.1 * b.abs().max(), "the two sides do not do the same work"
+    first = [side() for side in sides]
+    if theirs and isinstance(first[0], Tensor):
+        worst = (first[0] - first[1]).abs().max() / first[1].abs().max()
+        assert worst < 0.1, f"the two sides do not do the same: {worst}"
     times = [[clock(side) for side in sides] for _ in range(repeats)]
     medians = [statistics.median(column) for column in zip(*times)]
     return medians[0], medians[1] if theirs else None
 
 
-def row(work: str, ours_s: float, theirs_s: float | None = None, ceiling_s: float | None = None,
-        extra_gb: float | None = None) -> dict:
+def row(work: str, ours_s: float, theirs_s: float | None, ceiling_s=None, extra_gb=None) -> dict:
     """A line of the table; None is what was not, or cannot be, measured."""
     return {"work": work, "ours_s": ours_s, "theirs_s": theirs_s, "ratio": ours_s / theirs_s if theirs_s else None,
             "of_ceiling": ceiling_s / ours_s if ceiling_s else None, "extra_gb": extra_gb}
@@ -125,14 +124,14 @@ def their_llama(ours: Llama) -> nn.Module:
         intermediate_size=c.intermediate_size, rms_norm_eps=c.rms_norm_eps, tie_word_embeddings=c.tie_embeddings,
         max_position_embeddings=131_072, rope_parameters={"rope_theta": c.rope_theta, **scaling},
         attn_implementation="sdpa")).to(DEVICE)
-    weights = {f"model.{k}": p for k, p in ours.state_dict().items() if k != "lm_head.weight"}
-    theirs.load_state_dict({**weights, "lm_head.weight": ours.head.data}, assign=True)
+    theirs.model.load_state_dict({k: p for k, p in ours.state_dict().items() if k != "lm_head.weight"}, assign=True)
+    theirs.lm_head.weight = nn.Parameter(ours.head.data)
     theirs.tie_weights()
     return theirs.eval()
 
 
 def their_siglip(ours: SigLIP) -> nn.Module:
-    """transformers' SiglipVisionModel on the very tensors of ours, without the pooling head."""
+    """transformers' SiglipVisionModel, without the pooling head, on the very tensors of ours."""
     import transformers
     c = ours.config
     theirs = transformers.SiglipVisionModel(transformers.SiglipVisionConfig(
@@ -140,8 +139,8 @@ def their_siglip(ours: SigLIP) -> nn.Module:
         intermediate_size=c.intermediate_size, image_size=c.image_size, patch_size=c.patch_size,
         layer_norm_eps=c.layer_norm_eps, hidden_act="gelu_pytorch_tanh", vision_use_head=False,
         attn_implementation="sdpa")).to(DEVICE)
-    prefix = "vision_model." if any(name.startswith("vision_model.") for name in theirs.state_dict()) else ""
-    theirs.load_state_dict({prefix + k: p for k, p in ours.state_dict().items()}, assign=True)
+    tower = getattr(theirs, "vision_model", theirs)        # a level of its own before transformers 5
+    tower.load_state_dict(ours.state_dict(), assign=True)
     return theirs.eval()
 
 
@@ -206,8 +205,7 @@ def vision(args) -> Iterator[dict]:
         theirs = None if args.alone else their_siglip(ours)
         pixels = torch.randn(4, 3, config.image_size, config.image_size, device=DEVICE, dtype=dtype)
         times = alternate(lambda: ours(pixels), theirs and (lambda: theirs(pixels).last_hidden_state), args.repeats)
-        no_llm = LlamaConfig(hidden_size=0, n_layers=0)
-        flops = step_flops(AlignVLMConfig(config, no_llm), (), Counter(tiles=4))
+        flops = step_flops(AlignVLMConfig(config, LlamaConfig(hidden_size=0, n_layers=0)), (), Counter(tiles=4))
         yield row(f"vision-{name}", *times, flops / product_rate(dtype))
 
 
@@ -218,14 +216,10 @@ def prefill(args) -> Iterator[dict]:
         llm = our_llama(args, dtype)
         theirs = None if args.alone else their_llama(llm)
         tokens = torch.randint(llm.config.vocab_size, (1, 1024), device=DEVICE)
-
-        def ours() -> None:
-            next(llm.generate(llm.embed_tokens(tokens), [1024], set(), 1))
-
-        times = alternate(ours, theirs and (lambda: theirs(tokens, logits_to_keep=1).logits.argmax(-1).item()),
+        times = alternate(lambda: next(llm.generate(llm.embed_tokens(tokens), [1024], set(), 1)),
+                          theirs and (lambda: theirs(tokens, logits_to_keep=1).logits.argmax(-1).tolist()),
                           args.repeats)
-        counts = Counter(tokens=1024, supervised=1, squares=1024 ** 2)
-        flops = step_flops(AlignVLMConfig(llm=llm.config), (), counts)
+        flops = step_flops(AlignVLMConfig(llm=llm.config), (), Counter(tokens=1024, supervised=1, squares=1024 ** 2))
         yield row(f"prefill-{name}", *times, flops / product_rate(dtype))
 
 
@@ -238,8 +232,8 @@ def decode(args) -> Iterator[dict]:
         llm = our_llama(args, dtype)
         prompts = [torch.randint(llm.config.vocab_size, (n,), device=DEVICE) for n in lengths]
         x = llm.embed_tokens(pad_sequence(prompts, batch_first=True))              # (B, L, D), padded on the right
-        left = dict(batch_first=True, padding_side="left")
-        ids, mask = pad_sequence(prompts, **left), pad_sequence([torch.ones_like(p) for p in prompts], **left)
+        ids, mask = (pad_sequence(rows, batch_first=True, padding_side="left")
+                     for rows in (prompts, [torch.ones_like(p) for p in prompts]))
 
         def ours() -> float:
             times = [time.perf_counter() for _ in llm.generate(x, lengths, set(), n_new + 1)]
@@ -259,8 +253,7 @@ def decode(args) -> Iterator[dict]:
                 tried.append((theirs(17), len(tried), cache))
             cache = min(tried)[2]                                                  # the one that is faster here
         times = alternate(ours, None if args.alone else theirs, args.repeats, clock=lambda side: side())
-        tied = llm.config.tie_embeddings
-        matrices = [p for k, p in llm.named_parameters() if p.ndim == 2 and (tied or k != "embed_tokens.weight")]
+        matrices = [p for p in llm.layers.parameters() if p.ndim == 2] + [llm.head]
         vectors = {D: torch.randn(len(lengths), D, device=DEVICE, dtype=dtype) for D in {W.shape[1] for W in matrices}}
         ceiling_s, _ = alternate(lambda: [nnf.linear(vectors[W.shape[1]], W) for W in matrices] and None, None, 20)
         if GPU:
@@ -273,14 +266,13 @@ def decode(args) -> Iterator[dict]:
 def train(args) -> Iterator[dict]:
     """A step (loss, gradients, clipping, AdamW) on 8 samples of a tile and 40 to 96 words; with --preset on 2 pages.
 
-    The other side: the same towers of transformers, joined by the naive Align; rows padded on the right, where neither
-    the loss nor a causal LLM needs a mask; logits of the text alone.
+    The other side: transformers' towers, joined by the naive Align; rows padded on the right, where neither the loss
+    nor a causal LLM needs a mask; logits of the text alone. Both have the heap that train.py sets.
     """
-    keep_heap()                         # as train.py does; both sides have it
+    keep_heap()
     dtype, rng, (B, T) = BF16 if GPU else FP32, random.Random(0), (2, 10) if args.preset else (8, 1)
     model = random_vlm(args, dtype)
-    config = model.config
-    N = T * config.vision.n_patches
+    config, N = model.config, T * model.config.vision.n_patches
     texts = [torch.randint(config.llm.vocab_size, (rng.randint(40, 96),)) for _ in range(B)]
     pixels = torch.randn(B * T, 3, config.vision.image_size, config.vision.image_size, device=DEVICE, dtype=dtype)
     samples = [torch.cat([torch.full((N,), IMAGE), text]) for text in texts]
@@ -318,8 +310,8 @@ def train(args) -> Iterator[dict]:
         for block in [*model.vision.encoder["layers"], *model.llm.layers]:
             block.compile()
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-5, fused=True)
-    ours = lambda: step(lambda: model(tokens, labels, pixels, lengths) / supervised, model, optimizer)
-    times = alternate(ours, theirs, args.repeats)
+    times = alternate(lambda: step(lambda: model(tokens, labels, pixels, lengths) / supervised, model, optimizer),
+                      theirs, args.repeats)
     counts = Counter(tokens=sum(lengths), supervised=supervised, tiles=B * T, squares=sum(n ** 2 for n in lengths))
     yield row("train", *times, step_flops(config, ("vision", "connector", "llm"), counts) / product_rate(dtype))
 
@@ -331,9 +323,9 @@ def connector(args) -> Iterator[dict]:
     """
     config, dtype = ALIGNVLM_PRESETS[args.preset or "llama-3.2-1b"], BF16 if GPU else FP32
     d, D, V = config.vision.hidden_size, config.llm.hidden_size, config.llm.vocab_size
-    align, E_text = Align(d, D, V), nn.Parameter(torch.empty(V, D).normal_(std=D ** -0.5))
+    align, E_text = Align(d, D, V).to(DEVICE, dtype), nn.Parameter(torch.randn(V, D, device=DEVICE, dtype=dtype))
+    E_text.data *= D ** -0.5
     align.init_weights(E_text)
-    align, E_text = align.to(DEVICE, dtype), nn.Parameter(E_text.detach().to(DEVICE, dtype))
     weights = [*align.parameters(), E_text]
 
     def step(forward: Callable) -> None:
@@ -359,11 +351,10 @@ def answer(args) -> Iterator[dict]:
     """A page and 16 words, 32 tokens of answer: with Align, and (theirs) with an MLP connector in its place."""
     dtype, T = BF16 if GPU else FP32, 10 if args.preset else 1
     model = random_vlm(args, dtype)
-    config = model.config
-    d, D = config.vision.hidden_size, config.llm.hidden_size
+    v, d, D = model.config.vision, model.config.vision.hidden_size, model.config.llm.hidden_size
     mlp = nn.Sequential(nn.Linear(d, D), nn.GELU(), nn.Linear(D, D)).to(DEVICE, dtype)
-    tokens = torch.cat([torch.full((T * config.vision.n_patches,), IMAGE), torch.arange(16)])
-    pixels = torch.randn(T, 3, config.vision.image_size, config.vision.image_size)
+    tokens = torch.cat([torch.full((T * v.n_patches,), IMAGE), torch.arange(16)])
+    pixels = torch.randn(T, 3, v.image_size, v.image_size)
 
     def generate(connect: Callable) -> None:
         model.connector.forward = connect
@@ -380,7 +371,7 @@ def load(args) -> Iterator[dict]:
     with tempfile.TemporaryDirectory() as folder:
         llm = our_llama(args, BF16)
         their_llama(llm).save_pretrained(folder)
-        n_bytes = sum(p.nbytes for p in llm.parameters())
+        numbers = torch.ones(sum(p.numel() for p in llm.parameters()), dtype=BF16)
 
         def loaded(model: nn.Module) -> None:
             for p in model.parameters():        # a mapped file is not in memory before every page of it was read
@@ -389,7 +380,6 @@ def load(args) -> Iterator[dict]:
         theirs = transformers.LlamaForCausalLM
         times = alternate(lambda: loaded(Llama.from_pretrained(folder, device=DEVICE)),
                           lambda: loaded(theirs.from_pretrained(folder, dtype="auto").to(DEVICE)), args.repeats)
-        numbers = torch.ones(n_bytes // 2, dtype=BF16)
         yield row("load", *times, alternate(lambda: numbers.clone(), None, 5)[0])
 
 
@@ -573,7 +563,7 @@ def plot(paths: list[Path], out: Path) -> None:
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-# The last one changes how memory is allocated. Beside each how often it is repeated.
+# Each with how often it is repeated. The last one changes how memory is allocated.
 WORKS = {"pages": (pages, 20), "vision": (vision, 3), "prefill": (prefill, 5), "decode": (decode, 3),
          "connector": (connector, 3), "load": (load, 5), "answer": (answer, 5), "train": (train, 5)}
 
