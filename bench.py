@@ -115,15 +115,14 @@ def their_llama(ours: Llama) -> nn.Module:
     """transformers' LlamaForCausalLM on the very tensors of ours."""
     import transformers
     c = ours.config
-    scaling = {"rope_type": "default"} if c.rope_factor == 1 else {
-        "rope_type": "llama3", "factor": c.rope_factor, "low_freq_factor": c.rope_low_freq_factor,
-        "high_freq_factor": c.rope_high_freq_factor, "original_max_position_embeddings": c.rope_original_length}
+    rope = dict(rope_type="llama3", rope_theta=c.rope_theta, factor=c.rope_factor,
+                low_freq_factor=c.rope_low_freq_factor, high_freq_factor=c.rope_high_freq_factor,
+                original_max_position_embeddings=c.rope_original_length)
     theirs = transformers.LlamaForCausalLM(transformers.LlamaConfig(
         vocab_size=c.vocab_size, hidden_size=c.hidden_size, num_hidden_layers=c.n_layers,
         num_attention_heads=c.n_heads, num_key_value_heads=c.n_kv_heads, head_dim=c.head_dim,
         intermediate_size=c.intermediate_size, rms_norm_eps=c.rms_norm_eps, tie_word_embeddings=c.tie_embeddings,
-        max_position_embeddings=131_072, rope_parameters={"rope_theta": c.rope_theta, **scaling},
-        attn_implementation="sdpa")).to(DEVICE)
+        max_position_embeddings=131_072, rope_parameters=rope, attn_implementation="sdpa")).to(DEVICE)
     theirs.model.load_state_dict({k: p for k, p in ours.state_dict().items() if k != "lm_head.weight"}, assign=True)
     theirs.lm_head.weight = nn.Parameter(ours.head.data)
     theirs.tie_weights()
@@ -142,10 +141,6 @@ def their_siglip(ours: SigLIP) -> nn.Module:
     tower = getattr(theirs, "vision_model", theirs)        # a level of its own before transformers 5
     tower.load_state_dict(ours.state_dict(), assign=True)
     return theirs.eval()
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# The works
 
 
 def random_vlm(args, dtype: torch.dtype) -> AlignVLM:
@@ -199,9 +194,8 @@ def vision(args) -> Iterator[dict]:
     """4 tiles through SigLIP so400m."""
     config = (ALIGNVLM_PRESETS[args.preset] if args.preset else AlignVLMConfig()).vision
     for dtype, name in [(FP32, "fp32"), (BF16, "bf16")]:
-        ours = SigLIP(config)
+        ours = SigLIP(config).to(DEVICE, dtype).eval()
         ours.init_weights()
-        ours = ours.to(DEVICE, dtype).eval()
         theirs = None if args.alone else their_siglip(ours)
         pixels = torch.randn(4, 3, config.image_size, config.image_size, device=DEVICE, dtype=dtype)
         times = alternate(lambda: ours(pixels), theirs and (lambda: theirs(pixels).last_hidden_state), args.repeats)
@@ -305,7 +299,6 @@ def train(args) -> Iterator[dict]:
             return nnf.cross_entropy(logits.float().flatten(0, 1), targets.flatten())
 
         theirs = lambda: step(their_loss, towers, their_optimizer)
-
     if GPU:
         for block in [*model.vision.encoder["layers"], *model.llm.layers]:
             block.compile()
@@ -560,12 +553,14 @@ def plot(paths: list[Path], out: Path) -> None:
     print(f"{len(logs)} logs drawn in {out}")
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-
-
 # Each with how often it is repeated. The last one changes how memory is allocated.
 WORKS = {"pages": (pages, 20), "vision": (vision, 3), "prefill": (prefill, 5), "decode": (decode, 3),
          "connector": (connector, 3), "load": (load, 5), "answer": (answer, 5), "train": (train, 5)}
+
+
+def table_line(cells) -> str:
+    name, *numbers = ("-" if cell is None else cell if isinstance(cell, str) else f"{cell:.4g}" for cell in cells)
+    return f"{name:>26}" + "".join(f"{number:>13}" for number in numbers)
 
 
 def main() -> None:
@@ -575,7 +570,7 @@ def main() -> None:
     add("--preset", choices=ALIGNVLM_PRESETS, help="sizes (default: SigLIP so400m for vision, SmolLM2-135M for "
         "prefill, decode and load, SigLIP base with it for answer and train, Llama-3.2-1B for connector)")
     add("--llm", help="folder with a released Llama for prefill, decode and load (default: random weights)")
-    add("--alone", action="store_true", help="ours alone, nothing beside it")
+    add("--alone", action="store_true", help="ours alone (vision, prefill, decode, connector, train)")
     add("--repeats", type=int, help="calls of each side (default: 3 to 20, as long as they take)")
     add("--threads", type=int, help="CPU threads (default: all cores; pages always takes one)")
     add("--json", action="store_true", help="a JSON line per row instead of a table")
@@ -590,16 +585,12 @@ def main() -> None:
         work, repeats = WORKS[name]
         torch.set_num_threads(1 if name == "pages" else threads)
         try:
-            rows = list(work(argparse.Namespace(**{**vars(args), "repeats": args.repeats or repeats})))
+            for i, row in enumerate(work(argparse.Namespace(**{**vars(args), "repeats": args.repeats or repeats}))):
+                if not args.json and i == 0:
+                    print(table_line(row))
+                print(json.dumps(row) if args.json else table_line(row.values()), flush=True)
         except ImportError as error:
             parser.error(f"{name} needs `pip install transformers` ({error})")
-        if not args.json:
-            print("".join(f"{key:>{26 if key == 'work' else 13}}" for key in rows[0]))
-        for row in rows:
-            if args.json:
-                print(json.dumps(row), flush=True)
-                continue
-            print(f"{row.pop('work'):>26}" + "".join(f"{'-' if n is None else f'{n:.4g}':>13}" for n in row.values()))
 
 
 if __name__ == "__main__":
