@@ -326,6 +326,24 @@ def test_the_head_runs_only_where_a_token_is_needed():
     assert sampled.most == len(texts)
 
 
+def test_the_loss_in_blocks_is_the_loss(monkeypatch):
+    """Three supervised tokens at a time, forward and backward, against all of them."""
+    def gradients():
+        vlm = small_vlm(tie_embeddings=True)
+        with Rows(V) as rows:
+            loss = vlm(*row_of([SAMPLES[1], SAMPLES[3]]))       # no tiles: P_vocab has V columns too
+            loss.backward()
+        return rows.most, loss, {k: p.grad for k, p in vlm.named_parameters() if p.grad is not None}
+
+    most, loss, grads = gradients()
+    monkeypatch.setattr("model.LOSS_BYTES", 3 * 4 * V)
+    few, loss_in_blocks, grads_in_blocks = gradients()
+    assert few == 3 < most and grads.keys() == grads_in_blocks.keys()
+    close(loss_in_blocks, loss)
+    for k in grads:
+        close(grads_in_blocks[k], grads[k])
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # Generation
 
@@ -393,6 +411,24 @@ def test_cached_hidden_states_equal_uncached_ones():
     for b, n in enumerate(lengths):
         sequence = torch.cat([x[b, :n], torch.stack([x[b, -1 - step] for step in range(steps)])])
         close(torch.stack(own[b]), vlm.llm.hidden(sequence[None])[0, n - 1:])
+
+
+@torch.inference_mode()
+def test_a_decoding_step_is_one_graph():
+    """On a GPU it is compiled: nothing in it may need the host, and all steps share one graph."""
+    vlm, graphs = small_vlm(), []
+
+    def count(graph, inputs):
+        graphs.append(graph)
+        return graph.forward
+
+    step = torch.compile(vlm.llm.hidden, backend=count, fullgraph=True)
+    x, caches = torch.randn(2, 9, 24), [KVCache(vlm.llm.config, 2, 12, "cpu", torch.float32) for _ in range(2)]
+    for i, position in enumerate([[[4], [7]], [[5], [8]], [[6], [9]]]):
+        compiled, eager = (hidden(x[:, i:i + 1].clone(), None, cache, torch.tensor(position))
+                           for hidden, cache in zip((step, vlm.llm.hidden), caches))
+        close(compiled, eager)
+    assert len(graphs) == 1
 
 
 def test_greedy_text_equals_transformers_generate():
