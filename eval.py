@@ -20,32 +20,74 @@ import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from PIL import Image
-from torch import nn
+from torch import Tensor, nn
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
 from tqdm import tqdm
 
+from connector import AlignTopK, choose_words, spread
 from data import READ, Example, Tokenizer, Turn, prepare
 from model import IMAGE, AlignVLM
 from toy.pages import draw, held_out_documents, write_toy_tokenizer
-from vision import InputError
+from vision import CheckpointError, InputError, Settings
+
+ALIGN_VOCAB = "align_vocab.json"    # in a model's folder: the words that the connector can do with
 
 
-def answer(model: AlignVLM, tokenizer: Tokenizer, images: list[Image.Image], prompts: list[str], max_tiles: int = 9,
-           **generation) -> Iterator[list[str]]:
-    """Answer each (image, prompt) as one batch; yields the answers so far after every token, the last time complete.
+def answer(model: AlignVLM, tokenizer: Tokenizer, images: list[Image.Image | list[Image.Image]], prompts: list[str],
+           max_tiles: int = 9, **generation) -> Iterator[list[str]]:
+    """Answer each (image or images, prompt) as one batch; yields what is there after every token, last the whole.
 
     generation: what AlignVLM.generate takes (max_new_tokens, temperature, top_p, seed). An empty prompt asks for a
     caption: the user's turn is the image alone, as in stage 1.
     """
-    samples = [prepare(Example([image], [Turn("user", [IMAGE, prompt] if prompt else [IMAGE])], ""), tokenizer,
-                       model.config.vision, max_tiles) for image, prompt in zip(images, prompts)]
+    samples = []
+    for pages, prompt in zip(images, prompts):
+        pages = pages if isinstance(pages, list) else [pages]
+        turn = Turn("user", [IMAGE] * len(pages) + ([prompt] if prompt else []))
+        samples.append(prepare(Example(pages, [turn], ""), tokenizer, model.config.vision, max_tiles))
     ids: list[list[int]] = [[] for _ in samples]
     for step in model.generate([s.tokens for s in samples], [s.pixels for s in samples], tokenizer.stop, **generation):
         for row, token in zip(ids, step):
             row += [] if token is None else [token]
         yield [tokenizer.decode(row) for row in ids]
     yield [tokenizer.decode(row) for row in ids]
+
+
+@torch.inference_mode()
+def choose_align_vocab(model: AlignVLM, folder: Path, pixels: list[Tensor], K: int) -> dict:
+    """Choose the K words that carry P_vocab on some pages, tiles (T, 3, S, S) of each, for use_align_vocab.
+
+    Writes them to ALIGN_VOCAB in the model's folder, with what they change in F' (connector.choose_words), and returns
+    the latter. Raises InputError if the vocabulary has no K words.
+    """
+    E_text = model.llm.embed_tokens.weight
+    if not 1 <= K <= len(E_text):
+        raise InputError(f"{K} words to keep: the vocabulary has {len(E_text)}")
+    pages = [model.vision(page.to(E_text.device, E_text.dtype)).flatten(0, 1) for page in pixels]   # F (T * N, d) each
+    words, deviation = choose_words(model.connector, pages, E_text, K)
+    deviation = {"pages": len(pages), **deviation}
+    partial = folder / f"{ALIGN_VOCAB}.partial"
+    partial.write_text(json.dumps({**deviation, "words": words.tolist()}) + "\n")
+    os.replace(partial, folder / ALIGN_VOCAB)
+    return deviation
+
+
+def use_align_vocab(model: AlignVLM, folder: Path, K: int) -> None:
+    """From here on the connector mixes only the K words that choose_align_vocab stored in the folder: for inference.
+
+    Raises CheckpointError if it holds none, others than K, or no ids of this vocabulary.
+    """
+    if not (folder / ALIGN_VOCAB).exists():
+        raise CheckpointError(f"{folder / ALIGN_VOCAB}: no such file: no words have been chosen for this model yet")
+    settings = Settings(folder / ALIGN_VOCAB)
+    words, V = settings.values.get("words"), model.config.llm.vocab_size
+    if not isinstance(words, list) or not all(type(i) is int and 0 <= i < V for i in words):
+        raise settings.error("words", f"is not a list of word ids from 0 to {V - 1}")
+    if len(words) != K or len(set(words)) != K:
+        raise settings.error("words", f"holds {len(set(words))} words, not {K}: choose them anew")
+    W2 = model.connector.W2.weight
+    model.connector = AlignTopK(model.connector, torch.tensor(words, device=W2.device), *spread(W2))
 
 
 def edit_distance(a: str, b: str) -> int:

@@ -13,7 +13,6 @@ order of q and k: rotary embeddings turn the pairs (i, i + head_dim / 2).
 import json
 import math
 import os
-import pickle
 import re
 import shutil
 from collections.abc import Callable, Iterator
@@ -28,14 +27,13 @@ from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
 from torch.utils.checkpoint import checkpoint
 
-from connector import Align, AlignTopK, choose_words, spread
-from vision import (SIGLIP_PRESETS, CheckpointError, InputError, Settings, SigLIP, SigLIPConfig, Stored, Weights, load,
-                    read_safetensors, read_siglip)
+from connector import Align
+from vision import (SIGLIP_PRESETS, CheckpointError, Settings, SigLIP, SigLIPConfig, Stored, Weights, load,
+                    open_pickle, read_safetensors, read_siglip)
 
 IMAGE = -1      # marks the position of a visual token in a token sequence; no vocabulary has this id
 IGNORE = -100   # marks a label that is not supervised, as in torch's cross_entropy
 LOGITS = 2 ** 26        # numbers that the LM head makes at a time in training: 256 MB in fp32
-ALIGN_VOCAB = "align_vocab.json"    # in a model's folder: the words that the connector can do with
 
 
 @dataclass
@@ -79,42 +77,39 @@ def rope(positions: Tensor, config: LlamaConfig) -> tuple[Tensor, Tensor]:
     low, high = config.rope_low_freq_factor, config.rope_high_freq_factor
     keep = ((config.rope_original_length / wavelength - low) / (high - low)).clamp(0, 1)
     freq = (1 - keep) * freq / config.rope_factor + keep * freq
-    angle = positions[:, None, :, None].float() * freq                             # (B, 1, L, head_dim / 2)
-    angle = torch.cat([angle, angle], dim=-1)                                      # (B, 1, L, head_dim)
+    angle = (positions[:, None, :, None].float() * freq).repeat(1, 1, 1, 2)        # (B, 1, L, head_dim)
     return angle.cos(), angle.sin()
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """Turn each pair (x_i, x_{i + head_dim / 2}) of x (B, heads, L, head_dim) by its position's angle."""
     x1, x2 = x.chunk(2, dim=-1)
-    return x * cos.to(x.dtype) + torch.cat([-x2, x1], dim=-1) * sin.to(x.dtype)
+    return torch.addcmul(x * cos, torch.cat([-x2, x1], dim=-1), sin)
 
 
 class KVCache:
-    """Preallocated keys and values, written by position: two tensors (layers, B, kv_heads, L, head_dim)."""
+    """Preallocated keys and values of every layer, (B, kv_heads, length, head_dim) each, written by position."""
 
     def __init__(self, config: LlamaConfig, batch: int, length: int, device, dtype):
-        shape = config.n_layers, batch, config.n_kv_heads, length, config.head_dim
-        self.k, self.v = (torch.zeros(shape, device=device, dtype=dtype) for _ in range(2))
+        shape = batch, config.n_kv_heads, length, config.head_dim
+        self.k, self.v = ([torch.zeros(shape, device=device, dtype=dtype) for _ in range(config.n_layers)]
+                          for _ in range(2))
         self.rows = torch.arange(batch, device=device)[:, None]                    # (B, 1)
+        if torch.device(device).type == "cuda":     # a CUDA graph may then write to them
+            for x in (*self.k, *self.v):
+                torch._dynamo.mark_static_address(x)
+        self.reach = length         # attention reads so many places: all, or on a CPU as many as are filled
 
     def write(self, layer: int, positions: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-        """Put k and v (B, kv_heads, L, head_dim) at positions (B, L) of a layer; returns all that the layer holds."""
+        """Put k and v (B, kv_heads, L, head_dim) at positions (B, L) of a layer; returns what is within reach."""
         self.k[layer][self.rows, :, positions] = k.transpose(1, 2)
         self.v[layer][self.rows, :, positions] = v.transpose(1, 2)
-        return self.k[layer], self.v[layer]
+        return self.k[layer][:, :, :self.reach], self.v[layer][:, :, :self.reach]
 
-
-class RMSNorm(nn.Module):
-    def __init__(self, size: int, eps: float):
-        super().__init__()
-        self.weight = nn.Parameter(torch.ones(size))
-        self.eps = eps
-
-    def forward(self, x: Tensor) -> Tensor:
-        y = x.float()                                                              # the mean of squares needs fp32
-        y = y * torch.rsqrt(y.square().mean(-1, keepdim=True) + self.eps)
-        return self.weight * y.to(x.dtype)
+    def mask(self, positions: Tensor) -> Tensor:
+        """What attention adds to the scores of rows at positions (B, 1): -inf for what is later. (B, 1, 1, reach)"""
+        later = torch.arange(self.reach, device=positions.device) > positions[:, :, None, None]
+        return torch.zeros_like(later, dtype=self.k[0].dtype).masked_fill_(later, -math.inf)
 
 
 class Attention(nn.Module):
@@ -122,34 +117,38 @@ class Attention(nn.Module):
 
     def __init__(self, config: LlamaConfig, layer: int):
         super().__init__()
-        self.layer, self.head_dim = layer, config.head_dim
+        self.layer, self.n_heads, self.head_dim = layer, config.n_heads, config.head_dim
         D, q_size, kv_size = config.hidden_size, config.n_heads * config.head_dim, config.n_kv_heads * config.head_dim
         self.q_proj = nn.Linear(D, q_size, bias=False)
         self.k_proj = nn.Linear(D, kv_size, bias=False)
         self.v_proj = nn.Linear(D, kv_size, bias=False)
         self.o_proj = nn.Linear(q_size, D, bias=False)
 
-    def forward(self, x: Tensor, cos: Tensor, sin: Tensor, lengths=None, cache=None, positions=None) -> Tensor:
-        B, L, _ = x.shape
-        q, k, v = (proj(x).view(B, L, -1, self.head_dim).transpose(1, 2)           # (B, heads or kv_heads, L, head_dim)
-                   for proj in (self.q_proj, self.k_proj, self.v_proj))
-        q, k = rotate(q, cos, sin), rotate(k, cos, sin)
+    def qkv(self, x: Tensor, cos: Tensor, sin: Tensor) -> list[Tensor]:
+        """x (B, L, D) -> q (B, heads, L, head_dim), k and v (B, kv_heads, L, head_dim); q and k are turned together."""
+        qk = torch.cat([self.q_proj(x), self.k_proj(x)], dim=-1)
+        qk, v = (y.unflatten(-1, (-1, self.head_dim)).transpose(1, 2) for y in (qk, self.v_proj(x)))
+        return [*rotate(qk, cos, sin).split([self.n_heads, v.shape[1]], dim=1), v]
+
+    def forward(self, x: Tensor, cos: Tensor, sin: Tensor, lengths=None, cache=None, positions=None,
+                mask=None) -> Tensor:
+        q, k, v = self.qkv(x, cos, sin)
         if cache is not None:
             past_k, past_v = cache.write(self.layer, positions, k, v)
-            if L == 1:      # decoding: every row sees its own past; a prefill starts at 0 and is causal among itself
-                seen = torch.arange(past_k.shape[2], device=x.device) <= positions[:, :, None, None]  # (B, 1, 1, L_max)
-                return self.output(attend(q, past_k, past_v, attn_mask=seen))
-        if lengths is None:
-            return self.output(attend(q, k, v, is_causal=True))
-        return self.output(attend_packed(q, k, v, lengths))
-
-    def output(self, y: Tensor) -> Tensor:
+        if mask is not None:    # decoding: every row sees its own past
+            y = attend(q, past_k, past_v, attn_mask=mask)
+        elif lengths is None:   # a prefill starts at position 0 and is causal among itself
+            y = attend(q, k, v, is_causal=True)
+        else:
+            y = attend_packed(q, k, v, lengths)
         return self.o_proj(y.transpose(1, 2).flatten(2))                           # (B, L, D)
 
 
 def attend(q: Tensor, k: Tensor, v: Tensor, **kind) -> Tensor:
     """Scaled dot-product attention of q (B, heads, L, head_dim) over k and v (B, kv_heads, M, head_dim)."""
-    return nnf.scaled_dot_product_attention(q, k, v, enable_gqa=q.shape[1] != k.shape[1], **kind)
+    wide = q.is_cpu and q.shape[2] > 1      # there PyTorch takes 1.6 times as long in bf16 as in fp32
+    qkv = (x.float() if wide else x for x in (q, k, v))
+    return nnf.scaled_dot_product_attention(*qkv, enable_gqa=q.shape[1] != k.shape[1], **kind).to(q.dtype)
 
 
 @torch.compiler.disable         # each number of samples would be a graph of its own
@@ -169,7 +168,10 @@ class MLP(nn.Module):
         self.down_proj = nn.Linear(config.intermediate_size, config.hidden_size, bias=False)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.down_proj(nnf.silu(self.gate_proj(x)) * self.up_proj(x))
+        gate, up = self.gate_proj(x), self.up_proj(x)                              # (B, L, intermediate_size)
+        if torch.is_grad_enabled():
+            return self.down_proj(nnf.silu(gate) * up)
+        return self.down_proj(nnf.silu(gate, inplace=True).mul_(up))               # fresh memory is 4 % of a prefill
 
 
 class Layer(nn.Module):
@@ -177,9 +179,9 @@ class Layer(nn.Module):
 
     def __init__(self, config: LlamaConfig, layer: int):
         super().__init__()
-        self.input_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.input_layernorm = nn.RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.self_attn = Attention(config, layer)
-        self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.post_attention_layernorm = nn.RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.mlp = MLP(config)
 
     def forward(self, x: Tensor, *context) -> Tensor:
@@ -193,7 +195,7 @@ class Llama(nn.Module):
         self.config = config
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)    # E_text (V, D)
         self.layers = nn.ModuleList(Layer(config, i) for i in range(config.n_layers))
-        self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.norm = nn.RMSNorm(config.hidden_size, config.rms_norm_eps)
         if not config.tie_embeddings:
             self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
 
@@ -203,19 +205,26 @@ class Llama(nn.Module):
         return self.embed_tokens.weight if self.config.tie_embeddings else self.lm_head.weight
 
     def hidden(self, x: Tensor, lengths: list[int] | None = None, cache: KVCache | None = None,
-               positions: Tensor | None = None) -> Tensor:
-        """Embeddings x (B, L, D) -> final hidden states (B, L, D).
+               positions: Tensor | None = None, last: Tensor | None = None) -> Tensor:
+        """Embeddings x (B, L, D) -> final hidden states (B, L, D), or (B, 1, D) of the positions `last` (B, 1) alone.
 
         lengths: the row (B = 1) holds samples of these lengths, packed; each is read by itself, from position 0.
         cache, positions (B, L): keep keys and values there; L = 1 continues, a longer x starts at position 0.
         """
         if positions is None:
             positions = torch.cat([torch.arange(n, device=x.device) for n in lengths or [x.shape[1]]])[None]
-        cos, sin = rope(positions, self.config)
+        cos, sin = (angle.to(x.dtype) for angle in rope(positions, self.config))
+        mask = cache.mask(positions) if cache is not None and x.shape[1] == 1 else None
         lengths = None if lengths is None else torch.tensor(lengths)       # a list would be compiled for its length
-        for layer in self.layers:
-            x = layer(x, cos, sin, lengths, cache, positions)
-        return self.norm(x)
+        *layers, top = self.layers
+        for layer in layers:
+            x = layer(x, cos, sin, lengths, cache, positions, mask)
+        if last is not None:    # of the other tokens the top layer's keys and values are all that is ever needed
+            _, k, v = top.self_attn.qkv(top.input_layernorm(x), cos, sin)
+            cache.write(top.self_attn.layer, positions, k, v)
+            x, positions, mask = x[cache.rows, last], last, cache.mask(last)       # (B, 1, D)
+            cos, sin = (angle[0, 0, last][:, None] for angle in (cos, sin))
+        return self.norm(top(x, cos, sin, lengths, cache, positions, mask))
 
     def forward(self, tokens: Tensor | None = None, embeddings: Tensor | None = None) -> Tensor:
         """tokens (B, L) int64, or embeddings (B, L, D) -> logits (B, L, V)."""
@@ -232,16 +241,21 @@ class Llama(nn.Module):
         """
         B, L, _ = x.shape
         generator = torch.Generator(x.device).manual_seed(seed)
-        cache = KVCache(self.config, B, L + max_new_tokens, x.device, x.dtype)
-        h = self.hidden(x, None, cache, torch.arange(L, device=x.device).expand(B, L))        # (B, L, D)
+        places, continue_hidden = L + max_new_tokens, self.hidden
+        if x.is_cuda:       # a step is one CUDA graph; rounded up, so that prompts of about this length share it
+            places, continue_hidden = 256 * math.ceil(places / 256), torch.compile(self.hidden, mode="reduce-overhead")
+        cache = KVCache(self.config, B, places, x.device, x.dtype)
         position = torch.tensor(lengths, device=x.device)[:, None]                # (B, 1)
-        h = h[torch.arange(B, device=x.device), position[:, 0] - 1]               # (B, D): each row's last token
+        h = self.hidden(x, None, cache, torch.arange(L, device=x.device).expand(B, L), position - 1)     # (B, 1, D)
         done = [False] * B
         for step in range(max_new_tokens):
-            if step > 0:    # a padded row's stale keys lie beyond its position: unseen until the row overwrites them
-                h = self.hidden(self.embed_tokens(ids[:, None]), None, cache, position)[:, 0]
+            if step > 0:
+                if x.is_cpu:        # elsewhere a shape that changes costs more than places that are empty
+                    cache.reach = max(lengths) + step
+                # a padded row's stale keys lie beyond its position: unseen until the row overwrites them
+                h = continue_hidden(self.embed_tokens(ids[:, None]), None, cache, position)      # (B, 1, D)
                 position = position + 1
-            ids = choose(nnf.linear(h, self.head), temperature, top_p, generator)  # (B,)
+            ids = choose(nnf.linear(h[:, 0], self.head), temperature, top_p, generator)  # (B,)
             done = [d or i in stop for d, i in zip(done, ids.tolist())]
             if all(done):
                 return
@@ -377,25 +391,6 @@ def equal(a: Stored, b: Stored | None) -> bool:
         torch.equal(a.rows(i, i + 4096), b.rows(i, i + 4096)) for i in range(0, a.shape[0], 4096))
 
 
-def open_pickle(path: Path) -> dict[str, Tensor]:
-    """A file of Meta's, mapped into memory; nothing that it holds is executed."""
-    try:
-        tensors = torch.load(path, map_location="cpu", mmap=True, weights_only=True)
-    except FileNotFoundError:
-        raise CheckpointError(f"{path}: no such file") from None
-    except pickle.UnpicklingError as error:
-        what = re.search(r"(?:GLOBAL|global|class|function) (\S+)", str(error))
-        raise CheckpointError(f"{path}: holds {what[1] if what else 'something'} where only tensors may be") from None
-    except Exception as error:      # a damaged archive shows itself in many ways
-        raise CheckpointError(f"{path}: not a complete file of tensors ({str(error).splitlines()[0]})") from None
-    if not isinstance(tensors, dict):
-        raise CheckpointError(f"{path}: holds a {type(tensors).__name__}, not tensors by name")
-    for key, tensor in tensors.items():
-        if not isinstance(key, str) or not isinstance(tensor, Tensor) or tensor.layout != torch.strided:
-            raise CheckpointError(f"{path}: {key} is not a tensor")
-    return tensors
-
-
 def join_shards(paths: list[Path], head_dim: int) -> dict[str, Stored]:
     """The tensors of Meta's files by name, each a whole one and in the order of rows that our modules expect."""
     shards = [open_pickle(path) for path in paths]
@@ -490,13 +485,17 @@ class AlignVLM(nn.Module):
         supervised = (labels[0] != IGNORE).nonzero()[:, 0]                         # the LM head runs only there
         gold = labels[0, supervised].to(h.device, non_blocking=True)               # (supervised,)
         h = h[supervised.to(h.device, non_blocking=True)]                          # (supervised, D)
-        some = max(1, LOGITS // self.config.llm.vocab_size)                        # logits at a time, made twice
-        return sum((checkpoint(self.word_loss, *part, use_reentrant=False)
-                    for part in zip(h.split(some), gold.split(some))), h.new_zeros((), dtype=torch.float32))
+        n = max(1, LOGITS // self.config.llm.vocab_size)
+        if len(gold) <= n:
+            return self.word_loss(h, gold)
+        # Several blocks make their logits again in the backward pass, so that never more than one has them.
+        return sum(checkpoint(self.word_loss, *block, use_reentrant=False, preserve_rng_state=False)
+                   for block in zip(h.split(n), gold.split(n)))
 
     def word_loss(self, h: Tensor, gold: Tensor) -> Tensor:
         """h (n, D), gold (n,) -> the sum of n cross-entropies, fp32."""
-        return nnf.cross_entropy(nnf.linear(h, self.llm.head).float(), gold, reduction="sum")
+        logits = nnf.linear(h, self.llm.head)                                      # (n, V)
+        return nnf.cross_entropy(logits.float(), gold, reduction="sum")
 
     @classmethod
     def from_backbones(cls, vision_folder: str | Path, llm_folder: str | Path, dtype: torch.dtype | None = None,
@@ -515,52 +514,13 @@ class AlignVLM(nn.Module):
     @classmethod
     def from_pretrained(cls, folder: str | Path, dtype: torch.dtype | None = None, device="cpu",
                         shard: Callable[[nn.Module], None] | None = None) -> "AlignVLM":
-        """The model of a folder that save_pretrained wrote; dtype None keeps the stored one, shard: see vision.load.
-
-        Raises CheckpointError, one line that names the file and the key.
-        """
+        """The model of a folder that save_pretrained wrote; dtype, shard and what is raised: see vision.load."""
         folder = Path(folder)
         settings = Settings(folder / "config.json")
         settings.only("model_type", "alignvlm")
         config = AlignVLMConfig(saved_config(SigLIPConfig, settings.section("vision")),
                                 saved_config(LlamaConfig, settings.section("llm")))
         return load(lambda: cls(config), {"": read_safetensors(folder)}, dtype, device, shard)
-
-    @torch.inference_mode()
-    def choose_words(self, folder: str | Path, pixels: list[Tensor], K: int) -> dict:
-        """Choose the K words that carry P_vocab on some pages, tiles (T, 3, S, S) of each, for use_words.
-
-        Writes them to ALIGN_VOCAB in the model's folder, with what they change in F' (connector.choose_words), and
-        returns the latter. Raises InputError if the vocabulary has no K words.
-        """
-        E_text = self.llm.embed_tokens.weight
-        if not 1 <= K <= len(E_text):
-            raise InputError(f"{K} words to keep: the vocabulary has {len(E_text)}")
-        pages = [self.vision(page.to(E_text.device, E_text.dtype)).flatten(0, 1) for page in pixels]    # F (T * N, d)
-        words, deviation = choose_words(self.connector, pages, E_text, K)
-        deviation = {"pages": len(pages), **deviation}
-        path = Path(folder) / ALIGN_VOCAB
-        partial = path.with_suffix(".partial")
-        partial.write_text(json.dumps({**deviation, "words": words.tolist()}) + "\n")
-        os.replace(partial, path)
-        return deviation
-
-    def use_words(self, folder: str | Path, K: int) -> None:
-        """From here on the connector mixes only the K words that choose_words stored in the folder: for inference.
-
-        Raises CheckpointError if it holds none, others than K, or no ids of this vocabulary.
-        """
-        path = Path(folder) / ALIGN_VOCAB
-        if not path.exists():
-            raise CheckpointError(f"{path}: no such file: no words have been chosen for this model yet")
-        settings = Settings(path)
-        words, V = settings.values.get("words"), self.config.llm.vocab_size
-        if not isinstance(words, list) or not all(type(i) is int and 0 <= i < V for i in words):
-            raise settings.error("words", f"is not a list of word ids from 0 to {V - 1}")
-        if len(words) != K or len(set(words)) != K:
-            raise settings.error("words", f"holds {len(set(words))} words, not {K}: choose them anew")
-        W2 = self.connector.W2.weight
-        self.connector = AlignTopK(self.connector, torch.tensor(words, device=W2.device), *spread(W2))
 
     @torch.no_grad()
     def save_pretrained(self, folder: str | Path, tokenizer_file: str | Path,

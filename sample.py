@@ -2,6 +2,7 @@
 
     python sample.py --image doc.png                                    # reads the page aloud
     python sample.py --image doc.png --prompt "what is TAX?"
+    python sample.py --image page1.png page2.png --prompt "which is newer?"                     # both in one prompt
     python sample.py --questions pages/questions.jsonl --answers answers.jsonl
     python sample.py --align-vocab 100 --choose-from pages/*.png        # choose the connector's words, and store them
     python sample.py --align-vocab 100 --image doc.png                  # with these words alone
@@ -15,6 +16,7 @@ import json
 import math
 import os
 import sys
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -22,7 +24,7 @@ import torch
 from tqdm import tqdm
 
 from data import READ, Tokenizer, Turn, encode_chat
-from eval import answer
+from eval import answer, choose_align_vocab, use_align_vocab
 from model import AlignVLM, Llama
 from vision import InputError, read_image, tile
 
@@ -82,10 +84,21 @@ def answer_file(model: AlignVLM, tokenizer: Tokenizer, args, **generation) -> No
     os.replace(partial, args.answers)
 
 
+def speed(llm: Llama, start: float, times: list[float]) -> str:
+    """What it took: seconds until the first token, then tokens, and bytes of weights read for them, per second."""
+    line = f"first token after {times[0] - start:.2f} s"
+    if len(times) > 1:
+        rate = (len(times) - 1) / (times[-1] - times[0])
+        read = sum(p.nbytes for p in llm.layers.parameters()) + llm.head.nbytes
+        line += f", then {rate:.1f} tokens/s ({read * rate / 1e9:.1f} GB/s)"
+    return line
+
+
 def parse_args() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
-    add("--image", help="the document: PNG, JPEG, TIFF, ... in any mode and of any size")
+    add("--image", nargs="+", help="the document: PNG, JPEG, TIFF, ... in any mode and of any size; several are "
+        "shown together")
     add("--prompt", help=f"what to ask about it (default: {READ!r}); '' gives a caption")
     add("--questions", help="JSONL with an image (relative to the file) and a prompt in each row")
     add("--answers", help="where to write the rows of --questions with a prediction in each")
@@ -136,19 +149,26 @@ def main() -> None:
         print(f"model: {folder} on {args.device}", file=sys.stderr)
         if args.choose_from:
             pixels = [tile(read_image(file), model.config.vision, args.max_tiles) for file in args.choose_from]
-            return print(json.dumps(model.choose_words(folder, pixels, args.align_vocab)))
+            return print(json.dumps(choose_align_vocab(model, folder, pixels, args.align_vocab)))
         if args.align_vocab:
-            model.use_words(folder, args.align_vocab)
+            use_align_vocab(model, folder, args.align_vocab)
         if args.questions:
             return answer_file(model, tokenizer, args, **generation)
         prompt, shown = READ if args.prompt is None else args.prompt, 0
+        start, times = time.perf_counter(), []
         answers = (chat(model, tokenizer, prompt, **generation) if args.llm else
-                   answer(model, tokenizer, [read_image(args.image)], [prompt], args.max_tiles, **generation))
+                   answer(model, tokenizer, [[read_image(path) for path in args.image]], [prompt], args.max_tiles,
+                          **generation))
         for [text] in answers:
+            times.append(time.perf_counter())
             text = text.rstrip("\ufffd")        # the first bytes of a character wait for the rest of it
             print(text[shown:], end="", flush=True)
             shown = max(shown, len(text))
         print()
+        if not args.llm:
+            del times[-1]               # answer() ends with the whole answer once more
+        if times:
+            print(speed(model if args.llm else model.llm, start, times), file=sys.stderr)
     except (InputError, OSError) as error:
         print(f"sample.py: {error}", file=sys.stderr)
         sys.exit(2)

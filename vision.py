@@ -13,6 +13,7 @@ the first file in the order of imports it also holds what reads weights from dis
 import json
 import math
 import os
+import pickle
 import re
 import warnings
 from collections.abc import Callable
@@ -312,6 +313,25 @@ def open_safetensors(path: Path):
         raise CheckpointError(f"{path}: no such file") from None
     except (SafetensorError, OSError) as error:
         raise CheckpointError(f"{path}: not a complete safetensors file ({' '.join(str(error).split())})") from None
+
+
+def open_pickle(path: Path) -> dict[str, Tensor]:
+    """A file of Meta's, mapped into memory; nothing that it holds is executed."""
+    try:
+        tensors = torch.load(path, map_location="cpu", mmap=True, weights_only=True)
+    except FileNotFoundError:
+        raise CheckpointError(f"{path}: no such file") from None
+    except pickle.UnpicklingError as error:
+        what = re.search(r"(?:GLOBAL|global|class|function) (\S+)", str(error))
+        raise CheckpointError(f"{path}: holds {what[1] if what else 'something'} where only tensors may be") from None
+    except Exception as error:      # a damaged archive shows itself in many ways
+        raise CheckpointError(f"{path}: not a complete file of tensors ({str(error).splitlines()[0]})") from None
+    if not isinstance(tensors, dict):
+        raise CheckpointError(f"{path}: holds a {type(tensors).__name__}, not tensors by name")
+    for key, tensor in tensors.items():
+        if not isinstance(key, str) or not isinstance(tensor, Tensor) or tensor.layout != torch.strided:
+            raise CheckpointError(f"{path}: {key} is not a tensor")
+    return tensors
 
 
 def read_safetensors(folder: Path) -> Weights:

@@ -8,7 +8,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import connector
 from conftest import close, randomise
 from connector import Align, AlignTopK, Mixture, blocks, choose_words, spread
-from model import ALIGN_VOCAB, IMAGE, AlignVLM, AlignVLMConfig, LlamaConfig
+from eval import ALIGN_VOCAB, choose_align_vocab, use_align_vocab
+from model import IMAGE, AlignVLM, AlignVLMConfig, LlamaConfig
 from vision import CheckpointError, InputError, SigLIPConfig
 
 # (leading dimensions, d, D, V). No d of 1 or D of 2: a LayerNorm's output is then +-1 and F's gradient pure rounding.
@@ -355,29 +356,29 @@ def test_chosen_words_are_stored_and_used(tmp_path):
     vlm, tokens, pixels = small_vlm(tied=True)
     full = vlm.embed(tokens, pixels)
     with pytest.raises(CheckpointError, match="no words have been chosen"):
-        vlm.use_words(tmp_path, 9)
+        use_align_vocab(vlm, tmp_path, 9)
     for K in (0, 24):
         with pytest.raises(InputError, match="has 23"):
-            vlm.choose_words(tmp_path, [pixels], K)
+            choose_align_vocab(vlm, tmp_path, [pixels], K)
     assert not list(tmp_path.iterdir())
-    deviation = vlm.choose_words(tmp_path, list(pixels[:, None]), 9)
+    deviation = choose_align_vocab(vlm, tmp_path, list(pixels[:, None]), 9)
     stored = json.loads((tmp_path / ALIGN_VOCAB).read_text())
     words = stored.pop("words")
     assert stored == deviation and deviation["pages"] == 2 and [*tmp_path.iterdir()] == [tmp_path / ALIGN_VOCAB]
     assert torch.equal(vlm.embed(tokens, pixels), full)         # choosing changes nothing yet
     with pytest.raises(CheckpointError, match="9 words, not 8"):
-        vlm.use_words(tmp_path, 8)
+        use_align_vocab(vlm, tmp_path, 8)
 
     good = (tmp_path / ALIGN_VOCAB).read_text()
     for bad in ("", good[:len(good) // 2], "[]", "{}", '{"words": 3}', '{"words": [0, 1, 23]}', '{"words": [0, 1, -1]}',
                 '{"words": [0, 1, 1]}', '{"words": [0, 1, true]}', '{"words": [0, 1, 2.0]}', '{"words": []}'):
         (tmp_path / ALIGN_VOCAB).write_text(bad)
         with pytest.raises(CheckpointError) as error:
-            vlm.use_words(tmp_path, 3)
+            use_align_vocab(vlm, tmp_path, 3)
         assert str(tmp_path / ALIGN_VOCAB) in str(error.value) and "\n" not in str(error.value)
     (tmp_path / ALIGN_VOCAB).write_text(good)
 
     F = vlm.vision(pixels).flatten(0, 1)
     E_text, align = vlm.llm.embed_tokens.weight, vlm.connector
-    vlm.use_words(tmp_path, 9)
+    use_align_vocab(vlm, tmp_path, 9)
     close(vlm.embed(tokens, pixels)[0].detach(), top_K(align, words)(F, E_text).detach(), 1e-12)

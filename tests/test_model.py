@@ -418,6 +418,24 @@ def test_cached_hidden_states_equal_uncached_ones():
         close(torch.stack(own[b]), vlm.llm.hidden(sequence[None])[0, n - 1:])
 
 
+@torch.inference_mode()
+def test_a_decoding_step_is_one_graph():
+    """On a GPU it is compiled: nothing in it may need the host, and all steps share one graph."""
+    vlm, graphs = small_vlm(), []
+
+    def count(graph, inputs):
+        graphs.append(graph)
+        return graph.forward
+
+    step = torch.compile(vlm.llm.hidden, backend=count, fullgraph=True)
+    x, caches = torch.randn(2, 9, 24), [KVCache(vlm.llm.config, 2, 12, "cpu", torch.float32) for _ in range(2)]
+    for i, position in enumerate([[[4], [7]], [[5], [8]], [[6], [9]]]):
+        compiled, eager = (hidden(x[:, i:i + 1].clone(), None, cache, torch.tensor(position))
+                           for hidden, cache in zip((step, vlm.llm.hidden), caches))
+        close(compiled, eager)
+    assert len(graphs) == 1
+
+
 def test_greedy_text_equals_transformers_generate():
     config = small(vocab_size=V, n_layers=3, head_dim=10, n_heads=6)
     vlm, theirs = AlignVLM(AlignVLMConfig(VISION, config)).eval(), randomise(LlamaForCausalLM(their_config(config))).eval()
