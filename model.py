@@ -457,8 +457,7 @@ class AlignVLM(nn.Module):
     def embed(self, tokens: Tensor, pixels: Tensor) -> Tensor:
         """tokens (B, L) with IMAGE at T * N places, pixels (T, 3, S, S) -> H_input (B, L, D).
 
-        tokens may be on the CPU: the places are counted there then, and a GPU is not waited for. Raises ValueError
-        when the image positions and the visual tokens differ in number.
+        tokens may be on the CPU: a GPU is not waited for then. Raises ValueError when places and visual tokens differ.
         """
         E_text = self.llm.embed_tokens.weight                                      # (V, D)
         image = tokens == IMAGE                                                    # (B, L)
@@ -478,8 +477,7 @@ class AlignVLM(nn.Module):
         """One packed row of samples -> the sum of its supervised tokens' cross-entropies (nats), fp32.
 
         tokens (1, L), samples of `lengths` one after another; labels (1, L): at each position the token that should
-        come next there, or IGNORE; pixels (T, 3, S, S): the tiles of all samples, in their order. tokens and labels
-        may be on the CPU, as in embed.
+        come next there, or IGNORE; pixels (T, 3, S, S): all samples' tiles. tokens and labels may be on the CPU.
         """
         h = self.llm.hidden(self.embed(tokens, pixels), lengths)[0]                # (L, D)
         supervised = (labels[0] != IGNORE).nonzero()[:, 0]                         # the LM head runs only there
@@ -494,8 +492,7 @@ class AlignVLM(nn.Module):
 
     def word_loss(self, h: Tensor, gold: Tensor) -> Tensor:
         """h (n, D), gold (n,) -> the sum of n cross-entropies, fp32."""
-        logits = nnf.linear(h, self.llm.head)                                      # (n, V)
-        return nnf.cross_entropy(logits.float(), gold, reduction="sum")
+        return nnf.cross_entropy(nnf.linear(h, self.llm.head).float(), gold, reduction="sum")
 
     @classmethod
     def from_backbones(cls, vision_folder: str | Path, llm_folder: str | Path, dtype: torch.dtype | None = None,
