@@ -158,8 +158,7 @@ class Mixture(torch.autograd.Function):
             P = buffer[:block.stop - block.start]                               # (n, V)
             times(h[block], W2, out=P)                                          # z, which P will replace
             for r in few_rows(P):
-                u, _, _ = torch.native_layer_norm(P[r].to(wide), (V,), w, b, eps)       # (few, V)
-                P[r] = u.softmax(-1)                                            # equation 1
+                P[r], _, _ = mixture_of(P[r].to(wide), w, b, eps)               # equation 1
             torch.mm(P, E_text, out=out[block])                                 # equation 2
         return F_align
 
@@ -192,18 +191,15 @@ class Mixture(torch.autograd.Function):
             times(h[block], W2, out=z)
             if need_E_text:
                 for r in few_rows(z):
-                    u, _, _ = torch.native_layer_norm(z[r].to(wide), (V,), w, b, ctx.eps)       # (few, V)
-                    P[r] = u.softmax(-1)
+                    P[r], _, _ = mixture_of(z[r].to(wide), w, b, ctx.eps)
                 dE_text.addmm_(P.T, g[block], beta=before)
             if not any(needs_dz):
                 continue
             dP = times(g[block], E_text, out=P)                                 # over P: its rows are soon made again
             for r in few_rows(z):
-                z_r = z[r].to(wide)
-                u, mean, rstd = torch.native_layer_norm(z_r, (V,), w, b, ctx.eps)
-                p = u.softmax(-1)                                               # (few, V)
-                du = p * dP[r]
-                du.addcmul_(p, du.sum(-1, keepdim=True), value=-1)
+                z_r, dP_r = z[r].to(wide), dP[r].to(wide)                       # (few, V) each
+                p, mean, rstd = mixture_of(z_r, w, b, ctx.eps)
+                du = dP_r.sub_((p * dP_r).sum(-1, keepdim=True)).mul_(p)
                 dz, dw_r, db_r = torch.ops.aten.native_layer_norm_backward(du, z_r, (V,), mean, rstd, w, b, needs_dz)
                 if need_weight:
                     dw += dw_r
@@ -216,6 +212,12 @@ class Mixture(torch.autograd.Function):
             if need_h:
                 torch.mm(z, W2, out=dh[block])
         return dh.view(shape) if need_h else None, dW2, dw.to(weight.dtype), db.to(bias.dtype), dE_text, None
+
+
+def mixture_of(z: Tensor, w: Tensor, b: Tensor, eps: float) -> tuple[Tensor, Tensor, Tensor]:
+    """z (few, V) -> P_vocab = softmax(LayerNorm(z)) (few, V), and what its backward needs: z's mean and 1 / std."""
+    u, mean, rstd = torch.native_layer_norm(z, w.shape, w, b, eps)
+    return u.softmax(-1), mean, rstd
 
 
 def times(a: Tensor, W: Tensor, out: Tensor) -> Tensor:
