@@ -2,6 +2,7 @@
 import contextlib
 import io
 import json
+import re
 import shutil
 import subprocess
 import sys
@@ -156,6 +157,19 @@ def test_any_image_can_be_asked_about(trained, tmp_path, mode):
     image.save(path, **({"exif": exif} if mode == "rotated" else {}))
     done = sample("--checkpoint", out / "stage3", "--image", path, "--max-new-tokens", 3)
     assert f"model: {out / 'stage3'}" in done.stderr
+
+
+def test_several_images_make_one_prompt_and_the_speed_is_told(trained, tmp_path):
+    out, _ = trained
+    paths = [tmp_path / "1.png", tmp_path / "2.png"]
+    for path in paths:
+        Image.effect_noise((100, 100), 50).save(path)
+    options = ["--checkpoint", out / "stage3", "--max-new-tokens", 3, "--temperature", 100]    # nearly any word, not a stop
+    with unittest.mock.patch.object(sample_py, "answer", wraps=sample_py.answer) as asked:
+        done = sample(*options, "--image", *paths)
+    [pages], [prompt] = asked.call_args.args[2:4]
+    assert len(pages) == 2 and prompt == sample_py.READ
+    assert re.fullmatch(r"first token after [\d.]+ s, then [\d.]+ tokens/s \([\d.]+ GB/s\)", done.stderr.splitlines()[-1])
 
 
 def test_bad_images_are_one_line_and_status_2(trained, tmp_path):
