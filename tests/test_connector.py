@@ -173,6 +173,13 @@ def test_gradients_are_those_of_finite_differences(small_blocks, N, V, D):
     torch.autograd.gradcheck(lambda *t: Mixture.apply(*t, 1e-5), tensors)
 
 
+def test_a_second_derivative_is_refused():
+    align, F, E_text, _ = inputs((5,), 7, 11, 13)
+    (dF,) = torch.autograd.grad(align(F.requires_grad_(), E_text).square().sum(), F, create_graph=True)
+    with pytest.raises(RuntimeError, match="once_differentiable"):
+        dF.sum().backward()
+
+
 def test_bf16_is_no_further_from_the_truth_than_autograd(small_blocks):
     """With statistics in fp32, against the same bf16 numbers computed in float64."""
     align, F, E_text, generator = inputs((3, 50), 24, 40, 300, torch.bfloat16)

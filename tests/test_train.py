@@ -240,3 +240,23 @@ def test_the_newest_checkpoint_is_taken_and_named(trained, tmp_path):
     done = subprocess.run([sys.executable, ROOT / "sample.py", "--image", page, "--max-new-tokens", "2"], cwd=tmp_path, env=ENV,
                           capture_output=True, text=True)
     assert done.returncode == 0 and "stage" in done.stderr.splitlines()[0]
+
+
+def test_the_words_that_the_connector_uses_can_be_chosen(trained, tmp_path):
+    folder, page = tmp_path / "model", tmp_path / "page.png"
+    shutil.copytree(trained[0] / "stage3", folder)
+    Image.new("RGB", (300, 90)).save(page)
+    ask = "--checkpoint", folder, "--image", page, "--max-new-tokens", 2
+    before = sample(*ask).stdout
+    done = sample("--checkpoint", folder, "--align-vocab", 542, "--choose-from", page, page)
+    assert json.loads(done.stdout)["pages"] == 2
+    assert sample(*ask).stdout == before == sample(*ask, "--align-vocab", 542).stdout
+    sample("--checkpoint", folder, "--align-vocab", 20, "--choose-from", page)
+    sample(*ask, "--align-vocab", 20)
+    for options in [(*ask, "--align-vocab", 21), ("--checkpoint", folder, "--align-vocab", 543, "--choose-from", page)]:
+        assert len(sample(*options, code=2).stderr.splitlines()) == 2       # the model's name, and what is wrong
+    for options in [(*ask, "--align-vocab", 0), ("--checkpoint", folder, "--choose-from", page),
+                    ("--llm", folder, "--prompt", "a", "--align-vocab", 3)]:
+        sample(*options, code=2)
+    (folder / "align_vocab.json").write_text('{"words": [1, 2')
+    assert "align_vocab.json: not JSON" in sample(*ask, "--align-vocab", 20, code=2).stderr
