@@ -461,9 +461,9 @@ def memory(config: AlignVLMConfig, trainable: tuple[str, ...], ranks: int, token
         "optimizer": 8 * training / ranks,
         "gathered": sum(whole) if ranks > 1 or size == 2 else 0,
         "activations": activations,
-        # connector.Mixture: what it keeps, its blocks of two (n, V), and two or three fp32 copies of a few rows.
-        "connector": (visual * (3 * size * D + 20) + min(BLOCK_BYTES, 2 * size * sixteens * l.vocab_size)
-                      + 2.5 * min(CACHE_BYTES, 4 * visual * l.vocab_size)),
+        # connector.Mixture: its inputs, its blocks of two (n, V), and one or two fp32 copies of a few rows.
+        "connector": (visual * 3 * size * D + min(BLOCK_BYTES, 2 * size * sixteens * l.vocab_size)
+                      + 1.5 * min(CACHE_BYTES, 4 * visual * l.vocab_size)),
         "head": min(supervised * l.vocab_size, LOGITS) * (size + 8),        # logits, in fp32, and their gradient
         "data": tiles * 3 * v.image_size ** 2 * 4,
     }
