@@ -1,6 +1,6 @@
 """Train AlignVLM's three stages: captions, documents, instructions (paper section 3.3).
 
-    python train.py                                     # the toy: all stages, on a laptop, in eleven minutes
+    python train.py                                     # the toy: all stages, on a laptop, in ten minutes
     python train.py --stage 1                           # one of them; it starts from the last one's checkpoint
     torchrun --nproc_per_node 8 train.py --stage 1 --vision siglip-so400m-patch14-384 --llm Llama-3.2-1B --out out/1b \\
         --data cc12m/                                   # on 8 GPUs, from two folders with released weights
@@ -76,9 +76,9 @@ ALL, LATE = ("vision", "connector", "llm"), ("connector", "llm")    # stage 3 fr
 TOY = dict(batch_size=16, row_tokens=8192, warmup=0.03, final_lr=0.1, eps=1e-5)
 RECIPES = {
     "toy": {0: Recipe(("llm",), lr=1.5e-3, steps=1600, **TOY),
-            1: Recipe(ALL, lr=1e-3, steps=200, lr_scale={"llm": 0.05}, **TOY),
-            2: Recipe(ALL, lr=1e-3, steps=350, **TOY),
-            3: Recipe(LATE, lr=5e-4, steps=470, **{**TOY, "final_lr": 0.0})},
+            1: Recipe(ALL, lr=1e-3, steps=130, lr_scale={"llm": 0.05}, **TOY),
+            2: Recipe(ALL, lr=1e-3, steps=580, **TOY),
+            3: Recipe(LATE, lr=5e-4, steps=380, **{**TOY, "final_lr": 0.0})},
     "llama-3.2-1b": {1: Recipe(ALL), 2: Recipe(ALL, lr=5e-5, max_length=2048),
                      3: Recipe(LATE, lr=5e-5, max_length=2048, epochs=5)},
     "llama-3.2-3b": {1: Recipe(ALL), 2: Recipe(ALL, batch_size=256, lr=5e-5, max_length=2048),

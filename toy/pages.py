@@ -295,13 +295,13 @@ def caption_lesson(rng: random.Random, progress: float, split: str) -> tuple[Pag
 
 def document_lesson(rng: random.Random, progress: float, split: str) -> tuple[Page, list[tuple[str, str]]]:
     """Stage 2: to read whole pages; those of several tiles come in over the first fifth."""
-    page = drawn_page(rng, rng.choice(KINDS), rng.random() < 0.5 * min(1, 5 * progress), split)
+    page = drawn_page(rng, rng.choice(KINDS + ["table"]), rng.random() < 0.65 * min(1, 5 * progress), split)
     return page, [(READ, page.text)]
 
 
 def instruction_lesson(rng: random.Random, progress: float, split: str) -> tuple[Page, list[tuple[str, str]]]:
     """Stage 3: to answer, and not to forget reading."""
-    page = drawn_page(rng, rng.choice(KINDS + ["table"]), rng.random() < 0.4, split)
+    page = drawn_page(rng, rng.choice(KINDS + ["table"]), rng.random() < 0.5, split)
     return page, reading_and_questions(rng, page, read=0.25, ask=0.35)
 
 
