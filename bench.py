@@ -64,7 +64,7 @@ def seconds(work: Callable) -> float:
 
 
 def alternate(ours: Callable, theirs: Callable | None, repeats: int, clock=seconds) -> tuple[float, float | None]:
-    """The median seconds of either, called in turns. First calls are not counted; what they return must be equal."""
+    """The median seconds of either, called in turns, first calls not counted. Tensors that they return must agree."""
     sides = [side for side in (ours, theirs) if side]
     first = [side() for side in sides]
     if theirs and isinstance(first[0], Tensor):
@@ -272,7 +272,7 @@ def train(args) -> Iterator[dict]:
     pixels = torch.randn(B * T, 3, config.vision.image_size, config.vision.image_size, device=DEVICE, dtype=dtype)
     samples = [torch.cat([torch.full((N,), IMAGE), text]) for text in texts]
     labels = [torch.cat([torch.full((N - 1,), IGNORE), text, torch.tensor([IGNORE])]) for text in texts]
-    tokens, labels = torch.cat(samples)[None].to(DEVICE), torch.cat(labels)[None].to(DEVICE)       # (1, L)
+    tokens, labels = torch.cat(samples)[None], torch.cat(labels)[None]             # (1, L), on the CPU as in train.py
     lengths, supervised = [len(s) for s in samples], sum(map(len, texts))
 
     def step(loss_of: Callable, modules: nn.Module, optimizer: torch.optim.Optimizer) -> Tensor:
@@ -380,7 +380,8 @@ def load(args) -> Iterator[dict]:
 # ---------------------------------------------------------------------------------------------------------------------
 # What training costs
 
-PEAKS = {"B200": 2250e12, "H200": 989e12, "H100": 989e12, "A100": 312e12, "L40S": 362e12}   # dense bf16 FLOP/s
+PEAKS = {"B200": 2250e12, "H200": 989e12, "H100 PCIe": 756e12, "H100 NVL": 835e12, "H100": 989e12, "A100": 312e12,
+         "L40S": 362e12}        # dense bf16 FLOP/s
 # What a sample of a stage is taken to hold, and how many the paper has: (samples, tiles, text tokens, supervised ones).
 # Captions come with one tile, pages with as many as --max-tiles allows and the whole page.
 SAMPLES = {1: (8_100_000, 1, 64, 32), 2: (7_500_000, None, 768, 640), 3: (570_000, None, 128, 32)}
@@ -463,7 +464,7 @@ def memory(config: AlignVLMConfig, trainable: tuple[str, ...], ranks: int, token
         "activations": activations,
         # connector.Mixture: its inputs, its blocks of two (n, V), and one or two fp32 copies of a few rows.
         "connector": (visual * 3 * size * D + min(BLOCK_BYTES, 2 * size * sixteens * l.vocab_size)
-                      + 1.5 * min(CACHE_BYTES, 4 * visual * l.vocab_size)),
+                      + 1.5 * min(CACHE_BYTES if size > 2 else BLOCK_BYTES // 4, 4 * visual * l.vocab_size)),
         "head": min(supervised * l.vocab_size, LOGITS) * (size + 8),        # logits, in fp32, and their gradient
         "data": tiles * 3 * v.image_size ** 2 * 4,
     }
@@ -582,7 +583,7 @@ def main() -> None:
         parser.error("--repeats and --threads are at least 1")
     threads = args.threads or torch.get_num_threads()
     torch.manual_seed(0)
-    for name in args.work or WORKS:
+    for name in [name for name in WORKS if name in (args.work or WORKS)]:      # in their order: train keeps its heap
         work, repeats = WORKS[name]
         torch.set_num_threads(1 if name == "pages" else threads)
         try:

@@ -241,5 +241,5 @@ def blocks(N: int, bytes_per_token: int) -> list[slice]:
 
 def few_rows(matrix: Tensor) -> list[slice]:
     """The rows of a block's matrix (n, V), a few at a time."""
-    few = max(CACHE_BYTES // (4 * matrix.shape[1]), 1)
+    few = max((CACHE_BYTES if matrix.is_cpu else BLOCK_BYTES // 4) // (4 * matrix.shape[1]), 1)
     return [slice(i, i + few) for i in range(0, len(matrix), few)]

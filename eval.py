@@ -26,7 +26,7 @@ from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_di
 from tqdm import tqdm
 
 from connector import AlignTopK, choose_words, spread
-from data import READ, Example, Tokenizer, Turn, prepare
+from data import READ, Example, Position, Tokenizer, Turn, prepare
 from model import IMAGE, AlignVLM
 from toy.pages import draw, held_out_documents, write_toy_tokenizer
 from vision import CheckpointError, InputError, Settings
@@ -206,6 +206,19 @@ def own_part(store: dist.Store, rank: int, world: int, timeout: timedelta) -> di
             store.wait([f"{name}/{me}"], timedelta(seconds=2))
             return dist.PrefixStore(name, store)
     raise InputError(f"rank {rank} waited {timeout.total_seconds():.0f} s for rank 0")
+
+
+def meet(position: Position, stop: bool) -> bool:
+    """Where ranks meet before a step: at the same place of the data, or they would repeat and lose samples.
+
+    Returns whether any of them was asked to stop. Raises InputError, on all ranks.
+    """
+    mark = zlib.crc32(repr(position).encode())
+    marks = torch.tensor([mark, -mark, stop])
+    dist.all_reduce(marks, dist.ReduceOp.MAX)
+    if marks[0] != -marks[1]:
+        raise InputError("the ranks read different data: is --data the same, and readable, on every node?")
+    return bool(marks[2])
 
 
 @contextlib.contextmanager

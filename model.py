@@ -97,7 +97,7 @@ class KVCache:
         self.rows = torch.arange(batch, device=device)[:, None]                    # (B, 1)
         if torch.device(device).type == "cuda":     # a CUDA graph may then write to them
             for x in (*self.k, *self.v):
-                torch._dynamo.mark_static_address(x)
+                torch._dynamo.mark_static_address(x, guard=False)
         self.reach = length         # attention reads so many places: all, or on a CPU as many as are filled
 
     def write(self, layer: int, positions: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
@@ -466,12 +466,12 @@ class AlignVLM(nn.Module):
             raise ValueError(f"{int(image.sum())} image positions for {n} visual tokens")
         words = tokens.masked_fill(image, 0).to(E_text.device, non_blocking=True)
         H = nnf.embedding(words, E_text)                                           # (B, L, D), equation 3
-        if n == 0:      # on all ranks or on none, else FSDP waits: train.blank
+        if n == 0:      # on all ranks or on none, else FSDP waits
             return H
         F = self.vision(pixels)                                                    # (T, N, d)
         F_align = self.connector(F, E_text).flatten(0, 1)                          # (T * N, D), equations 1 and 2
-        image = image[..., None].to(E_text.device, non_blocking=True)              # (B, L, 1)
-        return H.masked_scatter(image, F_align.to(H.dtype))
+        places = image.flatten().nonzero()[:, 0].to(E_text.device, non_blocking=True)       # (T * N,), of B * L
+        return H.flatten(0, 1).index_copy(0, places, F_align.to(H.dtype)).view_as(H)
 
     def forward(self, tokens: Tensor, labels: Tensor, pixels: Tensor, lengths: list[int]) -> Tensor:
         """One packed row of samples -> the sum of its supervised tokens' cross-entropies (nats), fp32.

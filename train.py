@@ -15,12 +15,12 @@ import itertools
 import json
 import math
 import os
+import re
 import signal
 import sys
 import threading
 import time
 import traceback
-import zlib
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field, replace
@@ -39,7 +39,7 @@ from tqdm import tqdm
 
 from bench import mfu, peak_memory, plan, plot, step_flops
 from data import BAD_KINDS, Bad, Documents, Position, Sample, Tokenizer, Turn, deal, encode_chat, fill_rows, pack
-from eval import (States, begin, check_recipe, drop_states, held_out_scores, is_complete, newest_state, open_log,
+from eval import (States, begin, check_recipe, drop_states, held_out_scores, is_complete, meet, newest_state, open_log,
                   origin, recorded, report, roll_call, start_processes, whole)
 from model import ALIGNVLM_PRESETS, IGNORE, IMAGE, LLAMA_PRESETS, AlignVLM, read_llama
 from toy.pages import ToyDocuments
@@ -170,6 +170,7 @@ def in_step(rows: list[list[Sample]], config: SigLIPConfig) -> tuple[list[list[S
 def row_loss(model: AlignVLM, row: list[Sample], device: torch.device) -> Tensor:
     """The sum of a row's cross-entropies, in nats."""
     tokens, labels, pixels, lengths = pack(row)
+    pixels = pixels.pin_memory() if device.type == "cuda" else pixels       # else the copy would wait for the GPU
     return model(tokens, labels, pixels.to(device, non_blocking=True), lengths)
 
 
@@ -177,11 +178,12 @@ def accumulate_gradients(model: AlignVLM, rows: list[list[Sample]],
                          device: torch.device) -> tuple[Tensor | None, Counter, list[Tensor]]:
     """Gradients of the mean loss over all supervised tokens of a step, on all ranks, however it is split into rows.
 
-    Returns that loss (nats per token; None, and no gradients, if every sample was bad), the counts of in_step, and the
-    sums of this rank's rows. The losses stay on the device.
+    Returns that loss (nats per token; None, and no gradients, if there is nothing to learn from), in_step's counts, and
+    the sums of this rank's rows. The losses stay on the device.
     """
     rows, counts = in_step(rows, model.config.vision)
-    if counts["supervised"] == 0:
+    only_text = counts["tiles"] == 0        # it passes the LLM alone
+    if counts["supervised"] == 0 or only_text and not model.llm.norm.weight.requires_grad:
         return None, counts, []
     losses = []
     for i, row in enumerate(rows):
@@ -254,19 +256,6 @@ def check_holes(holes: Counter, max_bad: float) -> None:
         table = "".join(f"\n{n:10,}  {kind}" for kind, n in bad.items())
         raise InputError(f"{sum(bad.values()):,} of {holes['seen']:,} samples were bad, more than --max-bad {max_bad}:"
                          + table)
-
-
-def meet(position: Position, stop: bool) -> bool:
-    """Where ranks meet before a step: at the same place of the data, or they would repeat and lose samples.
-
-    Returns whether any of them was asked to stop. Raises InputError, on all ranks.
-    """
-    mark = zlib.crc32(repr(position).encode())
-    marks = torch.tensor([mark, -mark, stop])
-    dist.all_reduce(marks, dist.ReduceOp.MAX)
-    if marks[0] != -marks[1]:
-        raise InputError("the ranks read different data: is --data the same, and readable, on every node?")
-    return bool(marks[2])
 
 
 def steps_of(loader) -> Iterator[tuple[list, Position]]:
@@ -356,12 +345,14 @@ def train_stage(stage: int, recipe: Recipe, model: AlignVLM, tokenizer: Tokenize
         return p.step >= args.steps if args.steps else p.position.epoch >= recipe.epochs
 
     def settle() -> None:
-        """Judge and log the step before: the device has sent its numbers while the host was busy with the next."""
+        """Judge and log the step before: a GPU has sent its numbers while the host was busy with the next."""
+        nonlocal start
         if not under_way:
             return
         row, counts, keys, numbers, sent = under_way.pop()
         if sent:
             sent.synchronize()
+        seconds, start = time.perf_counter() - start, time.perf_counter()
         loss, norm, *losses = [None, None] if numbers is None else numbers.tolist()
         if loss is not None and not (math.isfinite(loss) and math.isfinite(norm)):
             suspects = [key for row_keys, n in zip(keys, losses) if not math.isfinite(n) for key in row_keys]
@@ -370,7 +361,6 @@ def train_stage(stage: int, recipe: Recipe, model: AlignVLM, tokenizer: Tokenize
         else:
             blamed.clear()
         check_blamed(blamed, row["step"])
-        seconds = row.pop("seconds")
         speed, flops = (counts["tokens"] - counts["blank"]) / seconds, step_flops(config, recipe.trainable, counts)
         log(**row, loss=loss, grad_norm=norm, tokens_per_s=speed, images_per_s=counts["images"] / seconds,
             padding=counts["blank"] / max(1, counts["tokens"]), peak_memory=peak_memory(device),
@@ -396,10 +386,11 @@ def train_stage(stage: int, recipe: Recipe, model: AlignVLM, tokenizer: Tokenize
             lr = learning_rate(p.step, recipe)
             numbers, sent, counts = take_step(model, optimizer, rows, lr, recipe.clip, device)
             settle()
-            row = dict(step=p.step, epoch=p.position.epoch, lr=lr, seconds=time.perf_counter() - start,
+            row = dict(step=p.step, epoch=p.position.epoch, lr=lr,
                        bad={kind: p.holes[kind] for kind in BAD_KINDS if p.holes[kind]})
             under_way.append((row, counts, [[s.key for s in row] for row in rows], numbers, sent))
-            start = time.perf_counter()
+            if sent is None:        # on a CPU nothing is under way any more
+                settle()
             p.step, p.position = p.step + 1, position
             states.finish(wait=False)
             if is_over() or p.step % args.save_every == 0:
@@ -451,7 +442,11 @@ def parse_args() -> argparse.Namespace:
     add("--batch-size", type=int, help="samples a step, over all processes (default: the recipe's)")
     add("--row-tokens", type=int, help="tokens a forward pass, visual ones too; a process's share of a step takes as "
         "many as it needs (default: the recipe's)")
+    add("--max-length", type=int, help="text tokens a sample, cut at its end (default: the recipe's)")
+    add("--epochs", type=int, help="passes over --data (default: the recipe's)")
     add("--lr", type=float, help="peak learning rate (default: the recipe's)")
+    add("--lr-scale", nargs="+", default=[], metavar="MODULE=SHARE", help="what vision, connector or llm has of --lr: "
+        "vision=0.2; 0 freezes it, any other share trains it (default: the recipe's)")
     add = group("data").add_argument
     add("--data", nargs="+", metavar="PATH[:WEIGHT]", help="what --stage learns from: folders, files or globs of tar "
         "(img2dataset), parquet (BigDocs, VCR-wiki), JSONL or JSON (DocDownstream, MS-Swift, LLaVA); with weights the "
@@ -483,8 +478,8 @@ def parse_args() -> argparse.Namespace:
     add("--gpu-memory", type=float, default=80, help="GB of each, for --plan (default: %(default)s)")
     add("--mfu", type=float, default=0.4, help="share of an H100's 989 TFLOP/s, for --plan (default: %(default)s)")
     args = parser.parse_args()
-    for name in ("steps batch_size row_tokens lr max_tiles save_every keep max_steps eval_every shard_size timeout "
-                 "gpus gpu_memory mfu").split():
+    for name in ("steps batch_size row_tokens max_length epochs lr max_tiles save_every keep max_steps eval_every "
+                 "shard_size timeout gpus gpu_memory mfu").split():
         if getattr(args, name) is not None and not getattr(args, name) > 0:
             parser.error(f"--{name.replace('_', '-')} is more than 0")
     args.workers = args.workers if args.workers is not None else min(4, os.cpu_count()) if args.data else 0
@@ -498,6 +493,10 @@ def parse_args() -> argparse.Namespace:
         parser.error("--resume PATH is for one stage: add --stage")
     if bool(args.vision) != bool(args.llm):
         parser.error("--vision and --llm go together: two folders with released weights")
+    scales = [re.fullmatch(r"(vision|connector|llm)=(\d*\.?\d+)", scale) for scale in args.lr_scale]
+    if not all(scales):
+        parser.error(f"--lr-scale {' '.join(args.lr_scale)}: vision, connector or llm, =, and a share")
+    args.lr_scale = {scale[1]: float(scale[2]) for scale in scales}
     args.timeout = timedelta(seconds=args.timeout)
     return args
 
@@ -517,8 +516,11 @@ def choose_preset(args) -> str:
 
 def run_stage(stage: int, args, device: torch.device, restarted: bool) -> bool:
     """Build, train and export one stage, unless that is done. Returns whether it is complete."""
-    given = {name: getattr(args, name) for name in ("steps", "batch_size", "row_tokens", "lr")}
+    given = {name: getattr(args, name) for name in ("steps", "batch_size", "row_tokens", "max_length", "epochs", "lr")}
     recipe = replace(RECIPES[args.preset][stage], **{k: v for k, v in given.items() if v is not None})
+    if args.lr_scale:
+        recipe.lr_scale = {**recipe.lr_scale, **args.lr_scale}
+        recipe.trainable = tuple(name for name in ALL if args.lr_scale.get(name, name in recipe.trainable))
     launch = os.environ.get("TORCHELASTIC_RUN_ID")
     record = {"preset": args.preset, "seed": args.seed, "data": args.data if stage else None,
               "max_tiles": args.max_tiles, **asdict(recipe), "origin": origin(stage, args.out), "launch": launch}
@@ -560,11 +562,11 @@ def main() -> None:
     args.out = args.out or Path("out") / args.preset
     if args.plot:
         return plot(args.plot, args.out / "plot.png")
+    stages = [stage for stage in RECIPES[args.preset] if stage > 0] if args.stage is None else [args.stage]
+    if stages[0] not in RECIPES[args.preset] or args.plan and stages[0] == 0:
+        raise InputError(f"--preset {args.preset} has no stage {stages[0]}" + (" to plan" if args.plan else ""))
     if args.plan:
         return plan(args, RECIPES)
-    stages = [stage for stage in RECIPES[args.preset] if stage > 0] if args.stage is None else [args.stage]
-    if stages[0] not in RECIPES[args.preset]:
-        raise InputError(f"--preset {args.preset} has no stage {stages[0]}")
     if args.preset != "toy" and args.steps is None and not args.data:
         raise InputError(f"the recipe {args.preset} counts epochs, drawn pages have none: give --data or --steps")
     afresh = args.retrain and args.stage is None

@@ -91,7 +91,9 @@ def test_a_complete_stage_is_not_trained_again_unless_asked(trained, tmp_path):
 
 
 @pytest.mark.parametrize("flags", [["--steps", 0], ["--lr", -1], ["--lr", "nan"], ["--batch-size", 0], ["--row-tokens", -2],
-                                   ["--workers", -1], ["--held-out", -5], ["--preset", "llama-3.2-1b"]])
+                                   ["--workers", -1], ["--held-out", -5], ["--preset", "llama-3.2-1b"],
+                                   ["--lr-scale", "head=1"], ["--plan", "--preset", "low-resource", "--stage", 3],
+                                   ["--plan", "--stage", 0]])
 def test_impossible_flags_are_one_line(tmp_path, flags):
     done = run("train.py", *flags, "--out", tmp_path / "out", code=2)
     assert "Traceback" not in done.stderr and not (tmp_path / "out").exists()
@@ -102,6 +104,20 @@ def test_stage_1_pretrains_the_llm_when_it_is_missing_and_stage_2_says_what_is(t
     assert (tmp_path / "a" / "stage0" / "config.json").exists()
     done = run("train.py", "--stage", 3, "--steps", 1, "--out", tmp_path / "b", code=2)
     assert len(done.stderr.splitlines()) == 1 and "starts from stage 2" in done.stderr
+
+
+def test_modules_are_chosen_and_text_alone_teaches_a_frozen_llm_nothing(trained, tmp_path):
+    """Text does not pass the connector: with the LLM frozen such a step has no gradient, and is none."""
+    (tmp_path / "stage1").symlink_to(trained[0] / "stage1")
+    turns = [{"role": "user", "content": "A"}, {"role": "assistant", "content": "B"}]
+    Image.new("RGB", (112, 112), "white").save(tmp_path / "page.png")
+    lines = [json.dumps({"messages": turns, "images": images}) for images in ([], [], ["page.png"], ["page.png"])]
+    (tmp_path / "train.jsonl").write_text("\n".join(lines))
+    run("train.py", "--stage", 2, "--data", tmp_path / "train.jsonl", "--lr-scale", "llm=0", "vision=0.0", "--batch-size", 1,
+        "--epochs", 1, "--max-length", 50, "--out", tmp_path)
+    assert sorted(row["loss"] is None for row in log(tmp_path / "stage2")) == [False, False, True, True]
+    before, after = (load_file(folder / "model.safetensors") for folder in (trained[0] / "stage1", tmp_path / "stage2"))
+    assert {name.split(".")[0] for name in after if not torch.equal(before[name], after[name])} == {"connector"}
 
 
 def test_recipes_are_the_papers():
