@@ -283,7 +283,7 @@ def text_lesson(rng: random.Random, progress: float, split: str) -> tuple[Page, 
     if kind < charts + 0.3:
         page = short_lines(rng) if rng.random() < 0.75 else sticker(rng)
         return page, [("", page.text)]
-    page = drawn_page(rng, rng.choice(KINDS + ["table"]), progress > 0.25 and rng.random() < 0.6, split)
+    page = drawn_page(rng, rng.choice(KINDS + ["table"]), progress > 0.25 and rng.random() < 0.5, split)
     return page, reading_and_questions(rng, page, read=0.25, ask=0.25)
 
 
@@ -302,7 +302,7 @@ def document_lesson(rng: random.Random, progress: float, split: str) -> tuple[Pa
 def instruction_lesson(rng: random.Random, progress: float, split: str) -> tuple[Page, list[tuple[str, str]]]:
     """Stage 3: to answer, and not to forget reading."""
     page = drawn_page(rng, rng.choice(KINDS + ["table"]), rng.random() < 0.5, split)
-    return page, reading_and_questions(rng, page, read=0.25, ask=0.35)
+    return page, reading_and_questions(rng, page, read=0.35, ask=0.3)
 
 
 def reading_and_questions(rng: random.Random, page: Page, read: float, ask: float) -> list[tuple[str, str]]:
