@@ -1,6 +1,6 @@
 """Train AlignVLM's three stages: captions, documents, instructions (paper section 3.3).
 
-    python train.py                                     # the toy: all stages, on a laptop, in ten minutes
+    python train.py                                     # the toy: all stages, on a laptop, in twelve minutes
     python train.py --stage 1                           # one of them; it starts from the last one's checkpoint
     torchrun --nproc_per_node 8 train.py --stage 1 --vision siglip-so400m-patch14-384 --llm Llama-3.2-1B --out out/1b \\
         --data cc12m/                                   # on 8 GPUs, from two folders with released weights
