@@ -521,6 +521,8 @@ def run_stage(stage: int, args, device: torch.device, restarted: bool) -> bool:
     if args.lr_scale:
         recipe.lr_scale = {**recipe.lr_scale, **args.lr_scale}
         recipe.trainable = tuple(name for name in ALL if args.lr_scale.get(name, name in recipe.trainable))
+        if not recipe.trainable:
+            raise InputError(f"--lr-scale leaves nothing to train in stage {stage}")
     launch = os.environ.get("TORCHELASTIC_RUN_ID")
     record = {"preset": args.preset, "seed": args.seed, "data": args.data if stage else None,
               "max_tiles": args.max_tiles, **asdict(recipe), "origin": origin(stage, args.out), "launch": launch}

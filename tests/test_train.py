@@ -116,6 +116,8 @@ def test_modules_are_chosen_and_text_alone_teaches_a_frozen_llm_nothing(trained,
     run("train.py", "--stage", 2, "--data", tmp_path / "train.jsonl", "--lr-scale", "llm=0", "vision=0.0", "--batch-size", 1,
         "--epochs", 1, "--max-length", 50, "--out", tmp_path)
     assert sorted(row["loss"] is None for row in log(tmp_path / "stage2")) == [False, False, True, True]
+    done = run("train.py", "--stage", 2, "--lr-scale", "llm=0", "vision=0", "connector=0", "--out", tmp_path, code=2)
+    assert done.stderr.splitlines()[-1] == "train.py: --lr-scale leaves nothing to train in stage 2"
     before, after = (load_file(folder / "model.safetensors") for folder in (trained[0] / "stage1", tmp_path / "stage2"))
     assert {name.split(".")[0] for name in after if not torch.equal(before[name], after[name])} == {"connector"}
 
