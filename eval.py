@@ -31,6 +31,7 @@ from model import IMAGE, AlignVLM
 from toy.pages import draw, held_out_documents, write_toy_tokenizer
 from vision import CheckpointError, InputError, Settings
 
+IN_THE_BOX = Path(__file__).parent / "toy"
 ALIGN_VOCAB = "align_vocab.json"    # in a model's folder: the words that the connector can do with
 
 
@@ -336,9 +337,15 @@ def drop_states(folder: Path) -> None:
         shutil.rmtree(state)
 
 
-def origin(stage: int, out: Path) -> int | None:
+def stage_before(stage: int, out: Path) -> Path:
+    """The folder from which a stage starts. Stage 1 of the toy: the LLM in the box, unless this run has its own."""
+    folder = out / f"stage{stage - 1}"
+    return folder if stage != 1 or (folder / "config.json").exists() else IN_THE_BOX / "stage0"
+
+
+def origin(folder: Path) -> int | None:
     """What tells one training of the stage before from another: its log's checksum."""
-    log = out / f"stage{stage - 1}" / "log.jsonl"
+    log = folder / "log.jsonl"
     return zlib.crc32(log.read_bytes()) if log.exists() else None
 
 
@@ -352,7 +359,7 @@ def recorded(folder: Path, key: str, default=None):
 
 def is_complete(stage: int, out: Path) -> bool:
     """Whether a stage's folder is there, started from the stage before it, and is not being made anew."""
-    folder, before = out / f"stage{stage}", origin(stage, out)
+    folder, before = out / f"stage{stage}", origin(out / f"stage{stage - 1}")
     return ((folder / "config.json").exists() and newest_state(out / f"stage{stage}.partial") is None
             and (before is None or recorded(folder, "origin", before) == before))
 

@@ -40,7 +40,7 @@ from tqdm import tqdm
 from bench import mfu, peak_memory, plan, plot, step_flops
 from data import BAD_KINDS, Bad, Documents, Position, Sample, Tokenizer, Turn, deal, encode_chat, fill_rows, pack
 from eval import (States, begin, check_recipe, drop_states, held_out_scores, is_complete, meet, newest_state, open_log,
-                  origin, recorded, report, roll_call, start_processes, whole)
+                  origin, recorded, report, roll_call, stage_before, start_processes, whole)
 from model import ALIGNVLM_PRESETS, IGNORE, IMAGE, LLAMA_PRESETS, AlignVLM, read_llama
 from toy.pages import ToyDocuments
 from vision import InputError, Settings, SigLIPConfig
@@ -417,7 +417,7 @@ def build(stage: int, recipe: Recipe, args, device: torch.device) -> AlignVLM:
     if stage == 1 and args.llm:
         return AlignVLM.from_backbones(args.vision, args.llm, torch.float32, device, prepare)
     if stage > 0:
-        model = AlignVLM.from_pretrained(args.out / f"stage{stage - 1}", torch.float32, device, prepare)
+        model = AlignVLM.from_pretrained(stage_before(stage, args.out), torch.float32, device, prepare)
         if stage == 1:
             model.connector.init_weights(model.llm.head)        # W2 starts from the head that stage 0 has trained
         return model
@@ -524,8 +524,9 @@ def run_stage(stage: int, args, device: torch.device, restarted: bool) -> bool:
         if not recipe.trainable:
             raise InputError(f"--lr-scale leaves nothing to train in stage {stage}")
     launch = os.environ.get("TORCHELASTIC_RUN_ID")
+    start = args.llm if stage == 1 and args.llm else stage_before(stage, args.out)
     record = {"preset": args.preset, "seed": args.seed, "data": args.data if stage else None,
-              "max_tiles": args.max_tiles, **asdict(recipe), "origin": origin(stage, args.out), "launch": launch}
+              "max_tiles": args.max_tiles, **asdict(recipe), "origin": origin(start), "launch": launch}
     record = json.loads(json.dumps(record))
     folder, partial, main_rank = args.out / f"stage{stage}", args.out / f"stage{stage}.partial", dist.get_rank() == 0
     # What torchrun restarts goes on with what this launch has begun, whatever the command says.
@@ -534,15 +535,15 @@ def run_stage(stage: int, args, device: torch.device, restarted: bool) -> bool:
     complete = [is_complete(stage, args.out) and not retrain]
     dist.broadcast_object_list(complete)        # the first rank decides: another may see the disk as it was
     if complete[0]:
-        check_recipe(folder, record, "--retrain")
+        check_recipe(folder, {**record, "origin": None}, "--retrain")       # is_complete has looked at that
         if main_rank:
             drop_states(folder)
             print(f"stage {stage} is complete in {folder} (--retrain trains it again)")
         return True
-    if stage > 1 and not (args.out / f"stage{stage - 1}" / "config.json").exists():
+    if stage > 1 and not (start / "config.json").exists():
         raise InputError(f"stage {stage} starts from stage {stage - 1}, and {args.out} has none: train that first")
     # A tokenizer goes with its LLM: the released one's, or that of the folder from which the stage starts.
-    source = args.llm if stage == 1 and args.llm else partial if stage == 0 else args.out / f"stage{stage - 1}"
+    source = start if stage > 0 else partial
     model = build(stage, recipe, args, device)
     tokenizer = Tokenizer(source, model.config.llm.vocab_size) if stage > 0 else None
     path = [begin(stage, partial, record, model, resume, args.keep) if main_rank else None]
@@ -571,12 +572,11 @@ def main() -> None:
         return plan(args, RECIPES)
     if args.preset != "toy" and args.steps is None and not args.data:
         raise InputError(f"the recipe {args.preset} counts epochs, drawn pages have none: give --data or --steps")
-    afresh = args.retrain and args.stage is None
-    if not args.llm and 1 in stages and (afresh or not is_complete(0, args.out) and (
-            args.retrain or not is_complete(1, args.out))):
+    if not args.llm and 1 in stages and (args.retrain or not is_complete(1, args.out)):
         if args.preset != "toy":
             raise InputError(f"the recipe {args.preset} is for released weights: give stage 1 --vision and --llm")
-        stages = [0, *stages]       # the toy's LLM is pretrained, as a released one is
+        if not (stage_before(1, args.out) / "config.json").exists():
+            stages = [0, *stages]       # the toy's LLM is pretrained, as a released one is
     device, restarted = start_processes(args.timeout)
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, lambda *_: STOP.set())
