@@ -154,7 +154,7 @@ def denotation(prediction: str, answers: list[str]) -> float:
     def values(texts: list[str]) -> list[tuple]:
         found: dict[tuple, str] = {}
         for text in "|".join(texts).split("|"):
-            text = text.replace(r"\n", "\n").replace(r"\p", "|").replace(r"\\", "\\")   # the escapes of the data's TSV
+            text = text.replace(r"\n", "\n").replace(r"\\", "\\")      # as the data's TSV escapes them
             found.setdefault(wtq_value(text), wtq_normalise(text))
         return list(found.items())
 
