@@ -221,17 +221,22 @@ def key_value_f1(rows: list[dict]) -> dict[str, float]:
     return scores if rows else dict.fromkeys(scores, math.nan)
 
 
+# U.S., 1,000.5, do and n't, it and 's, words, dots, and every other mark by itself.
+VCR_TOKEN = re.compile(r"(?:[A-Za-z]\.){2,}|\d+(?:[.,]\d+)*|[^\W\d]\w*?(?=n['’]t\b)|n['’]t\b"
+                       r"|['’](?:s|re|ve|ll|d|m)\b|[^\W\d]\w*|\.{2,}|[^\w\s]")
+
+
 def vcr(rows: list[dict]) -> dict[str, float]:
     """VCR (Zhang et al. 2024): each blank against the answer's n-gram most like it: exact match and Jaccard; the means.
 
     The answers of a row are its blanks. The n-gram is as long as the gold, its likeness difflib's; an answer without a
-    word of the gold, an empty one and a refusal score 0. Tokens: words and single marks here, spaCy's in the original.
+    word of the gold, an empty one and a refusal score 0. Tokens are nearly those of spaCy, the original's.
     """
     exact, jaccard = [], []
     for row in rows:
         prediction = row["prediction"].split("Assistant: ")[-1]
         refusal = "I can't" in prediction or "I cannot" in prediction or "sorry" in prediction.lower()
-        words, *blanks = (re.findall(r"\w+|[^\w\s]", text) for text in ("" if refusal else prediction, *row["answers"]))
+        words, *blanks = (VCR_TOKEN.findall(text) for text in ("" if refusal else prediction, *row["answers"]))
         for blank, gold in zip(blanks, row["answers"]):
             ngrams = [words[i:i + len(blank)] for i in range(len(words) - len(blank) + 1)]
             ngrams = [ngram for ngram in ngrams if set(ngram) & set(blank)]
