@@ -41,7 +41,7 @@ from tqdm import tqdm
 from data import READ, Example, Position, Tokenizer, Turn, prepare
 from model import IMAGE, AlignVLM
 from paper.benchmarks import Benchmark, open_benchmark
-from paper.metrics import METRICS
+from paper.metrics import METRICS, edit_distance
 from paper.noise import STD_PAGES, feature_std, noise_on
 from paper.predictions import begin_predictions, join_predictions, read_predictions, write_text
 from paper.tables import noise_table, score_tables
@@ -89,16 +89,6 @@ def answer(model: AlignVLM, tokenizer: Tokenizer, images: list[Image.Image | lis
             row += [] if token is None else [token]
         yield [tokenizer.decode(row) for row in ids]
     yield [tokenizer.decode(row) for row in ids]
-
-
-def edit_distance(a: str, b: str) -> int:
-    """Levenshtein distance: the fewest insertions, deletions and substitutions of characters from a to b."""
-    row = list(range(len(b) + 1))
-    for i, x in enumerate(a, 1):
-        diagonal, row[0] = row[0], i
-        for j, y in enumerate(b, 1):
-            diagonal, row[j] = row[j], min(row[j] + 1, row[j - 1] + 1, diagonal + (x != y))
-    return row[-1]
 
 
 def whole(model: AlignVLM) -> AlignVLM:
@@ -243,7 +233,10 @@ def score_files(specs: list[str], out: Path | None) -> None:
             raise InputError(f"{spec}: no benchmark {name}: say NAME={path}, with one of {', '.join(METRICS)}")
         if name in results["scores"]:
             raise InputError(f"{spec}: a second file for {name}: score one at a time")
-        results["scores"][name] = METRICS[name](read_predictions(Path(path)))
+        try:
+            results["scores"][name] = METRICS[name](read_predictions(Path(path)))
+        except KeyError as error:
+            raise InputError(f"{path}: a row's split is {error}, which {name} does not have") from None
     show(results, out)
 
 

@@ -1,7 +1,7 @@
 """The benchmarks of the paper's Table 1, and VCR, as people have them on disk: questions, golds, images and prompts.
 
     LMUData/DocVQA_VAL.tsv                  VLMEvalKit's TSV: DocVQA, InfoVQA, ChartQA, TextVQA, TableVQABench, VCR
-    WTQ=DocDownstream-1.0/test/WikiTableQuestions_test.jsonl        DocDownstream's: all but TableVQABench and VCR
+    WTQ=DocDownstream-1.0/test/WikiTableQuestions_test.jsonl        DocDownstream's: DocVQA to ChartQA of Table 1
     VCR-easy=VCR-wiki-en-easy/data          VCR-wiki's parquet files: a folder, of which those of the test split count
     toy, toy=1000                           the toy's held-out documents: 200, or as many as one likes
 
@@ -31,6 +31,7 @@ FILE_NAMES = {"DocVQA": "docvqa", "InfoVQA": "infovqa|infographicsvqa", "DeepFor
               "WTQ": "wtq|wikitablequestions", "TabFact": "tabfact", "ChartQA": "chartqa", "TextVQA": "textvqa",
               "TableVQABench": "tablevqa", "VCR-easy": "vcr.*easy", "VCR-hard": "vcr.*hard"}
 SHORT = "\nAnswer the question using a single word or phrase."      # VLMEvalKit's, word for word
+TABLE_VQA_SPLITS = ["fintabnetqa", "vtabfact", "vwtq", "vwtq_syn"]
 REFERENCE = 64          # characters: an `image` cell that has no more is the index of the row whose image it shares
 
 
@@ -151,7 +152,9 @@ def tsv_benchmark(name: str, path: Path) -> Benchmark:
         row = dict(zip(header, record))
         if row["index"] in starts:
             raise InputError(f"{path}: two rows have the index {row['index']}")
-        split = row.get("split") or None
+        split = row.get("split", "").removeprefix("test_") or None      # ChartQA's test_human is its human
+        if name == "TableVQABench" and split not in TABLE_VQA_SPLITS:
+            raise InputError(f"{path}, index {row['index']}: its split is {split}, not {' or '.join(TABLE_VQA_SPLITS)}")
         rows.append(row_of(row["index"], row["question"], as_list(row["answer"]), split))
         prompts.append(tsv_prompt(name, row["question"], split))
         starts[row["index"]], image = start, row.get("image", "")
@@ -186,6 +189,9 @@ def jsonl_benchmark(name: str, path: Path) -> Benchmark:
 
     The model is asked what the file asks, as stage 3 has taught it.
     """
+    if name == "TextVQA":
+        raise InputError(f"{path}: TextVQA's accuracy needs the answers of ten people, DocDownstream has one of them: "
+                         "take VLMEvalKit's TextVQA_VAL.tsv")
     rows, files = [], []
     with path.open("rb") as file:
         for number, line in enumerate(file, 1):

@@ -109,7 +109,7 @@ def test_tsv_columns_in_any_order_paths_splits_and_line_ends(tmp_path):
     lines = ["split\tquestion\tanswer\tindex\timage_path", *map("\t".join, rows)]
     path.write_bytes("\ufeff".encode() + "".join(line + "\r\n" for line in lines).encode())
     benchmark = open_benchmark(str(path))
-    assert [row["split"] for row in benchmark.rows] == ["test_human", "test_augmented", None]
+    assert [row["split"] for row in benchmark.rows] == ["human", "augmented", None]
     assert [row["index"] for row in benchmark.rows] == ["5", "6", "8"] and benchmark.rows[2]["answers"] == ["1", "2"]
     shown = [benchmark.images(i) for i in range(3)]
     assert [len(images) for images in shown] == [1, 1, 2]
@@ -152,7 +152,7 @@ def write_doc_downstream(root, name, asked, image="./imgs/DUE_Benchmark/DocVQA/p
 
 @pytest.mark.parametrize("file, name", [
     ("DocVQA", "DocVQA"), ("InfographicsVQA", "InfoVQA"), ("DeepForm", "DeepForm"), ("KleisterCharity", "KLC"),
-    ("WikiTableQuestions", "WTQ"), ("TabFact", "TabFact"), ("ChartQA", "ChartQA"), ("TextVQA", "TextVQA")])
+    ("WikiTableQuestions", "WTQ"), ("TabFact", "TabFact"), ("ChartQA", "ChartQA")])
 def test_doc_downstreams_test_files(tmp_path, file, name):
     asked = [("what is «it»?", "1/8/93"), ("empty?", ""), ("two\u2028lines?", "None")]
     benchmark = open_benchmark(str(write_doc_downstream(tmp_path, file, asked)))
@@ -197,7 +197,8 @@ def test_damaged_and_odd_files_are_one_line_that_names_them(tmp_path, docvqa, mo
     good = docvqa.read_text(encoding="utf-8")
     cases = {"no column answer": good.replace("answer", "gold"), "no column index": "",
              "neither": good.replace("image", "picture"), "two rows": good.replace("\n7\t", "\n0\t"),
-             "fields, not 4": good + "13\tx\n", "not a single": good.splitlines()[0] + "\n", "columns up to": good + '14\t"' + base64_of(2),
+             "fields, not 4": good + "13\tx\n", "not a single": good.splitlines()[0] + "\n",
+             "columns up to": good + '14\t"' + base64_of(2),
              "UTF-8": good.encode() + b"\xff\xfe\t1\t2\t3\n"}
     for says, text in cases.items():
         docvqa.write_bytes(text if isinstance(text, bytes) else text.encode())
@@ -213,6 +214,13 @@ def test_damaged_and_odd_files_are_one_line_that_names_them(tmp_path, docvqa, mo
             benchmark.images(i)
         assert docvqa.name in str(error.value) and f"index {i}" in str(error.value) and "\n" not in str(error.value)
     assert same(benchmark.images(3)[0], picture(3)[0])
+
+    tables = write_tsv(tmp_path / "TableVQABench.tsv", ["index", "image", "question", "answer", "split"],
+                       [["0", base64_of(0), "q", "a", "vwtq"], ["1", "0", "q", "a", "other"]])
+    with pytest.raises(InputError, match="index 1: its split is other"):
+        open_benchmark(str(tables))
+    with pytest.raises(InputError, match="TextVQA_VAL.tsv"):
+        open_benchmark(str(write_doc_downstream(tmp_path, "TextVQA", [("q", "a")])))
 
     jsonl = write_doc_downstream(tmp_path, "WikiTableQuestions", [("q", "a"), ("r", "b")])
     lines = jsonl.read_text().splitlines()
@@ -352,6 +360,26 @@ def test_other_settings_are_refused_in_one_line(model, expected, tmp_path):
     assert (tmp_path / "toy.jsonl").read_bytes() == expected
 
 
+def test_ranks_share_the_samples(model, expected, tmp_path, monkeypatch):
+    """Two ranks in one process: where the first waits for the second, the second does its part."""
+    rank, asked, benchmark = [0], [], open_benchmark("toy=9")
+    page = benchmark.images
+    benchmark.images = lambda i: asked.append(i) or page(i)
+
+    def second():
+        if rank[0] == 0:
+            rank[0] = 1
+            assert evaluation.predict(*model, benchmark, str(tmp_path / "toy"), settings(), 2) == []
+            rank[0] = 0
+
+    monkeypatch.setattr(evaluation.dist, "get_rank", lambda: rank[0])
+    monkeypatch.setattr(evaluation.dist, "get_world_size", lambda: 2)
+    monkeypatch.setattr(evaluation.dist, "broadcast_object_list", lambda done: done.__setitem__(0, set()))
+    monkeypatch.setattr(evaluation.dist, "barrier", second)
+    evaluation.predict(*model, benchmark, str(tmp_path / "toy"), settings(), 2)
+    assert asked == [0, 2, 4, 6, 8, 1, 3, 5, 7] and (tmp_path / "toy.jsonl").read_bytes() == expected
+
+
 def test_two_ranks_write_the_file_that_one_does(folder, expected, tmp_path):
     """With torchrun, the whole command; noise, and a TSV beside the toy."""
     tsv = write_tsv(tmp_path / "DocVQA_VAL.tsv", ["index", "image", "question", "answer"], DOCVQA)
@@ -419,6 +447,7 @@ def test_bad_predictions_are_one_line(tmp_path):
             evaluation.score_files([str(path)], None)
     path.write_text(json.dumps(row))
     for specs, says in [([str(tmp_path / "none.jsonl")], "no benchmark none"), ([str(path)] * 2, "second"),
+                        ([f"TableVQABench={path}"], "split is None"),
                         ([f"KLC={tmp_path / 'none.jsonl'}"], "No such file"), ([f"Foo={path}"], "no benchmark Foo")]:
         with pytest.raises(InputError, match=says):
             evaluation.score_files(specs, None)
@@ -447,6 +476,7 @@ def test_averages_are_over_what_was_measured():
     rows = {line.split(" | ")[0].strip("|* "): line.strip(" |\n").split(" | ") for line in text.splitlines()}
     assert rows["ours"] == ["**ours**", "-", "-", "-", "30.00", "50.00", "-", "-", "-", "-", "-", "40.00"]
     assert rows["MLP, Llama-3.2-3B"][-2:] == ["53.06", f"{(33.36 + 28.94) / 2:.2f}"]
+    assert score_tables({"WTQ": 50.0, "KLC": 30.0, "TableVQABench": math.nan}, "ours") == text
     full = score_tables(dict.fromkeys(COLUMNS, 10.0) | {"VCR-hard": 1.0, "toy": 99.0}, "ours")
     for row in (" 10.00 |" * 11, " - | 1.00 |", " 99.00 |"):
         assert f"| **ours** |{row}\n" in full
