@@ -1,5 +1,4 @@
 """Evaluation: benchmarks as they are released, odd and damaged files, and predictions that nothing changes."""
-import argparse
 import base64
 import csv
 import io
