@@ -24,18 +24,9 @@ import torch
 from tqdm import tqdm
 
 from data import READ, Tokenizer, Turn, encode_chat
-from eval import answer, choose_align_vocab, use_align_vocab
+from eval import answer, default_model
 from model import AlignVLM, Llama
 from vision import InputError, read_image, tile
-
-
-def newest_checkpoint(out: Path = Path("out")) -> Path:
-    """The highest stage of the run that was trained last, of the runs out/*/stageN."""
-    stages = [path.parent for path in out.glob("*/stage[123]/config.json")]
-    if not stages:
-        raise InputError(f"no trained model under {out}/: run `python train.py` first, or name one with --checkpoint")
-    run = max(stages, key=lambda folder: (folder / "config.json").stat().st_mtime).parent
-    return max(folder for folder in stages if folder.parent == run)
 
 
 def chat(llm: Llama, tokenizer: Tokenizer, prompt: str, **generation) -> Iterator[list[str]]:
@@ -143,7 +134,7 @@ def main() -> None:
         sys.stdout.reconfigure(errors="replace")        # a terminal that cannot show a character is no reason to stop
     generation = {name: getattr(args, name) for name in ("max_new_tokens", "temperature", "top_p", "seed")}
     try:
-        folder = Path(args.llm or args.checkpoint or newest_checkpoint())
+        folder = Path(args.llm or args.checkpoint or default_model())
         model = (Llama if args.llm else AlignVLM).from_pretrained(folder, device=args.device).eval()
         tokenizer = Tokenizer(folder, (model if args.llm else model.llm).config.vocab_size)
         print(f"model: {folder} on {args.device}", file=sys.stderr)
