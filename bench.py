@@ -24,6 +24,7 @@ import tempfile
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -34,7 +35,7 @@ from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
 
-from connector import BLOCK_BYTES, CACHE_BYTES, Align
+from connector import BLOCK_BYTES, CACHE_BYTES, MLP, Align
 from eval import keep_heap
 from model import (ALIGNVLM_PRESETS, IGNORE, IMAGE, LOGITS, AlignVLM, AlignVLMConfig, Llama, LlamaConfig,
                    read_llama)
@@ -267,7 +268,7 @@ def train(args) -> Iterator[dict]:
     keep_heap()
     dtype, rng, (B, T) = BF16 if GPU else FP32, random.Random(0), (2, 10) if args.preset else (8, 1)
     model = random_vlm(args, dtype)
-    config, N = model.config, T * model.config.vision.n_patches
+    config, N = model.config, T * model.config.tile_tokens
     texts = [torch.randint(config.llm.vocab_size, (rng.randint(40, 96),)) for _ in range(B)]
     pixels = torch.randn(B * T, 3, config.vision.image_size, config.vision.image_size, device=DEVICE, dtype=dtype)
     samples = [torch.cat([torch.full((N,), IMAGE), text]) for text in texts]
@@ -345,18 +346,16 @@ def answer(args) -> Iterator[dict]:
     """A page and 16 words, 32 tokens of answer: with Align, and (theirs) with an MLP connector in its place."""
     dtype, T = BF16 if GPU else FP32, 10 if args.preset else 1
     model = random_vlm(args, dtype)
-    v, d, D = model.config.vision, model.config.vision.hidden_size, model.config.llm.hidden_size
-    mlp = nn.Sequential(nn.Linear(d, D), nn.GELU(), nn.Linear(D, D)).to(DEVICE, dtype)
-    tokens = torch.cat([torch.full((T * v.n_patches,), IMAGE), torch.arange(16)])
+    v = model.config.vision
+    align, mlp = model.connector.forward, MLP(v.hidden_size, model.config.llm.hidden_size).to(DEVICE, dtype)
+    tokens = torch.cat([torch.full((T * model.config.tile_tokens,), IMAGE), torch.arange(16)])
     pixels = torch.randn(T, 3, v.image_size, v.image_size)
 
     def generate(connect: Callable) -> None:
         model.connector.forward = connect
         list(model.generate([tokens], [pixels], set(), 32))
 
-    align = model.connector.forward
-    yield row("answer-mlp", *alternate(lambda: generate(align), lambda: generate(lambda F, E_text: mlp(F)),
-                                       args.repeats))
+    yield row("answer-mlp", *alternate(lambda: generate(align), lambda: generate(mlp), args.repeats))
 
 
 def load(args) -> Iterator[dict]:
@@ -395,21 +394,26 @@ def step_flops(config: AlignVLMConfig, trainable: tuple[str, ...], counts: Count
     A token's product with a matrix of n numbers is 2 n; backward as much again for the weights' gradient, if they
     train, and for the input's, if anything trains up to here.
     """
-    v, l = config.vision, config.llm
-    D, V, q, visual = l.hidden_size, l.vocab_size, l.n_heads * l.head_dim, counts["tiles"] * v.n_patches
-    vision_layer = 4 * v.hidden_size ** 2 + 2 * v.hidden_size * v.intermediate_size + 2 * v.n_patches * v.hidden_size
+    v, l, c = config.vision, config.llm, config.connector
+    d, D, V, q, N = v.hidden_size, l.hidden_size, l.vocab_size, l.n_heads * l.head_dim, v.n_patches
+    vision_layer = 4 * d ** 2 + 2 * d * v.intermediate_size + 2 * N * d
     llm_layer = 2 * D * (q + l.n_kv_heads * l.head_dim) + 3 * D * l.intermediate_size
-    forward = {
-        "vision": 2 * visual * (v.n_layers * vision_layer + 3 * v.patch_size ** 2 * v.hidden_size),
-        "connector": 2 * visual * (v.hidden_size * D + D * V),
-        # The product with E_text, and the head; attention is causal, half of 2 q L^2.
-        "llm": 2 * (visual + counts["supervised"]) * D * V
-        + 2 * l.n_layers * (counts["tokens"] * llm_layer + counts["squares"] * q),
-    }
+    asking, seen, K = c.n_heads * c.head_dim, c.n_kv_heads * c.head_dim, c.table_size
+    resampler = (c.n_latents * (2 * D * asking + 12 * D ** 2)
+                 + (N + c.n_latents) * (2 * D * seen + 2 * c.n_latents * asking))
+    # A tile's products with F itself, whose gradient only the vision encoder needs, and what follows.
+    first, then = {"align": (N * d * D, N * D * V), "mlp": (N * d * D, N * D ** 2), "ovis": (N * d * K, N * K * D),
+                   "perceiver": (8 * N * d * D, 4 * N * D ** 2 + c.depth * resampler)}[c.kind]
+    tiles = counts["tiles"]
+    products = [
+        ("vision", tiles * N * 3 * v.patch_size ** 2 * d), ("vision", tiles * N * v.n_layers * vision_layer),
+        ("connector", tiles * first), ("connector", tiles * then), ("llm", tiles * N * D * V * (c.kind == "align")),
+        # Attention is causal, half of 2 q L^2.
+        ("llm", counts["supervised"] * D * V + l.n_layers * (counts["tokens"] * llm_layer + counts["squares"] * q))]
     flops, any_before = 0, False
-    for name, n in forward.items():
+    for name, n in products:
+        flops += 2 * n * (1 + (name in trainable) + any_before)
         any_before = any_before or name in trainable
-        flops += n * (1 + (name in trainable) + any_before)
     return flops
 
 
@@ -439,7 +443,7 @@ def memory(config: AlignVLMConfig, trainable: tuple[str, ...], ranks: int, token
     with torch.device("meta"):
         model = AlignVLM(config)
     n = {name: sum(p.numel() for p in module.parameters()) for name, module in model.named_children()}
-    v, l = config.vision, config.llm
+    v, l, c = config.vision, config.llm, config.connector
     D, q, kv, visual = l.hidden_size, l.n_heads * l.head_dim, l.n_kv_heads * l.head_dim, tiles * v.n_patches
     vision_block, llm_block = (sum(p.numel() for p in layers[0].parameters())
                                for layers in (model.vision.encoder["layers"], model.llm.layers))
@@ -456,15 +460,20 @@ def memory(config: AlignVLMConfig, trainable: tuple[str, ...], ranks: int, token
                        + v.n_layers * visual * size * v.hidden_size * ("vision" in trainable))
     else:
         activations = l.n_layers * llm_keeps + v.n_layers * vision_keeps
+    # Of Align and Ovis one matrix is wide, but never whole; of the others what autograd keeps is.
+    wide = {"align": l.vocab_size, "ovis": c.table_size}.get(c.kind, 0)
+    latents = tiles * c.n_latents * c.depth * (24 * D + 2 * c.head_dim * (c.n_heads + c.n_kv_heads))
+    connector_keeps = {"align": 3 * visual * D, "mlp": 3 * visual * D, "ovis": visual * D, "perceiver":
+                       visual * (17 * D + 2 * c.depth * (D + c.n_kv_heads * c.head_dim)) + latents}[c.kind]
     return {
         "parameters": 4 * sum(n.values()) / ranks,
         "gradients": 4 * training / ranks,
         "optimizer": 8 * training / ranks,
         "gathered": sum(whole) if ranks > 1 or size == 2 else 0,
         "activations": activations,
-        # connector.Mixture: its inputs, its blocks of two (n, V), and one or two fp32 copies of a few rows.
-        "connector": (visual * 3 * size * D + min(BLOCK_BYTES, 2 * size * sixteens * l.vocab_size)
-                      + 1.5 * min(CACHE_BYTES if size > 2 else BLOCK_BYTES // 4, 4 * visual * l.vocab_size)),
+        # With connector.Mixture: its inputs, its blocks of two (n, V), and one or two fp32 copies of a few rows.
+        "connector": (size * connector_keeps + min(BLOCK_BYTES, 2 * size * sixteens * wide)
+                      + 1.5 * min(CACHE_BYTES if size > 2 else BLOCK_BYTES // 4, 4 * visual * wide)),
         "head": min(supervised * l.vocab_size, LOGITS) * (size + 8),        # logits, in fp32, and their gradient
         "data": tiles * 3 * v.image_size ** 2 * 4,
     }
@@ -476,12 +485,13 @@ def plan(args, recipes: dict) -> None:
     config = ALIGNVLM_PRESETS[preset]
     if args.llm:
         config = AlignVLMConfig(read_siglip(args.vision)[0], read_llama(args.llm)[0])
-    v, ranks = config.vision, min(args.shard_size or args.gpus, args.gpus)
+    config = replace(config, connector=replace(config.connector, **args.connector))
+    ranks = min(args.shard_size or args.gpus, args.gpus)
     for stage in [args.stage] if args.stage is not None else [stage for stage in recipes[args.preset] if stage > 0]:
         recipe = recipes[args.preset][stage]
         samples, tiles, text, answer = (SMALL_SAMPLES if args.preset == "low-resource" else SAMPLES)[stage]
         tiles = tiles or (1 if args.max_tiles == 1 else args.max_tiles + 1)
-        length = tiles * v.n_patches + text
+        length = tiles * config.tile_tokens + text
         batch, row_tokens = args.batch_size or recipe.batch_size, args.row_tokens or recipe.row_tokens
         share = math.ceil(batch / args.gpus)            # samples of a GPU in a step
         print(f"\nstage {stage} of {args.preset} on {args.gpus} GPUs, one copy on {ranks} of them: "
