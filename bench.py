@@ -37,8 +37,7 @@ from torch.nn.utils.rnn import pad_sequence
 
 from connector import BLOCK_BYTES, CACHE_BYTES, MLP, Align
 from eval import keep_heap
-from model import (ALIGNVLM_PRESETS, IGNORE, IMAGE, LOGITS, AlignVLM, AlignVLMConfig, Llama, LlamaConfig,
-                   read_llama)
+from model import ALIGNVLM_PRESETS, IGNORE, IMAGE, LOGITS, AlignVLM, AlignVLMConfig, Llama, LlamaConfig, read_llama
 from vision import SIGLIP_PRESETS, InputError, SigLIP, SigLIPConfig, read_image, read_siglip, tile, tile_boxes
 
 GPU = torch.cuda.is_available()
@@ -346,8 +345,8 @@ def answer(args) -> Iterator[dict]:
     """A page and 16 words, 32 tokens of answer: with Align, and (theirs) with an MLP connector in its place."""
     dtype, T = BF16 if GPU else FP32, 10 if args.preset else 1
     model = random_vlm(args, dtype)
-    v = model.config.vision
-    align, mlp = model.connector.forward, MLP(v.hidden_size, model.config.llm.hidden_size).to(DEVICE, dtype)
+    v, align = model.config.vision, model.connector.forward
+    mlp = MLP(v.hidden_size, model.config.llm.hidden_size).to(DEVICE, dtype)
     tokens = torch.cat([torch.full((T * model.config.tile_tokens,), IMAGE), torch.arange(16)])
     pixels = torch.randn(T, 3, v.image_size, v.image_size)
 
@@ -390,25 +389,22 @@ SMALL_SAMPLES = {1: (558_000, 1, 64, 32), 2: (779_000, 5, 384, 256)}        # lo
 def step_flops(config: AlignVLMConfig, trainable: tuple[str, ...], counts: Counter) -> float:
     """Floating-point operations of a training step by the model's formula, recomputation not counted.
 
-    counts: tokens, supervised, tiles and squares (the sum of the samples' squared lengths), as train.in_step has them.
-    A token's product with a matrix of n numbers is 2 n; backward as much again for the weights' gradient, if they
-    train, and for the input's, if anything trains up to here.
+    counts: train.in_step's. A token's product with a matrix of n numbers is 2 n; backward as much again for the
+    weights' gradient, if they train, and for the input's, if anything before does.
     """
     v, l, c = config.vision, config.llm, config.connector
     d, D, V, q, N = v.hidden_size, l.hidden_size, l.vocab_size, l.n_heads * l.head_dim, v.n_patches
     vision_layer = 4 * d ** 2 + 2 * d * v.intermediate_size + 2 * N * d
     llm_layer = 2 * D * (q + l.n_kv_heads * l.head_dim) + 3 * D * l.intermediate_size
-    asking, seen, K = c.n_heads * c.head_dim, c.n_kv_heads * c.head_dim, c.table_size
+    tiles, asking, seen, K = counts["tiles"], c.n_heads * c.head_dim, c.n_kv_heads * c.head_dim, c.table_size
     resampler = (c.n_latents * (2 * D * asking + 12 * D ** 2)
                  + (N + c.n_latents) * (2 * D * seen + 2 * c.n_latents * asking))
     # A tile's products with F itself, whose gradient only the vision encoder needs, and what follows.
     first, then = {"align": (N * d * D, N * D * V), "mlp": (N * d * D, N * D ** 2), "ovis": (N * d * K, N * K * D),
                    "perceiver": (8 * N * d * D, 4 * N * D ** 2 + c.depth * resampler)}[c.kind]
-    tiles = counts["tiles"]
-    products = [
+    products = [        # in their order; attention is causal, half of 2 q L^2
         ("vision", tiles * N * 3 * v.patch_size ** 2 * d), ("vision", tiles * N * v.n_layers * vision_layer),
         ("connector", tiles * first), ("connector", tiles * then), ("llm", tiles * N * D * V * (c.kind == "align")),
-        # Attention is causal, half of 2 q L^2.
         ("llm", counts["supervised"] * D * V + l.n_layers * (counts["tokens"] * llm_layer + counts["squares"] * q))]
     flops, any_before = 0, False
     for name, n in products:
@@ -447,7 +443,6 @@ def memory(config: AlignVLMConfig, trainable: tuple[str, ...], ranks: int, token
     D, q, kv, visual = l.hidden_size, l.n_heads * l.head_dim, l.n_kv_heads * l.head_dim, tiles * v.n_patches
     vision_block, llm_block = (sum(p.numel() for p in layers[0].parameters())
                                for layers in (model.vision.encoder["layers"], model.llm.layers))
-    sixteens = 16 * math.ceil(visual / 16)
     root, training = n["llm"] - l.n_layers * llm_block, sum(n[name] for name in trainable)
     # A unit is whole while it runs, and the next one is fetched; its gradient is whole until it is summed in fp32. The
     # root (word embedding, head) stays whole, and so does its gradient. One process alone computes on its own weights.
@@ -455,24 +450,23 @@ def memory(config: AlignVLMConfig, trainable: tuple[str, ...], ranks: int, token
              (size + 4) * (root * ("llm" in trainable) + max(vision_block, llm_block, n["connector"]))]
     llm_keeps = tokens * (2 * max(4, size) * D + size * (4 * D + 3 * q + 2 * kv + 4 * l.intermediate_size))
     vision_keeps = visual * size * (8 * v.hidden_size + 2 * v.intermediate_size) * ("vision" in trainable)
+    activations = l.n_layers * llm_keeps + v.n_layers * vision_keeps
     if recompute:
         activations = (l.n_layers * tokens * size * D + max(llm_keeps, vision_keeps)
                        + v.n_layers * visual * size * v.hidden_size * ("vision" in trainable))
-    else:
-        activations = l.n_layers * llm_keeps + v.n_layers * vision_keeps
-    # Of Align and Ovis one matrix is wide, but never whole; of the others what autograd keeps is.
-    wide = {"align": l.vocab_size, "ovis": c.table_size}.get(c.kind, 0)
-    latents = tiles * c.n_latents * c.depth * (24 * D + 2 * c.head_dim * (c.n_heads + c.n_kv_heads))
-    connector_keeps = {"align": 3 * visual * D, "mlp": 3 * visual * D, "ovis": visual * D, "perceiver":
-                       visual * (17 * D + 2 * c.depth * (D + c.n_kv_heads * c.head_dim)) + latents}[c.kind]
+    wide = {"align": l.vocab_size, "ovis": c.table_size}.get(c.kind, 0)        # a row of what Mixture makes
+    connector_keeps = visual * D * {"align": 3, "mlp": 3, "ovis": 1, "perceiver": 17 + 2 * c.depth}[c.kind]
+    if c.kind == "perceiver":       # keys and values of the features, and all that is done with the latents
+        connector_keeps += 2 * c.depth * (visual * c.n_kv_heads * c.head_dim + tiles * c.n_latents * (
+            12 * D + c.head_dim * (c.n_heads + c.n_kv_heads)))
     return {
         "parameters": 4 * sum(n.values()) / ranks,
         "gradients": 4 * training / ranks,
         "optimizer": 8 * training / ranks,
         "gathered": sum(whole) if ranks > 1 or size == 2 else 0,
         "activations": activations,
-        # With connector.Mixture: its inputs, its blocks of two (n, V), and one or two fp32 copies of a few rows.
-        "connector": (size * connector_keeps + min(BLOCK_BYTES, 2 * size * sixteens * wide)
+        # What it keeps; connector.Mixture's blocks of two (n, V), and one or two fp32 copies of a few rows.
+        "connector": (size * connector_keeps + min(BLOCK_BYTES, 2 * size * 16 * math.ceil(visual / 16) * wide)
                       + 1.5 * min(CACHE_BYTES if size > 2 else BLOCK_BYTES // 4, 4 * visual * wide)),
         "head": min(supervised * l.vocab_size, LOGITS) * (size + 8),        # logits, in fp32, and their gradient
         "data": tiles * 3 * v.image_size ** 2 * 4,
@@ -481,8 +475,7 @@ def memory(config: AlignVLMConfig, trainable: tuple[str, ...], ranks: int, token
 
 def plan(args, recipes: dict) -> None:
     """Print what --stage (or each) of a preset takes on --gpus: memory per GPU, FLOPs and time of a step, days."""
-    preset = args.preset if args.preset in ALIGNVLM_PRESETS else "llama-3.2-1b"
-    config = ALIGNVLM_PRESETS[preset]
+    config = ALIGNVLM_PRESETS.get(args.preset, ALIGNVLM_PRESETS["llama-3.2-1b"])
     if args.llm:
         config = AlignVLMConfig(read_siglip(args.vision)[0], read_llama(args.llm)[0])
     config = replace(config, connector=replace(config.connector, **args.connector))
