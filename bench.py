@@ -369,9 +369,8 @@ def load(args) -> Iterator[dict]:
             for p in model.parameters():        # a mapped file is not in memory before every page of it was read
                 p.flatten()[::2048].max()
 
-        theirs = transformers.LlamaForCausalLM
         times = alternate(lambda: loaded(Llama.from_pretrained(folder, device=DEVICE)),
-                          lambda: loaded(theirs.from_pretrained(folder, dtype="auto").to(DEVICE)), args.repeats)
+                          lambda: loaded(transformers.LlamaForCausalLM.from_pretrained(folder, dtype="auto").to(DEVICE)), args.repeats)
         yield row("load", *times, alternate(lambda: numbers.clone(), None, 5)[0])
 
 
@@ -486,13 +485,12 @@ def plan(args, recipes: dict) -> None:
         tiles = tiles or (1 if args.max_tiles == 1 else args.max_tiles + 1)
         length = tiles * config.tile_tokens + text
         batch, row_tokens = args.batch_size or recipe.batch_size, args.row_tokens or recipe.row_tokens
-        share = math.ceil(batch / args.gpus)            # samples of a GPU in a step
         print(f"\nstage {stage} of {args.preset} on {args.gpus} GPUs, one copy on {ranks} of them: "
               f"{' + '.join(recipe.trainable)} trained, {batch} samples a step, each of {tiles} tiles and {text} "
               f"tokens of text ({length:,} tokens)")
         for options, recompute, most in [("as asked", args.recompute, row_tokens), ("--recompute", True, row_tokens),
                                          (f"--recompute --row-tokens {length}", True, length)]:
-            in_row = max(1, min(share, most // length))
+            in_row = max(1, min(math.ceil(batch / args.gpus), most // length))      # a GPU's share of a step, at most
             parts = memory(config, recipe.trainable, ranks, in_row * length, in_row * tiles, in_row * answer, recompute)
             total = sum(parts.values()) / 1e9
             fits = total <= 0.9 * args.gpu_memory       # the rest is for CUDA, NCCL and fragments

@@ -10,6 +10,7 @@ import unittest.mock
 from collections import Counter
 from dataclasses import replace
 from datetime import timedelta
+from pathlib import Path
 
 import pytest
 import torch
@@ -18,6 +19,8 @@ import transformers
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 from transformers.models.idefics2.modeling_idefics2 import Idefics2Connector
+
+sys.path[:0] = [str(Path(__file__).parent), str(Path(__file__).parent.parent)]
 
 import connector as connector_py
 import sample as sample_py
@@ -114,6 +117,7 @@ def test_perceiver_is_idefics2s(T, N, d, D, config):
     settings = idefics2(D, config)
     settings.vision_config.hidden_size, settings.perceiver_config.hidden_size = d, D
     settings.text_config.hidden_size, settings.text_config.intermediate_size = D, 4 * D
+    settings.perceiver_config.rms_norm_eps = 1e-6       # as released; the line that mends the size takes the LLM's
     settings._attn_implementation = "sdpa"
     ours, theirs = randomise(Perceiver(d, D, config)), Idefics2Connector(settings)
     theirs.load_state_dict({their_name(k): p for k, p in ours.state_dict().items()})
