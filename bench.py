@@ -359,7 +359,7 @@ def answer(args) -> Iterator[dict]:
 
 def load(args) -> Iterator[dict]:
     """A folder in hub format, in bf16, into a model that is in memory; the ceiling is a copy of as many bytes."""
-    import transformers
+    from transformers import LlamaForCausalLM
     with tempfile.TemporaryDirectory() as folder:
         llm = our_llama(args, BF16)
         their_llama(llm).save_pretrained(folder)
@@ -370,7 +370,8 @@ def load(args) -> Iterator[dict]:
                 p.flatten()[::2048].max()
 
         times = alternate(lambda: loaded(Llama.from_pretrained(folder, device=DEVICE)),
-                          lambda: loaded(transformers.LlamaForCausalLM.from_pretrained(folder, dtype="auto").to(DEVICE)), args.repeats)
+                          lambda: loaded(LlamaForCausalLM.from_pretrained(folder, dtype="auto").to(DEVICE)),
+                          args.repeats)
         yield row("load", *times, alternate(lambda: numbers.clone(), None, 5)[0])
 
 
@@ -474,11 +475,10 @@ def memory(config: AlignVLMConfig, trainable: tuple[str, ...], ranks: int, token
 
 def plan(args, recipes: dict) -> None:
     """Print what --stage (or each) of a preset takes on --gpus: memory per GPU, FLOPs and time of a step, days."""
-    config = ALIGNVLM_PRESETS.get(args.preset, ALIGNVLM_PRESETS["llama-3.2-1b"])
+    config = copy.copy(ALIGNVLM_PRESETS.get(args.preset, ALIGNVLM_PRESETS["llama-3.2-1b"]))
     if args.llm:
         config = AlignVLMConfig(read_siglip(args.vision)[0], read_llama(args.llm)[0])
-    config = replace(config, connector=replace(config.connector, **args.connector))
-    ranks = min(args.shard_size or args.gpus, args.gpus)
+    config.connector, ranks = replace(config.connector, **args.connector), min(args.shard_size or args.gpus, args.gpus)
     for stage in [args.stage] if args.stage is not None else [stage for stage in recipes[args.preset] if stage > 0]:
         recipe = recipes[args.preset][stage]
         samples, tiles, text, answer = (SMALL_SAMPLES if args.preset == "low-resource" else SAMPLES)[stage]
