@@ -24,6 +24,7 @@ import tempfile
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -34,10 +35,9 @@ from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
 
-from connector import BLOCK_BYTES, CACHE_BYTES, Align
+from connector import BLOCK_BYTES, CACHE_BYTES, MLP, Align
 from eval import keep_heap
-from model import (ALIGNVLM_PRESETS, IGNORE, IMAGE, LOGITS, AlignVLM, AlignVLMConfig, Llama, LlamaConfig,
-                   read_llama)
+from model import ALIGNVLM_PRESETS, IGNORE, IMAGE, LOGITS, AlignVLM, AlignVLMConfig, Llama, LlamaConfig, read_llama
 from vision import SIGLIP_PRESETS, InputError, SigLIP, SigLIPConfig, read_image, read_siglip, tile, tile_boxes
 
 GPU = torch.cuda.is_available()
@@ -267,7 +267,7 @@ def train(args) -> Iterator[dict]:
     keep_heap()
     dtype, rng, (B, T) = BF16 if GPU else FP32, random.Random(0), (2, 10) if args.preset else (8, 1)
     model = random_vlm(args, dtype)
-    config, N = model.config, T * model.config.vision.n_patches
+    config, N = model.config, T * model.config.tile_tokens
     texts = [torch.randint(config.llm.vocab_size, (rng.randint(40, 96),)) for _ in range(B)]
     pixels = torch.randn(B * T, 3, config.vision.image_size, config.vision.image_size, device=DEVICE, dtype=dtype)
     samples = [torch.cat([torch.full((N,), IMAGE), text]) for text in texts]
@@ -345,23 +345,21 @@ def answer(args) -> Iterator[dict]:
     """A page and 16 words, 32 tokens of answer: with Align, and (theirs) with an MLP connector in its place."""
     dtype, T = BF16 if GPU else FP32, 10 if args.preset else 1
     model = random_vlm(args, dtype)
-    v, d, D = model.config.vision, model.config.vision.hidden_size, model.config.llm.hidden_size
-    mlp = nn.Sequential(nn.Linear(d, D), nn.GELU(), nn.Linear(D, D)).to(DEVICE, dtype)
-    tokens = torch.cat([torch.full((T * v.n_patches,), IMAGE), torch.arange(16)])
+    v, align = model.config.vision, model.connector.forward
+    mlp = MLP(v.hidden_size, model.config.llm.hidden_size).to(DEVICE, dtype)
+    tokens = torch.cat([torch.full((T * model.config.tile_tokens,), IMAGE), torch.arange(16)])
     pixels = torch.randn(T, 3, v.image_size, v.image_size)
 
     def generate(connect: Callable) -> None:
         model.connector.forward = connect
         list(model.generate([tokens], [pixels], set(), 32))
 
-    align = model.connector.forward
-    yield row("answer-mlp", *alternate(lambda: generate(align), lambda: generate(lambda F, E_text: mlp(F)),
-                                       args.repeats))
+    yield row("answer-mlp", *alternate(lambda: generate(align), lambda: generate(mlp), args.repeats))
 
 
 def load(args) -> Iterator[dict]:
     """A folder in hub format, in bf16, into a model that is in memory; the ceiling is a copy of as many bytes."""
-    import transformers
+    from transformers import LlamaForCausalLM
     with tempfile.TemporaryDirectory() as folder:
         llm = our_llama(args, BF16)
         their_llama(llm).save_pretrained(folder)
@@ -371,9 +369,9 @@ def load(args) -> Iterator[dict]:
             for p in model.parameters():        # a mapped file is not in memory before every page of it was read
                 p.flatten()[::2048].max()
 
-        theirs = transformers.LlamaForCausalLM
         times = alternate(lambda: loaded(Llama.from_pretrained(folder, device=DEVICE)),
-                          lambda: loaded(theirs.from_pretrained(folder, dtype="auto").to(DEVICE)), args.repeats)
+                          lambda: loaded(LlamaForCausalLM.from_pretrained(folder, dtype="auto").to(DEVICE)),
+                          args.repeats)
         yield row("load", *times, alternate(lambda: numbers.clone(), None, 5)[0])
 
 
@@ -391,25 +389,27 @@ SMALL_SAMPLES = {1: (558_000, 1, 64, 32), 2: (779_000, 5, 384, 256)}        # lo
 def step_flops(config: AlignVLMConfig, trainable: tuple[str, ...], counts: Counter) -> float:
     """Floating-point operations of a training step by the model's formula, recomputation not counted.
 
-    counts: tokens, supervised, tiles and squares (the sum of the samples' squared lengths), as train.in_step has them.
-    A token's product with a matrix of n numbers is 2 n; backward as much again for the weights' gradient, if they
-    train, and for the input's, if anything trains up to here.
+    counts: train.in_step's. A token's product with a matrix of n numbers is 2 n; backward as much again for the
+    weights' gradient, if they train, and for the input's, if anything before does.
     """
-    v, l = config.vision, config.llm
-    D, V, q, visual = l.hidden_size, l.vocab_size, l.n_heads * l.head_dim, counts["tiles"] * v.n_patches
-    vision_layer = 4 * v.hidden_size ** 2 + 2 * v.hidden_size * v.intermediate_size + 2 * v.n_patches * v.hidden_size
+    v, l, c = config.vision, config.llm, config.connector
+    d, D, V, q, N = v.hidden_size, l.hidden_size, l.vocab_size, l.n_heads * l.head_dim, v.n_patches
+    vision_layer = 4 * d ** 2 + 2 * d * v.intermediate_size + 2 * N * d
     llm_layer = 2 * D * (q + l.n_kv_heads * l.head_dim) + 3 * D * l.intermediate_size
-    forward = {
-        "vision": 2 * visual * (v.n_layers * vision_layer + 3 * v.patch_size ** 2 * v.hidden_size),
-        "connector": 2 * visual * (v.hidden_size * D + D * V),
-        # The product with E_text, and the head; attention is causal, half of 2 q L^2.
-        "llm": 2 * (visual + counts["supervised"]) * D * V
-        + 2 * l.n_layers * (counts["tokens"] * llm_layer + counts["squares"] * q),
-    }
+    tiles, asking, seen, K = counts["tiles"], c.n_heads * c.head_dim, c.n_kv_heads * c.head_dim, c.table_size
+    resampler = (c.n_latents * (2 * D * asking + 12 * D ** 2)
+                 + (N + c.n_latents) * (2 * D * seen + 2 * c.n_latents * asking))
+    # A tile's products with F itself, whose gradient only the vision encoder needs, and what follows.
+    first, then = {"align": (N * d * D, N * D * V), "mlp": (N * d * D, N * D ** 2), "ovis": (N * d * K, N * K * D),
+                   "perceiver": (8 * N * d * D, 4 * N * D ** 2 + c.depth * resampler)}[c.kind]
+    products = [        # in their order; attention is causal, half of 2 q L^2
+        ("vision", tiles * N * 3 * v.patch_size ** 2 * d), ("vision", tiles * N * v.n_layers * vision_layer),
+        ("connector", tiles * first), ("connector", tiles * then), ("llm", tiles * N * D * V * (c.kind == "align")),
+        ("llm", counts["supervised"] * D * V + l.n_layers * (counts["tokens"] * llm_layer + counts["squares"] * q))]
     flops, any_before = 0, False
-    for name, n in forward.items():
+    for name, n in products:
+        flops += 2 * n * (1 + (name in trainable) + any_before)
         any_before = any_before or name in trainable
-        flops += n * (1 + (name in trainable) + any_before)
     return flops
 
 
@@ -439,11 +439,10 @@ def memory(config: AlignVLMConfig, trainable: tuple[str, ...], ranks: int, token
     with torch.device("meta"):
         model = AlignVLM(config)
     n = {name: sum(p.numel() for p in module.parameters()) for name, module in model.named_children()}
-    v, l = config.vision, config.llm
+    v, l, c = config.vision, config.llm, config.connector
     D, q, kv, visual = l.hidden_size, l.n_heads * l.head_dim, l.n_kv_heads * l.head_dim, tiles * v.n_patches
     vision_block, llm_block = (sum(p.numel() for p in layers[0].parameters())
                                for layers in (model.vision.encoder["layers"], model.llm.layers))
-    sixteens = 16 * math.ceil(visual / 16)
     root, training = n["llm"] - l.n_layers * llm_block, sum(n[name] for name in trainable)
     # A unit is whole while it runs, and the next one is fetched; its gradient is whole until it is summed in fp32. The
     # root (word embedding, head) stays whole, and so does its gradient. One process alone computes on its own weights.
@@ -451,20 +450,24 @@ def memory(config: AlignVLMConfig, trainable: tuple[str, ...], ranks: int, token
              (size + 4) * (root * ("llm" in trainable) + max(vision_block, llm_block, n["connector"]))]
     llm_keeps = tokens * (2 * max(4, size) * D + size * (4 * D + 3 * q + 2 * kv + 4 * l.intermediate_size))
     vision_keeps = visual * size * (8 * v.hidden_size + 2 * v.intermediate_size) * ("vision" in trainable)
+    activations = l.n_layers * llm_keeps + v.n_layers * vision_keeps
     if recompute:
         activations = (l.n_layers * tokens * size * D + max(llm_keeps, vision_keeps)
                        + v.n_layers * visual * size * v.hidden_size * ("vision" in trainable))
-    else:
-        activations = l.n_layers * llm_keeps + v.n_layers * vision_keeps
+    wide = {"align": l.vocab_size, "ovis": c.table_size}.get(c.kind, 0)        # a row of what Mixture makes
+    connector_keeps = visual * D * {"align": 3, "mlp": 3, "ovis": 1, "perceiver": 17 + 2 * c.depth}[c.kind]
+    if c.kind == "perceiver":       # keys and values of the features, and all that is done with the latents
+        connector_keeps += 2 * c.depth * (visual * c.n_kv_heads * c.head_dim + tiles * c.n_latents * (
+            12 * D + c.head_dim * (c.n_heads + c.n_kv_heads)))
     return {
         "parameters": 4 * sum(n.values()) / ranks,
         "gradients": 4 * training / ranks,
         "optimizer": 8 * training / ranks,
         "gathered": sum(whole) if ranks > 1 or size == 2 else 0,
         "activations": activations,
-        # connector.Mixture: its inputs, its blocks of two (n, V), and one or two fp32 copies of a few rows.
-        "connector": (visual * 3 * size * D + min(BLOCK_BYTES, 2 * size * sixteens * l.vocab_size)
-                      + 1.5 * min(CACHE_BYTES if size > 2 else BLOCK_BYTES // 4, 4 * visual * l.vocab_size)),
+        # What it keeps; connector.Mixture's blocks of two (n, V), and one or two fp32 copies of a few rows.
+        "connector": (size * connector_keeps + min(BLOCK_BYTES, 2 * size * 16 * math.ceil(visual / 16) * wide)
+                      + 1.5 * min(CACHE_BYTES if size > 2 else BLOCK_BYTES // 4, 4 * visual * wide)),
         "head": min(supervised * l.vocab_size, LOGITS) * (size + 8),        # logits, in fp32, and their gradient
         "data": tiles * 3 * v.image_size ** 2 * 4,
     }
@@ -472,24 +475,22 @@ def memory(config: AlignVLMConfig, trainable: tuple[str, ...], ranks: int, token
 
 def plan(args, recipes: dict) -> None:
     """Print what --stage (or each) of a preset takes on --gpus: memory per GPU, FLOPs and time of a step, days."""
-    preset = args.preset if args.preset in ALIGNVLM_PRESETS else "llama-3.2-1b"
-    config = ALIGNVLM_PRESETS[preset]
+    config = copy.copy(ALIGNVLM_PRESETS.get(args.preset, ALIGNVLM_PRESETS["llama-3.2-1b"]))
     if args.llm:
         config = AlignVLMConfig(read_siglip(args.vision)[0], read_llama(args.llm)[0])
-    v, ranks = config.vision, min(args.shard_size or args.gpus, args.gpus)
+    config.connector, ranks = replace(config.connector, **args.connector), min(args.shard_size or args.gpus, args.gpus)
     for stage in [args.stage] if args.stage is not None else [stage for stage in recipes[args.preset] if stage > 0]:
         recipe = recipes[args.preset][stage]
         samples, tiles, text, answer = (SMALL_SAMPLES if args.preset == "low-resource" else SAMPLES)[stage]
         tiles = tiles or (1 if args.max_tiles == 1 else args.max_tiles + 1)
-        length = tiles * v.n_patches + text
+        length = tiles * config.tile_tokens + text
         batch, row_tokens = args.batch_size or recipe.batch_size, args.row_tokens or recipe.row_tokens
-        share = math.ceil(batch / args.gpus)            # samples of a GPU in a step
         print(f"\nstage {stage} of {args.preset} on {args.gpus} GPUs, one copy on {ranks} of them: "
               f"{' + '.join(recipe.trainable)} trained, {batch} samples a step, each of {tiles} tiles and {text} "
               f"tokens of text ({length:,} tokens)")
         for options, recompute, most in [("as asked", args.recompute, row_tokens), ("--recompute", True, row_tokens),
                                          (f"--recompute --row-tokens {length}", True, length)]:
-            in_row = max(1, min(share, most // length))
+            in_row = max(1, min(math.ceil(batch / args.gpus), most // length))      # a GPU's share of a step, at most
             parts = memory(config, recipe.trainable, ranks, in_row * length, in_row * tiles, in_row * answer, recompute)
             total = sum(parts.values()) / 1e9
             fits = total <= 0.9 * args.gpu_memory       # the rest is for CUDA, NCCL and fragments

@@ -8,8 +8,11 @@ never negative and sum to one, so F' lies inside the convex hull of the rows of 
 
 P_vocab of a page of 10 tiles is 7,290 x 128,256 numbers. `Align.p_vocab` makes them, to be read and looked at; the
 model runs `Mixture`, which makes a block of tokens of them at a time and keeps none for the backward pass.
+
+At the end are the three connectors that the paper compares Align with (Table 2): MLP, Perceiver and Ovis.
 """
 import math
+from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as nnf      # F is the paper's name for the features
@@ -39,9 +42,7 @@ class Align(nn.Module):
     @torch.no_grad()
     def init_weights(self, lm_head: Tensor) -> None:
         """W2 starts as a copy of the LLM's head (V, D), "recycling" its semantics (section 3.2), then is its own."""
-        W1 = torch.empty(self.W1.weight.shape).normal_(std=self.W1.in_features ** -0.5)
-        here, first = own_rows(self.W1.weight)          # each rank draws all of it and keeps its part
-        here.copy_(W1[first:first + len(here)])
+        draw(self.W1.weight, self.W1.in_features ** -0.5)
         self.W2.weight.copy_(lm_head)
         for norm in (self.norm_D, self.norm_V):
             norm.reset_parameters()
@@ -60,6 +61,13 @@ class Align(nn.Module):
         h = self.norm_D(self.W1(F))                # (..., D)
         norm = self.norm_V
         return Mixture.apply(h, self.W2.weight, norm.weight, norm.bias, E_text, norm.eps)       # (..., D)
+
+
+def draw(p: nn.Parameter, std: float) -> None:
+    """Fill p from N(0, std^2): each rank draws all of it and keeps its part, so that their number changes nothing."""
+    numbers = torch.empty(p.shape).normal_(std=std)
+    here, first = own_rows(p)
+    here.copy_(numbers[first:first + len(here)])
 
 
 class AlignTopK(nn.Module):
@@ -138,6 +146,7 @@ class Mixture(torch.autograd.Function):
     """h (..., D) -> F' = softmax(LayerNorm(h W2^T)) E_text (..., D): exact, and in blocks of n tokens.
 
     A row for each token: z = h W2^T,   u = LayerNorm(z),   P = softmax(u),   F' = P E_text
+    (For Ovis h is F, W2 is (K, d) and E_text its own table (K, D).)
 
     Nothing that this makes is kept: backward makes z, u and P again, which is seven products with a (V, D) matrix where
     autograd does six and keeps P. LayerNorm and softmax are never less than fp32.
@@ -147,8 +156,8 @@ class Mixture(torch.autograd.Function):
     def forward(ctx, h: Tensor, W2: Tensor, weight: Tensor, bias: Tensor, E_text: Tensor, eps: float) -> Tensor:
         ctx.save_for_backward(h, W2, weight, bias, E_text)
         ctx.eps = eps
-        F_align, D = h.new_empty(h.shape), h.shape[-1]
-        h, out = h.reshape(-1, D), F_align.view(-1, D)                          # (N, D)
+        F_align = h.new_empty(*h.shape[:-1], E_text.shape[1])                   # (..., D)
+        h, out = h.reshape(-1, h.shape[-1]), F_align.view(-1, E_text.shape[1])  # (N, D)
         N, V = len(h), len(W2)
         wide = torch.promote_types(h.dtype, torch.float32)
         w, b = weight.to(wide), bias.to(wide)                                   # (V,)
@@ -174,8 +183,8 @@ class Mixture(torch.autograd.Function):
         """
         h, W2, weight, bias, E_text = ctx.saved_tensors
         need_h, need_W2, need_weight, need_bias, need_E_text, _ = ctx.needs_input_grad
-        shape, D = h.shape, h.shape[-1]
-        h, g = h.reshape(-1, D), g.reshape(-1, D)                               # (N, D)
+        shape = h.shape
+        h, g = (x.reshape(-1, x.shape[-1]) for x in (h, g))                     # (N, D)
         N, V = len(h), len(W2)
         wide = torch.promote_types(h.dtype, torch.float32)
         w, b = weight.to(wide), bias.to(wide)                                   # (V,)
@@ -243,3 +252,147 @@ def few_rows(matrix: Tensor) -> list[slice]:
     """The rows of a block's matrix (n, V), a few at a time."""
     few = max((CACHE_BYTES if matrix.is_cpu else BLOCK_BYTES // 4) // (4 * matrix.shape[1]), 1)
     return [slice(i, i + few) for i in range(0, len(matrix), few)]
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The paper's other connectors: they too read F and write embeddings of size D, but know nothing of the LLM's words
+
+
+@dataclass
+class ConnectorConfig:
+    """Which connector stands between F and the LLM, and the sizes of those that have any of their own."""
+    kind: str = "align"                 # one of CONNECTORS
+    table_size: int = 65_536            # K, rows of Ovis' table; Ovis 1.6's
+    n_latents: int = 64                 # from here on the Perceiver's, as in Idefics2
+    depth: int = 3
+    n_heads: int = 16
+    n_kv_heads: int = 4
+    head_dim: int = 96
+
+    def tile_tokens(self, n_patches: int) -> int:
+        """n, the visual tokens that a tile of N patches becomes: the Perceiver alone makes another number of them."""
+        return self.n_latents if self.kind == "perceiver" else n_patches
+
+
+CONNECTORS = ("align", "mlp", "perceiver", "ovis")
+
+
+def new_connector(config: ConnectorConfig, d: int, D: int, V: int) -> nn.Module:
+    """A connector: F (T, N, d), E_text (V, D) -> F' (T, n, D), and init_weights(lm_head (V, D)) to begin with."""
+    if config.kind == "align":
+        return Align(d, D, V)
+    if config.kind == "mlp":
+        return MLP(d, D)
+    if config.kind == "perceiver":
+        return Perceiver(d, D, config)
+    assert config.kind == "ovis", config.kind
+    return Ovis(d, D, config.table_size)
+
+
+class FromScratch(nn.Module):
+    """A connector that takes nothing from the LLM: neither its head to start with, nor its words E_text."""
+
+    @torch.no_grad()
+    def init_weights(self, lm_head: Tensor) -> None:
+        """Matrices keep their input's variance; latents and table are N(0, 1), as in Flamingo and Ovis."""
+        for name, p in self.named_parameters():
+            if p.ndim > 1:
+                draw(p, 1.0 if name in ("latents", "table") else p.shape[-1] ** -0.5)
+            else:
+                p.fill_(0.0 if name.endswith("bias") else 1.0)
+
+
+class MLP(FromScratch):
+    """LLaVA 1.5's two layers (https://arxiv.org/abs/2310.03744). The formula in the paper's section 3.2 shows one."""
+
+    def __init__(self, d: int, D: int):
+        super().__init__()
+        self.fc1 = nn.Linear(d, D)
+        self.fc2 = nn.Linear(D, D)
+
+    def forward(self, F: Tensor, E_text: Tensor) -> Tensor:
+        """F (..., d) -> F' (..., D)."""
+        return self.fc2(nnf.gelu(self.fc1(F)))
+
+
+class Ovis(FromScratch):
+    """Ovis' visual embedding table (https://arxiv.org/abs/2405.20797): Align's mixture, but of K vectors of its own.
+
+    F' = softmax(LayerNorm(W_VET F))^T E_VET. The paper's section 3.2 leaves out the LayerNorm, which Ovis has. Its
+    softmax is Ovis' default too; a hard choice of one row (Gumbel, argmax) is not here.
+    """
+
+    def __init__(self, d: int, D: int, K: int):
+        super().__init__()
+        self.W_VET = nn.Linear(d, K, bias=False)            # weight (K, d)
+        self.norm_K = nn.LayerNorm(K)
+        self.table = nn.Parameter(torch.empty(K, D))        # E_VET
+
+    def forward(self, F: Tensor, E_text: Tensor) -> Tensor:
+        """F (..., d) -> F' (..., D)."""
+        norm = self.norm_K
+        return Mixture.apply(F, self.W_VET.weight, norm.weight, norm.bias, self.table, norm.eps)
+
+
+class Perceiver(FromScratch):
+    """Idefics2's projection and Perceiver Resampler (https://arxiv.org/abs/2405.02246): n tokens for N features.
+
+    The projection is 4 D wide inside, as the blocks are; in Idefics2 as wide as the LLM's own SwiGLU (3.5 D). Without
+    positions of their own: the features have SigLIP's, and the latents are told apart by what they start as.
+    """
+
+    def __init__(self, d: int, D: int, config: ConnectorConfig):
+        super().__init__()
+        self.projection = SwiGLU(d, 4 * D, D)
+        self.latents = nn.Parameter(torch.empty(config.n_latents, D))
+        self.layers = nn.ModuleList(PerceiverLayer(D, config) for _ in range(config.depth))
+        self.norm = nn.RMSNorm(D, eps=1e-6)
+
+    def forward(self, F: Tensor, E_text: Tensor) -> Tensor:
+        """F (T, N, d) -> F' (T, n, D), every tile by itself."""
+        context = self.projection(F)                        # (T, N, D)
+        latents = self.latents.expand(len(F), -1, -1)       # (T, n, D)
+        for layer in self.layers:
+            latents = layer(latents, context)
+        return self.norm(latents)
+
+
+class PerceiverLayer(nn.Module):
+    """The latents look at the features, and at each other: grouped-query attention, then a SwiGLU."""
+
+    def __init__(self, D: int, config: ConnectorConfig):
+        super().__init__()
+        self.head_dim = config.head_dim
+        q_size, kv_size = config.n_heads * config.head_dim, config.n_kv_heads * config.head_dim
+        self.latents_norm, self.context_norm, self.mlp_norm = (nn.RMSNorm(D, eps=1e-6) for _ in range(3))
+        self.q_proj = nn.Linear(D, q_size, bias=False)
+        self.k_proj = nn.Linear(D, kv_size, bias=False)
+        self.v_proj = nn.Linear(D, kv_size, bias=False)
+        self.o_proj = nn.Linear(q_size, D, bias=False)
+        self.mlp = SwiGLU(D, 4 * D, D)
+
+    def forward(self, latents: Tensor, context: Tensor) -> Tensor:
+        """latents (T, n, D), context (T, N, D) -> latents (T, n, D)."""
+        asking = self.latents_norm(latents)
+        seen = torch.cat([self.context_norm(context), asking], dim=1)               # (T, N + n, D)
+        q, k, v = (x.unflatten(-1, (-1, self.head_dim)).transpose(1, 2)             # (T, heads, n or N + n, head_dim)
+                   for x in (self.q_proj(asking), self.k_proj(seen), self.v_proj(seen)))
+        y = nnf.scaled_dot_product_attention(q, k, v, enable_gqa=q.shape[1] != k.shape[1])
+        latents = latents + self.o_proj(y.transpose(1, 2).flatten(2))
+        return latents + self.mlp(self.mlp_norm(latents))
+
+
+class SwiGLU(nn.Module):
+    """x (..., size_in) -> (..., size_out), by the gated layer that Llama has in its blocks too."""
+
+    def __init__(self, size_in: int, width: int, size_out: int):
+        super().__init__()
+        self.gate_proj = nn.Linear(size_in, width, bias=False)
+        self.up_proj = nn.Linear(size_in, width, bias=False)
+        self.down_proj = nn.Linear(width, size_out, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        gate, up = self.gate_proj(x), self.up_proj(x)                               # (..., width)
+        if torch.is_grad_enabled():
+            return self.down_proj(nnf.silu(gate) * up)
+        return self.down_proj(nnf.silu(gate, inplace=True).mul_(up))                # fresh memory is 4 % of a prefill

@@ -266,13 +266,15 @@ def encode_chat(turns: list[Turn], tokenizer: Tokenizer, visual_tokens: list[int
 
 
 def prepare(example: Example, tokenizer: Tokenizer, config: SigLIPConfig, max_tiles: int = 9,
-            max_text: float = math.inf, max_tokens: float = math.inf) -> Sample:
+            max_text: float = math.inf, max_tokens: float = math.inf, tile_tokens: int | None = None) -> Sample:
     """Tile an example's images and encode its turns.
 
     max_text: text tokens that are kept; max_tokens: text and visual ones. Text is cut at its end, images never are.
-    Raises BadSample if no answer is left.
+    tile_tokens: visual tokens of a tile, AlignVLMConfig.tile_tokens (default: one for each patch). Raises BadSample if
+    no answer is left.
     """
-    n = [config.n_patches * len(tile_boxes(*image.size, config, max_tiles)) for image in example.images]
+    tile_tokens = tile_tokens or config.n_patches
+    n = [tile_tokens * len(tile_boxes(*image.size, config, max_tiles)) for image in example.images]
     tokens, labels = encode_chat(example.turns, tokenizer, n)
     room = min(max_text, max_tokens - sum(n))
     kept = (tokens == IMAGE) | ((tokens != IMAGE).cumsum(0) <= room)

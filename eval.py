@@ -82,7 +82,8 @@ def answer(model: AlignVLM, tokenizer: Tokenizer, images: list[Image.Image | lis
     for pages, prompt in zip(images, prompts):
         pages = pages if isinstance(pages, list) else [pages]
         turn = Turn("user", [IMAGE] * len(pages) + ([prompt] if prompt else []))
-        samples.append(prepare(Example(pages, [turn], ""), tokenizer, model.config.vision, max_tiles))
+        samples.append(prepare(Example(pages, [turn], ""), tokenizer, model.config.vision, max_tiles,
+                               tile_tokens=model.config.tile_tokens))
     ids: list[list[int]] = [[] for _ in samples]
     for step in model.generate([s.tokens for s in samples], [s.pixels for s in samples], tokenizer.stop, **generation):
         for row, token in zip(ids, step):
@@ -521,7 +522,7 @@ def is_complete(stage: int, out: Path) -> bool:
 
 def check_recipe(folder: Path, recipe: dict, otherwise: str) -> None:
     """Raise InputError if a stage was trained, or begun, with another recipe than is asked for now."""
-    before = {key: recorded(folder, key, value) for key, value in recipe.items()
+    before = {key: recorded(folder, key, "align" if key == "connector" else value) for key, value in recipe.items()
               if key != "launch" and (key != "origin" or value is not None)}
     changed = [f"{key} {old}, not {recipe[key]}" for key, old in before.items() if old != recipe[key]]
     if changed:

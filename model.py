@@ -27,7 +27,7 @@ from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
 from torch.utils.checkpoint import checkpoint
 
-from connector import Align
+from connector import CONNECTORS, ConnectorConfig, SwiGLU, new_connector
 from vision import (SIGLIP_PRESETS, CheckpointError, Settings, SigLIP, SigLIPConfig, Stored, Weights, load,
                     open_pickle, read_safetensors, read_siglip)
 
@@ -158,22 +158,6 @@ def attend_packed(q: Tensor, k: Tensor, v: Tensor, lengths: Tensor) -> Tensor:
     return torch.cat([attend(*qkv, is_causal=True) for qkv in samples], dim=2)
 
 
-class MLP(nn.Module):
-    """SwiGLU."""
-
-    def __init__(self, config: LlamaConfig):
-        super().__init__()
-        self.gate_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=False)
-        self.up_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=False)
-        self.down_proj = nn.Linear(config.intermediate_size, config.hidden_size, bias=False)
-
-    def forward(self, x: Tensor) -> Tensor:
-        gate, up = self.gate_proj(x), self.up_proj(x)                              # (B, L, intermediate_size)
-        if torch.is_grad_enabled():
-            return self.down_proj(nnf.silu(gate) * up)
-        return self.down_proj(nnf.silu(gate, inplace=True).mul_(up))               # fresh memory is 4 % of a prefill
-
-
 class Layer(nn.Module):
     """One pre-RMSNorm transformer block."""
 
@@ -182,7 +166,7 @@ class Layer(nn.Module):
         self.input_layernorm = nn.RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.self_attn = Attention(config, layer)
         self.post_attention_layernorm = nn.RMSNorm(config.hidden_size, config.rms_norm_eps)
-        self.mlp = MLP(config)
+        self.mlp = SwiGLU(config.hidden_size, config.intermediate_size, config.hidden_size)
 
     def forward(self, x: Tensor, *context) -> Tensor:
         x = x + self.self_attn(self.input_layernorm(x), *context)
@@ -264,10 +248,7 @@ class Llama(nn.Module):
     @classmethod
     def from_pretrained(cls, folder: str | Path, dtype: torch.dtype | None = None, device="cpu",
                         shard: Callable[[nn.Module], None] | None = None) -> "Llama":
-        """The decoder of a folder in hub format or in Meta's own (see read_llama); dtype None keeps the stored one.
-
-        shard: see vision.load. Raises CheckpointError, one line that names the file and the key.
-        """
+        """The decoder of a folder in hub format or in Meta's own; dtype, shard and what is raised: see vision.load."""
         config, weights = read_llama(Path(folder))
         return load(lambda: cls(config), {"": weights}, dtype, device, shard)
 
@@ -374,7 +355,7 @@ def read_meta(folder: Path) -> tuple[LlamaConfig, Weights]:
             raise CheckpointError(f"{folder / f'consolidated.{i:02}.pth'}: no such file, but {path.name} is there")
     tensors = join_shards(paths, head_dim=D // n_heads)
     weights = Weights(paths[0], tensors, meta_key, r"rope\.freqs")
-    tied = "output.weight" not in tensors or equal(tensors["output.weight"], tensors.get("tok_embeddings.weight"))
+    tied = "output.weight" not in tensors or tensors["output.weight"].equals(tensors.get("tok_embeddings.weight"))
     if tied:
         weights.ignored += r"|output\.weight"
     scaled = s.only("use_scaled_rope", None, False, True)
@@ -383,12 +364,6 @@ def read_meta(folder: Path) -> tuple[LlamaConfig, Weights]:
         n_kv_heads=n_kv_heads, head_dim=D // n_heads, intermediate_size=-(-ffn // multiple) * multiple,
         rms_norm_eps=s.number("norm_eps", 1e-5, float), rope_theta=s.number("rope_theta", 500_000.0, float),
         rope_factor=(32.0 if tied else 8.0) if scaled else 1.0, tie_embeddings=tied), weights
-
-
-def equal(a: Stored, b: Stored | None) -> bool:
-    """Whether two stored matrices are the same, without reading more than it takes to tell."""
-    return b is not None and a.shape == b.shape and a.dtype == b.dtype and all(
-        torch.equal(a.rows(i, i + 4096), b.rows(i, i + 4096)) for i in range(0, a.shape[0], 4096))
 
 
 def join_shards(paths: list[Path], head_dim: int) -> dict[str, Stored]:
@@ -436,32 +411,38 @@ def meta_rows(paths: list[Path], key: str, dim: int | None, n: int, head_dim: in
 class AlignVLMConfig:
     vision: SigLIPConfig = field(default_factory=SigLIPConfig)
     llm: LlamaConfig = field(default_factory=LlamaConfig)
+    connector: ConnectorConfig = field(default_factory=ConnectorConfig)
+
+    @property
+    def tile_tokens(self) -> int:
+        """n, the visual tokens of a tile: with Align its N patches."""
+        return self.connector.tile_tokens(self.vision.n_patches)
 
 
-ALIGNVLM_PRESETS = {
-    name: AlignVLMConfig(SIGLIP_PRESETS["toy" if name == "toy" else "so400m-patch14-384"], llm)
-    for name, llm in LLAMA_PRESETS.items()
-}
+ALIGNVLM_PRESETS = {name: AlignVLMConfig(llm=llm) for name, llm in LLAMA_PRESETS.items()}
+ALIGNVLM_PRESETS["toy"] = AlignVLMConfig(SIGLIP_PRESETS["toy"], LLAMA_PRESETS["toy"], ConnectorConfig(
+    table_size=1024, n_heads=4, n_kv_heads=2, head_dim=32))
 
 
 class AlignVLM(nn.Module):
-    """Vision encoder -> Align -> Llama (Figure 2)."""
+    """Vision encoder -> connector, Align unless the configuration asks for another -> Llama (Figure 2)."""
 
     def __init__(self, config: AlignVLMConfig):
         super().__init__()
         self.config = config
         self.vision = SigLIP(config.vision)
-        self.connector = Align(config.vision.hidden_size, config.llm.hidden_size, config.llm.vocab_size)
+        self.connector = new_connector(config.connector, config.vision.hidden_size, config.llm.hidden_size,
+                                       config.llm.vocab_size)
         self.llm = Llama(config.llm)
 
     def embed(self, tokens: Tensor, pixels: Tensor) -> Tensor:
-        """tokens (B, L) with IMAGE at T * N places, pixels (T, 3, S, S) -> H_input (B, L, D).
+        """tokens (B, L) with IMAGE at T * n places, pixels (T, 3, S, S) -> H_input (B, L, D).
 
         tokens may be on the CPU: a GPU is not waited for then. Raises ValueError when places and visual tokens differ.
         """
         E_text = self.llm.embed_tokens.weight                                      # (V, D)
         image = tokens == IMAGE                                                    # (B, L)
-        n = len(pixels) * self.config.vision.n_patches
+        n = len(pixels) * self.config.tile_tokens
         if image.sum() != n:
             raise ValueError(f"{int(image.sum())} image positions for {n} visual tokens")
         words = tokens.masked_fill(image, 0).to(E_text.device, non_blocking=True)
@@ -469,8 +450,8 @@ class AlignVLM(nn.Module):
         if n == 0:      # on all ranks or on none, else FSDP waits
             return H
         F = self.vision(pixels)                                                    # (T, N, d)
-        F_align = self.connector(F, E_text).flatten(0, 1)                          # (T * N, D), equations 1 and 2
-        places = image.flatten().nonzero()[:, 0].to(E_text.device, non_blocking=True)       # (T * N,), of B * L
+        F_align = self.connector(F, E_text).flatten(0, 1)                          # (T * n, D), equations 1 and 2
+        places = image.flatten().nonzero()[:, 0].to(E_text.device, non_blocking=True)       # (T * n,), of B * L
         return H.flatten(0, 1).index_copy(0, places, F_align.to(H.dtype)).view_as(H)
 
     def forward(self, tokens: Tensor, labels: Tensor, pixels: Tensor, lengths: list[int]) -> Tensor:
@@ -496,28 +477,32 @@ class AlignVLM(nn.Module):
 
     @classmethod
     def from_backbones(cls, vision_folder: str | Path, llm_folder: str | Path, dtype: torch.dtype | None = None,
-                       device="cpu", shard: Callable[[nn.Module], None] | None = None) -> "AlignVLM":
-        """A released SigLIP and a released Llama, joined by a new connector whose W2 is a copy of the LM head.
+                       device="cpu", shard: Callable[[nn.Module], None] | None = None,
+                       connector: ConnectorConfig | None = None) -> "AlignVLM":
+        """A released SigLIP and a released Llama, joined by a new connector, by default Align with the LM head as W2.
 
         dtype None keeps the stored one (the wider of two); shard: see vision.load. Raises CheckpointError.
         """
         vision_config, vision = read_siglip(Path(vision_folder))
         llm_config, llm = read_llama(Path(llm_folder))
-        config = AlignVLMConfig(vision_config, llm_config)
+        config = AlignVLMConfig(vision_config, llm_config, connector or ConnectorConfig())
         model = load(lambda: cls(config), {"vision": vision, "llm": llm}, dtype, device, shard)
         model.connector.init_weights(model.llm.head)
         return model
 
     @classmethod
     def from_pretrained(cls, folder: str | Path, dtype: torch.dtype | None = None, device="cpu",
-                        shard: Callable[[nn.Module], None] | None = None) -> "AlignVLM":
-        """The model of a folder that save_pretrained wrote; dtype, shard and what is raised: see vision.load."""
-        folder = Path(folder)
-        settings = Settings(folder / "config.json")
-        settings.only("model_type", "alignvlm")
-        config = AlignVLMConfig(saved_config(SigLIPConfig, settings.section("vision")),
-                                saved_config(LlamaConfig, settings.section("llm")))
-        return load(lambda: cls(config), {"": read_safetensors(folder)}, dtype, device, shard)
+                        shard: Callable[[nn.Module], None] | None = None,
+                        connector: ConnectorConfig | None = None) -> "AlignVLM":
+        """The model of a folder that save_pretrained wrote, or with a new connector; the rest is as in vision.load."""
+        config, weights = read_config(Path(folder)), read_safetensors(Path(folder))
+        if connector is None:
+            return load(lambda: cls(config), {"": weights}, dtype, device, shard)
+        config.connector = connector
+        parts = {part: weights.part(part) for part in ("vision", "llm")}
+        model = load(lambda: cls(config), parts, dtype, device, shard)
+        model.connector.init_weights(model.llm.head)
+        return model
 
     @torch.no_grad()
     def save_pretrained(self, folder: str | Path, tokenizer_file: str | Path,
@@ -554,8 +539,8 @@ class AlignVLM(nn.Module):
         if writes:
             if len(files) > 1:
                 places = {name: file for file, names in zip(file_names, files) for name in names}
-                total = sum(p.numel() for p in state.values()) * dtype.itemsize
-                index = {"metadata": {"total_size": total}, "weight_map": places}
+                size = sum(p.numel() for p in state.values()) * dtype.itemsize
+                index = {"metadata": {"total_size": size}, "weight_map": places}
                 (partial / "model.safetensors.index.json").write_text(json.dumps(index, indent=2) + "\n")
             if tokenizer_file.parent != partial:
                 shutil.copyfile(tokenizer_file, partial / tokenizer_file.name)
@@ -582,8 +567,19 @@ class AlignVLM(nn.Module):
         yield from self.llm.generate(x, [len(p) for p in prompts], stop, max_new_tokens, temperature, top_p, seed)
 
 
+def read_config(folder: Path) -> AlignVLMConfig:
+    """config.json of a folder that save_pretrained wrote. Raises CheckpointError."""
+    settings = Settings(folder / "config.json")
+    settings.only("model_type", "alignvlm")
+    config = AlignVLMConfig(saved_config(SigLIPConfig, settings.section("vision")),
+                            saved_config(LlamaConfig, settings.section("llm")))
+    if "connector" in settings.values:      # else from before there was a choice: Align
+        config.connector = saved_config(ConnectorConfig, settings.section("connector"))
+    return config
+
+
 def saved_config(kind: type, settings: Settings):
-    """A SigLIPConfig or LlamaConfig from its section of config.json. Raises CheckpointError for a wrong one."""
+    """A part's configuration from its section of config.json. Raises CheckpointError for a wrong one."""
     names = {f.name: type(f.default) for f in fields(kind)}
     for key in settings.values.keys() - names.keys():
         raise settings.error(key, "is not a known setting")
@@ -591,6 +587,8 @@ def saved_config(kind: type, settings: Settings):
         value = settings.values.get(key)
         if key == "tie_embeddings":
             settings.only(key, False, True)
+        elif key == "kind":
+            settings.only(key, *CONNECTORS)
         elif key == "feature_layer":
             n = settings.number("n_layers")
             if value is not None and value not in range(-n - 1, n + 1):

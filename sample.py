@@ -138,6 +138,8 @@ def main() -> None:
         model = (Llama if args.llm else AlignVLM).from_pretrained(folder, device=args.device).eval()
         tokenizer = Tokenizer(folder, (model if args.llm else model.llm).config.vocab_size)
         print(f"model: {folder} on {args.device}", file=sys.stderr)
+        if args.align_vocab and (kind := model.config.connector.kind) != "align":
+            raise InputError(f"--align-vocab: {folder} has the connector {kind}, which mixes none of the LLM's words")
         if args.choose_from:
             pixels = [tile(read_image(file), model.config.vision, args.max_tiles) for file in args.choose_from]
             return print(json.dumps(choose_align_vocab(model, folder, pixels, args.align_vocab)))

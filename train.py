@@ -41,9 +41,10 @@ from bench import mfu, peak_memory, plan, plot, step_flops
 from data import BAD_KINDS, Bad, Documents, Position, Sample, Tokenizer, Turn, deal, encode_chat, fill_rows, pack
 from eval import (States, begin, check_recipe, drop_states, held_out_scores, is_complete, meet, newest_state, open_log,
                   origin, recorded, report, roll_call, stage_before, start_processes, whole)
-from model import ALIGNVLM_PRESETS, IGNORE, IMAGE, LLAMA_PRESETS, AlignVLM, read_llama
+from connector import CONNECTORS, ConnectorConfig
+from model import ALIGNVLM_PRESETS, IGNORE, IMAGE, LLAMA_PRESETS, AlignVLM, AlignVLMConfig, read_config, read_llama
 from toy.pages import ToyDocuments
-from vision import InputError, Settings, SigLIPConfig
+from vision import InputError
 
 EVAL_SAMPLES = 64               # held-out samples of --eval-every
 STOP = threading.Event()        # SIGTERM or SIGINT has come: finish the step, save, leave
@@ -142,7 +143,7 @@ def optimizer_of(model: AlignVLM, recipe: Recipe) -> torch.optim.Optimizer:
 # One step
 
 
-def in_step(rows: list[list[Sample]], config: SigLIPConfig) -> tuple[list[list[Sample]], Counter]:
+def in_step(rows: list[list[Sample]], config: AlignVLMConfig) -> tuple[list[list[Sample]], Counter]:
     """The rows of this rank, so that all ranks call the same modules equally often: under FSDP they wait otherwise.
 
     A rank with fewer rows than another gets blank ones, and a row without an image a blank tile if any rank has one.
@@ -152,7 +153,7 @@ def in_step(rows: list[list[Sample]], config: SigLIPConfig) -> tuple[list[list[S
     most = torch.tensor([len(rows), any(len(s.pixels) for row in rows for s in row)], dtype=torch.int64)
     dist.all_reduce(most, dist.ReduceOp.MAX)
     n_rows, seen = most.tolist()
-    n, side = (config.n_patches if seen else 1), config.image_size
+    n, side = (config.tile_tokens if seen else 1), config.vision.image_size
     blank = Sample(torch.full((n,), IMAGE if seen else 0), torch.full((n,), IGNORE), torch.zeros(seen, 3, side, side),
                    "blank")
     rows = [row if row and (not seen or any(len(s.pixels) for s in row)) else [*row, blank]
@@ -181,10 +182,9 @@ def accumulate_gradients(model: AlignVLM, rows: list[list[Sample]],
     Returns that loss (nats per token; None, and no gradients, if there is nothing to learn from), in_step's counts, and
     the sums of this rank's rows. The losses stay on the device.
     """
-    rows, counts = in_step(rows, model.config.vision)
-    only_text = counts["tiles"] == 0        # it passes the LLM alone
-    if counts["supervised"] == 0 or only_text and not model.llm.norm.weight.requires_grad:
-        return None, counts, []
+    rows, counts = in_step(rows, model.config)
+    if counts["supervised"] == 0 or counts["tiles"] == 0 and not model.llm.norm.weight.requires_grad:
+        return None, counts, []     # text passes the LLM alone
     losses = []
     for i, row in enumerate(rows):
         model.set_requires_all_reduce(i == len(rows) - 1)           # between replicas; within them at every row
@@ -217,15 +217,6 @@ def take_step(model: AlignVLM, optimizer: torch.optim.Optimizer, rows: list[list
     optimizer.zero_grad()
     numbers = torch.stack([loss, norm, *losses]).to("cpu", non_blocking=True)
     return numbers, torch.cuda.current_stream().record_event() if loss.is_cuda else None, counts
-
-
-@torch.no_grad()
-def held_out_loss(model: AlignVLM, samples: list[Sample], row_tokens: int, device: torch.device) -> float:
-    """The mean loss, in nats per supervised token, of all ranks' samples."""
-    rows, counts = in_step(fill_rows(samples, row_tokens), model.config.vision)
-    total = sum((row_loss(model, row, device) for row in rows), torch.zeros((), device=device))
-    dist.all_reduce(total)
-    return total.item() / max(1, counts["supervised"])
 
 
 @dataclass
@@ -290,26 +281,29 @@ def ignore_signals(*_) -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)
 
 
+@torch.no_grad()
 def evaluate(stage: int, model: AlignVLM, tokenizer: Tokenizer, held_out: Dataset, recipe: Recipe, args,
              device: torch.device) -> dict[str, float]:
-    """The held-out loss (nats per token); from stage 2 on also how the toy reads and, in stage 3, answers."""
+    """The held-out loss (nats per supervised token, all ranks'); from stage 2 on also how the toy reads and answers."""
     references = itertools.islice((r for r, _ in held_out.draws(Position()) if r is not None), EVAL_SAMPLES)
     samples = map(held_out.__getitem__, itertools.islice(references, dist.get_rank(), None, dist.get_world_size()))
-    samples = [s for s in samples if isinstance(s, Sample)]
-    scores = {"held_out_loss": held_out_loss(model, samples, recipe.row_tokens, device)}
+    rows, counts = in_step(fill_rows([s for s in samples if isinstance(s, Sample)], recipe.row_tokens), model.config)
+    total = sum((row_loss(model, row, device) for row in rows), torch.zeros((), device=device))
+    dist.all_reduce(total)
+    scores = {"held_out_loss": total.item() / max(1, counts["supervised"])}
     if args.preset == "toy" and stage > 1 and args.held_out:
         scores |= held_out_scores(whole(model), tokenizer, min(50, args.held_out), args.seed)["held-out"]
     return scores
 
 
-def samples_of(stage: int, recipe: Recipe, tokenizer: Tokenizer, config: SigLIPConfig,
+def samples_of(stage: int, recipe: Recipe, tokenizer: Tokenizer, config: AlignVLMConfig,
                args) -> tuple[Dataset, Dataset | None]:
     """What a stage learns from, and what it is evaluated on: --data and --eval-data, or the toy's pages."""
     if not args.data or stage == 0:
-        return (ToyDocuments(stage, recipe.steps * recipe.batch_size, args.seed, tokenizer, config),
-                ToyDocuments(stage, EVAL_SAMPLES, args.seed, tokenizer, config, "held-out"))
-    settings = dict(tokenizer=tokenizer, config=config, max_tiles=args.max_tiles, max_text=recipe.max_length,
-                    max_tokens=recipe.row_tokens)
+        return tuple(ToyDocuments(stage, n, args.seed, tokenizer, config.vision, split, config.tile_tokens)
+                     for n, split in [(recipe.steps * recipe.batch_size, "train"), (EVAL_SAMPLES, "held-out")])
+    settings = dict(tokenizer=tokenizer, config=config.vision, max_tiles=args.max_tiles, max_text=recipe.max_length,
+                    max_tokens=recipe.row_tokens, tile_tokens=config.tile_tokens)
     encode_chat([Turn("user", [])], tokenizer, [])      # refuses here, not sample by sample
     documents = Documents(args.data, args.seed, **settings)
     if args.steps is None:      # for the schedule and the bar; the stage ends where its last epoch does
@@ -327,7 +321,7 @@ def train_stage(stage: int, recipe: Recipe, model: AlignVLM, tokenizer: Tokenize
     rank, world, config = dist.get_rank(), dist.get_world_size(), model.config
     folder = args.out / f"stage{stage}.partial"
     optimizer = optimizer_of(model, recipe)
-    documents, held_out = samples_of(stage, recipe, tokenizer, config.vision, args)
+    documents, held_out = samples_of(stage, recipe, tokenizer, config, args)
     states = States(folder, model, optimizer, args.keep, args.timeout)
     p = Progress(**states.load(path)) if path else Progress()
     p.position, p.holes = Position(**p.position), Counter(p.holes)
@@ -405,9 +399,20 @@ def train_stage(stage: int, recipe: Recipe, model: AlignVLM, tokenizer: Tokenize
     return is_over()
 
 
-def build(stage: int, recipe: Recipe, args, device: torch.device) -> AlignVLM:
-    """The model as a stage starts, in fp32 and sharded: from released weights, from the last stage's folder, or for
-    the toy's first stage from scratch. Sharding comes before reading, so that a rank reads no more than its part."""
+def connector_of(stage: int, folder: Path, args) -> ConnectorConfig:
+    """What the flags ask for in stage 1, then what the folder has. Raises InputError if they ask for another."""
+    if stage <= 1:
+        sizes = ALIGNVLM_PRESETS["llama-3.2-1b" if args.llm else "toy"].connector
+        return replace(sizes, **args.connector if stage == 1 else {})
+    connector = read_config(folder).connector
+    if replace(connector, **args.connector) != connector:
+        raise InputError(f"{folder} has the connector {connector.kind}: another, or another table, begins with stage 1")
+    return connector
+
+
+def build(stage: int, start: Path, recipe: Recipe, connector: ConnectorConfig, args, device: torch.device) -> AlignVLM:
+    """The model as a stage starts, in fp32 and sharded: from released weights, from the folder `start`, or for the
+    toy's first stage from scratch. Sharding comes before reading, so that a rank reads no more than its part."""
     def prepare(model: AlignVLM) -> None:
         for name, module in model.named_children():
             module.requires_grad_(name in recipe.trainable)
@@ -415,12 +420,9 @@ def build(stage: int, recipe: Recipe, args, device: torch.device) -> AlignVLM:
 
     torch.manual_seed(args.seed)
     if stage == 1 and args.llm:
-        return AlignVLM.from_backbones(args.vision, args.llm, torch.float32, device, prepare)
+        return AlignVLM.from_backbones(args.vision, args.llm, torch.float32, device, prepare, connector)
     if stage > 0:
-        model = AlignVLM.from_pretrained(stage_before(stage, args.out), torch.float32, device, prepare)
-        if stage == 1:
-            model.connector.init_weights(model.llm.head)        # W2 starts from the head that stage 0 has trained
-        return model
+        return AlignVLM.from_pretrained(start, torch.float32, device, prepare, connector if stage == 1 else None)
     model = AlignVLM(ALIGNVLM_PRESETS["toy"])
     model.vision.init_weights()
     model.llm.init_weights()
@@ -436,6 +438,8 @@ def parse_args() -> argparse.Namespace:
     add("--preset", choices=list(RECIPES), help="recipe (default: by the size of --llm; without one the toy's)")
     add("--vision", type=Path, help="folder with a released SigLIP, for stage 1 (default: the toy's own)")
     add("--llm", type=Path, help="folder with a released Llama and its tokenizer, for stage 1 (default: the toy's own)")
+    add("--connector", choices=CONNECTORS, help="between the two, new in stage 1, kept from then on (default: align)")
+    add("--table-size", type=int, help="rows of the table of --connector ovis (default: 65536, the toy's: 1024)")
     add("--stage", type=int, choices=[0, 1, 2, 3], help="train this stage only (default: all, in order)")
     add("--seed", type=int, default=0, help="of weights and data (default: %(default)s)")
     add("--steps", type=int, help="optimizer steps of each stage (default: the recipe's)")
@@ -479,23 +483,23 @@ def parse_args() -> argparse.Namespace:
     add("--mfu", type=float, default=0.4, help="share of an H100's 989 TFLOP/s, for --plan (default: %(default)s)")
     args = parser.parse_args()
     for name in ("steps batch_size row_tokens max_length epochs lr max_tiles save_every keep max_steps eval_every "
-                 "shard_size timeout gpus gpu_memory mfu").split():
+                 "table_size shard_size timeout gpus gpu_memory mfu").split():
         if getattr(args, name) is not None and not getattr(args, name) > 0:
             parser.error(f"--{name.replace('_', '-')} is more than 0")
     args.workers = args.workers if args.workers is not None else min(4, os.cpu_count()) if args.data else 0
-    if min(args.workers, args.held_out, args.seed) < 0 or not 0 <= args.max_bad <= 1:
-        parser.error("--workers, --held-out and --seed are at least 0, --max-bad is from 0 to 1")
-    if args.data and not args.stage:
-        parser.error("--data is for one stage: add --stage 1, 2 or 3")
-    if args.data and args.eval_every and not args.eval_data:
-        parser.error("--eval-every needs --eval-data beside --data")
-    if args.resume not in ("auto", "never") and args.stage is None:
-        parser.error("--resume PATH is for one stage: add --stage")
-    if bool(args.vision) != bool(args.llm):
-        parser.error("--vision and --llm go together: two folders with released weights")
     scales = [re.fullmatch(r"(vision|connector|llm)=(\d*\.?\d+)", scale) for scale in args.lr_scale]
-    if not all(scales):
-        parser.error(f"--lr-scale {' '.join(args.lr_scale)}: vision, connector or llm, =, and a share")
+    for impossible, why in [
+            (not all(scales), f"--lr-scale {' '.join(args.lr_scale)}: vision, connector or llm, =, and a share"),
+            (min(args.workers, args.held_out, args.seed) < 0, "--workers, --held-out and --seed are at least 0"),
+            (not 0 <= args.max_bad <= 1, "--max-bad is from 0 to 1"),
+            (args.data and not args.stage, "--data is for one stage: add --stage 1, 2 or 3"),
+            (args.data and args.eval_every and not args.eval_data, "--eval-every needs --eval-data beside --data"),
+            (args.stage is None and args.resume not in ("auto", "never"), "--resume PATH is of a stage: add --stage"),
+            (bool(args.vision) != bool(args.llm), "--vision and --llm go together: two folders with released weights"),
+            (args.table_size and args.connector != "ovis", "--table-size is for --connector ovis")]:
+        if impossible:
+            parser.error(why)
+    args.connector = {key: value for key, value in [("kind", args.connector), ("table_size", args.table_size)] if value}
     args.lr_scale = {scale[1]: float(scale[2]) for scale in scales}
     args.timeout = timedelta(seconds=args.timeout)
     return args
@@ -503,15 +507,12 @@ def parse_args() -> argparse.Namespace:
 
 def choose_preset(args) -> str:
     """The recipe for the LLM's size: that of --llm, or of the folder where --stage starts; without either the toy's."""
-    started = args.out / f"stage{args.stage - 1}" / "config.json" if args.out and args.stage else None
-    if args.llm:
-        size = asdict(read_llama(args.llm)[0])
-    elif started and started.exists():
-        size = Settings(started).section("llm").values
-    else:
+    started = args.out / f"stage{args.stage - 1}" if args.out and args.stage else None
+    if not args.llm and not (started and (started / "config.json").exists()):
         return "toy"
-    sizes = {(config.hidden_size, config.n_layers): name for name, config in LLAMA_PRESETS.items()}
-    return sizes.get((size.get("hidden_size"), size.get("n_layers")), "llama-3.2-1b")
+    llm = read_llama(args.llm)[0] if args.llm else read_config(started).llm
+    sizes = {(preset.hidden_size, preset.n_layers): name for name, preset in LLAMA_PRESETS.items()}
+    return sizes.get((llm.hidden_size, llm.n_layers), "llama-3.2-1b")
 
 
 def run_stage(stage: int, args, device: torch.device, restarted: bool) -> bool:
@@ -525,26 +526,28 @@ def run_stage(stage: int, args, device: torch.device, restarted: bool) -> bool:
             raise InputError(f"--lr-scale leaves nothing to train in stage {stage}")
     launch = os.environ.get("TORCHELASTIC_RUN_ID")
     start = args.llm if stage == 1 and args.llm else stage_before(stage, args.out)
-    record = {"preset": args.preset, "seed": args.seed, "data": args.data if stage else None,
-              "max_tiles": args.max_tiles, **asdict(recipe), "origin": origin(start), "launch": launch}
-    record = json.loads(json.dumps(record))
     folder, partial, main_rank = args.out / f"stage{stage}", args.out / f"stage{stage}.partial", dist.get_rank() == 0
     # What torchrun restarts goes on with what this launch has begun, whatever the command says.
     resume = "auto" if restarted and recorded(partial, "launch") == launch else args.resume
     retrain = args.retrain and not (restarted and recorded(folder, "launch") == launch)
     complete = [is_complete(stage, args.out) and not retrain]
     dist.broadcast_object_list(complete)        # the first rank decides: another may see the disk as it was
+    if stage > 1 and not complete[0] and not (start / "config.json").exists():
+        raise InputError(f"stage {stage} starts from stage {stage - 1}, and {args.out} has none: train that first")
+    connector = connector_of(stage, folder if complete[0] else start, args)
+    record = {"preset": args.preset, "seed": args.seed, "data": args.data if stage else None,
+              "max_tiles": args.max_tiles, "connector": connector.kind, "table_size": connector.table_size,
+              **asdict(recipe), "origin": origin(start), "launch": launch}
+    record = json.loads(json.dumps(record))
     if complete[0]:
         check_recipe(folder, {**record, "origin": None}, "--retrain")       # is_complete has looked at that
         if main_rank:
             drop_states(folder)
             print(f"stage {stage} is complete in {folder} (--retrain trains it again)")
         return True
-    if stage > 1 and not (start / "config.json").exists():
-        raise InputError(f"stage {stage} starts from stage {stage - 1}, and {args.out} has none: train that first")
     # A tokenizer goes with its LLM: the released one's, or that of the folder from which the stage starts.
     source = start if stage > 0 else partial
-    model = build(stage, recipe, args, device)
+    model = build(stage, start, recipe, connector, args, device)
     tokenizer = Tokenizer(source, model.config.llm.vocab_size) if stage > 0 else None
     path = [begin(stage, partial, record, model, resume, args.keep) if main_rank else None]
     dist.broadcast_object_list(path)

@@ -235,6 +235,11 @@ class Stored:
     dtype: torch.dtype | None               # None: not a floating-point one
     rows: Callable[[int, int], Tensor]
 
+    def equals(self, other: "Stored | None") -> bool:
+        """Whether another matrix is the same, without reading more than it takes to tell."""
+        return other is not None and self.shape == other.shape and self.dtype == other.dtype and all(
+            torch.equal(self.rows(i, i + 4096), other.rows(i, i + 4096)) for i in range(0, self.shape[0], 4096))
+
 
 @dataclass
 class Weights:
@@ -243,6 +248,10 @@ class Weights:
     tensors: dict[str, Stored]
     key: Callable[[str], str] = str         # a parameter's name -> its tensor's
     ignored: str = "$^"                     # a pattern: tensors that the module has no use for
+
+    def part(self, name: str) -> "Weights":
+        """Those of one submodule of a folder that holds a model of ours."""
+        return Weights(self.path, self.tensors, lambda of_part: f"{name}.{of_part}", rf"(?!{name}\.).*")
 
     def check(self, module: nn.Module) -> list[torch.dtype]:
         """The dtypes of the module's tensors. Raises CheckpointError if one is missing, unexpected or mis-shaped."""

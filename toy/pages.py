@@ -321,8 +321,10 @@ class ToyDocuments(Dataset):
     The split "held-out" has other pages, all as the stage's last ones.
     """
 
-    def __init__(self, stage: int, n: int, seed: int, tokenizer: Tokenizer, config: SigLIPConfig, split: str = "train"):
+    def __init__(self, stage: int, n: int, seed: int, tokenizer: Tokenizer, config: SigLIPConfig, split: str = "train",
+                 tile_tokens: int | None = None):
         self.stage, self.n, self.tokenizer, self.config, self.split = stage, n, tokenizer, config, split
+        self.tile_tokens = tile_tokens          # of data.prepare
         self.seed = seed if split == "train" else f"{split}/{seed}"
 
     def draws(self, start: Position) -> Iterator[tuple[int | None, Position]]:
@@ -342,7 +344,8 @@ class ToyDocuments(Dataset):
         for i, (prompt, gold) in enumerate(asks):
             parts = [first] if i == 0 else []
             turns += [Turn("user", parts + [prompt] if prompt else parts), Turn("assistant", [gold])]
-        sample = prepare(Example(images, turns, f"toy/{self.stage}/{index}"), self.tokenizer, self.config)
+        sample = prepare(Example(images, turns, f"toy/{self.stage}/{index}"), self.tokenizer, self.config,
+                         tile_tokens=self.tile_tokens)
         if self.stage == 0 and page.kind == "chart" and rng.random() < 0.8:
             self.smudge(rng, sample)
         return sample
