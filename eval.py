@@ -1,7 +1,17 @@
-"""Answer questions about documents, and score the answers.
+"""Answer questions about documents, and score the answers: the paper's Tables 1, 2 and 3.
+
+    python eval.py                                              # the newest model reads 200 drawn documents
+    python eval.py --benchmark DocVQA=LMUData/DocVQA_VAL.tsv WTQ=DocDownstream-1.0/test/WikiTableQuestions_test.jsonl
+    torchrun --nproc_per_node 8 eval.py --checkpoint out/llama-3.2-1b/stage3 --benchmark LMUData/ChartQA_TEST.tsv
+    python eval.py --noise-relative 0.5 1 2                     # once more with noise on F, in standard deviations of F
+    python eval.py --score out/toy/stage3/eval/toy.jsonl        # scores predictions again, without a model
+
+Predictions go to OUT/BENCHMARK.jsonl. The same command goes on where it was interrupted, on any number of processes.
+paper/benchmarks.py says which files are read, paper/metrics.py how answers are scored.
 
 Below that is what train.py needs beside its method: processes that find each other, and training states on disk.
 """
+import argparse
 import contextlib
 import ctypes
 import json
@@ -9,10 +19,12 @@ import os
 import shutil
 import sys
 import time
+import traceback
 import uuid
 import zlib
 from collections import Counter
 from collections.abc import Iterator
+from dataclasses import replace
 from datetime import timedelta
 from pathlib import Path
 
@@ -20,19 +32,43 @@ import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from PIL import Image
-from torch import Tensor, nn
+from safetensors import SafetensorError
+from torch import nn
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
 from tqdm import tqdm
 
-from connector import AlignTopK, choose_words, spread
 from data import READ, Example, Position, Tokenizer, Turn, prepare
 from model import IMAGE, AlignVLM
+from paper.benchmarks import Benchmark, open_benchmark
+from paper.metrics import METRICS, edit_distance
+from paper.noise import STD_PAGES, feature_std, noise_on
+from paper.predictions import begin_predictions, join_predictions, read_predictions, write_text
+from paper.tables import noise_table, score_tables
 from toy.pages import draw, held_out_documents, write_toy_tokenizer
-from vision import CheckpointError, InputError, Settings
+from vision import InputError, read_json, tile_boxes
 
 IN_THE_BOX = Path(__file__).parent / "toy"
-ALIGN_VOCAB = "align_vocab.json"    # in a model's folder: the words that the connector can do with
+
+
+def newest_checkpoint(out: Path = Path("out")) -> Path:
+    """The highest stage of the run that was trained last, of the runs out/*/stageN."""
+    stages = [path.parent for path in out.glob("*/stage[123]/config.json")]
+    if not stages:
+        raise InputError(f"no trained model under {out}/: run `python train.py` first, or name one with --checkpoint")
+    run = max(stages, key=lambda folder: (folder / "config.json").stat().st_mtime).parent
+    return max(folder for folder in stages if folder.parent == run)
+
+
+def default_model() -> Path:
+    """The newest trained model, or else the one in the box. Raises InputError where there is neither."""
+    try:
+        return newest_checkpoint()
+    except InputError:
+        if not (IN_THE_BOX / "stage3" / "config.json").exists():
+            raise
+        print("nothing is trained under out/: this is the model in the box", file=sys.stderr)
+        return IN_THE_BOX / "stage3"
 
 
 def answer(model: AlignVLM, tokenizer: Tokenizer, images: list[Image.Image | list[Image.Image]], prompts: list[str],
@@ -53,52 +89,6 @@ def answer(model: AlignVLM, tokenizer: Tokenizer, images: list[Image.Image | lis
             row += [] if token is None else [token]
         yield [tokenizer.decode(row) for row in ids]
     yield [tokenizer.decode(row) for row in ids]
-
-
-@torch.inference_mode()
-def choose_align_vocab(model: AlignVLM, folder: Path, pixels: list[Tensor], K: int) -> dict:
-    """Choose the K words that carry P_vocab on some pages, tiles (T, 3, S, S) of each, for use_align_vocab.
-
-    Writes them to ALIGN_VOCAB in the model's folder, with what they change in F' (connector.choose_words), and returns
-    the latter. Raises InputError if the vocabulary has no K words.
-    """
-    E_text = model.llm.embed_tokens.weight
-    if not 1 <= K <= len(E_text):
-        raise InputError(f"{K} words to keep: the vocabulary has {len(E_text)}")
-    pages = [model.vision(page.to(E_text.device, E_text.dtype)).flatten(0, 1) for page in pixels]   # F (T * N, d) each
-    words, deviation = choose_words(model.connector, pages, E_text, K)
-    deviation = {"pages": len(pages), **deviation}
-    partial = folder / f"{ALIGN_VOCAB}.partial"
-    partial.write_text(json.dumps({**deviation, "words": words.tolist()}) + "\n")
-    os.replace(partial, folder / ALIGN_VOCAB)
-    return deviation
-
-
-def use_align_vocab(model: AlignVLM, folder: Path, K: int) -> None:
-    """From here on the connector mixes only the K words that choose_align_vocab stored in the folder: for inference.
-
-    Raises CheckpointError if it holds none, others than K, or no ids of this vocabulary.
-    """
-    if not (folder / ALIGN_VOCAB).exists():
-        raise CheckpointError(f"{folder / ALIGN_VOCAB}: no such file: no words have been chosen for this model yet")
-    settings = Settings(folder / ALIGN_VOCAB)
-    words, V = settings.values.get("words"), model.config.llm.vocab_size
-    if not isinstance(words, list) or not all(type(i) is int and 0 <= i < V for i in words):
-        raise settings.error("words", f"is not a list of word ids from 0 to {V - 1}")
-    if len(words) != K or len(set(words)) != K:
-        raise settings.error("words", f"holds {len(set(words))} words, not {K}: choose them anew")
-    W2 = model.connector.W2.weight
-    model.connector = AlignTopK(model.connector, torch.tensor(words, device=W2.device), *spread(W2))
-
-
-def edit_distance(a: str, b: str) -> int:
-    """Levenshtein distance: the fewest insertions, deletions and substitutions of characters from a to b."""
-    row = list(range(len(b) + 1))
-    for i, x in enumerate(a, 1):
-        diagonal, row[0] = row[0], i
-        for j, y in enumerate(b, 1):
-            diagonal, row[j] = row[j], min(row[j] + 1, row[j - 1] + 1, diagonal + (x != y))
-    return row[-1]
 
 
 def whole(model: AlignVLM) -> AlignVLM:
@@ -140,6 +130,171 @@ def report(folder: Path, n: int, seed: int, device: torch.device) -> None:
     (folder / "held_out.json").write_text(json.dumps(scores, indent=2) + "\n")
     for group, s in scores.items():
         print(f"{group}: exact_match={s['exact_match']:.3f} cer={s['cer']:.3f} n={s['n']}")
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The paper's benchmarks: predictions, OUT/BENCHMARK.jsonl, and what they score
+
+
+def fingerprint(model: AlignVLM) -> int:
+    """What tells one training of a model from another: a checksum of a thousand numbers of each tensor."""
+    crc = 0
+    for name, p in model.state_dict().items():
+        some = p.flatten()[::max(1, p.numel() // 1000)].float().cpu()
+        crc = zlib.crc32(some.numpy().tobytes(), zlib.crc32(name.encode(), crc))
+    return crc
+
+
+def predict(model: AlignVLM, tokenizer: Tokenizer, benchmark: Benchmark, stem: str, settings: dict,
+            batch_size: int) -> list[dict]:
+    """Answer a benchmark's questions, greedily -> its rows with a prediction in each, which are then in STEM.jsonl.
+
+    Every rank calls this: it answers every world-th of the samples that are left, and writes each batch's answers to
+    its own STEM.rankR; the first one joins the files, in the benchmark's order, and returns the rows, the others none.
+    settings: max_new_tokens, max_tiles and noise (sigma), and what else must be the same for predictions to be
+    continued. Raises InputError.
+    """
+    rank, world = dist.get_rank(), dist.get_world_size()
+    settings = {**settings, "samples": len(benchmark.rows),
+                "questions": zlib.crc32(json.dumps([benchmark.rows, benchmark.prompts]).encode())}
+    done = [begin_predictions(stem, settings, len(benchmark.rows)) if rank == 0 else None]
+    dist.broadcast_object_list(done)
+    todo = [i for i in range(len(benchmark.rows)) if i not in done[0]][rank::world]
+    if todo:
+        with (open_log(Path(f"{stem}.rank{rank}")) as file, noise_on(model, settings["noise"]) as noise,
+              tqdm(total=len(todo), desc=Path(stem).name, disable=rank > 0) as bar):
+            for first in range(0, len(todo), batch_size):
+                batch = todo[first:first + batch_size]
+                images = [benchmark.images(i) for i in batch]
+                if noise:
+                    noise.samples = [(f"{benchmark.name}/{benchmark.rows[i]['index']}", count_tiles(
+                        model, pages, settings["max_tiles"])) for i, pages in zip(batch, images)]
+                *_, texts = answer(model, tokenizer, images, [benchmark.prompts[i] for i in batch],
+                                   settings["max_tiles"], max_new_tokens=settings["max_new_tokens"])
+                for i, text, measured in zip(batch, texts, noise.measured if noise else [None] * len(batch)):
+                    file.write(json.dumps({"sample": i, "prediction": text, "measured": measured}) + "\n")
+                bar.update(len(batch))
+    dist.barrier()
+    return join_predictions(benchmark, stem, settings) if rank == 0 else []
+
+
+def count_tiles(model: AlignVLM, pages: list[Image.Image], max_tiles: int) -> int:
+    return sum(len(tile_boxes(*page.size, model.config.vision, max_tiles)) for page in pages)
+
+
+def evaluate(model: AlignVLM, tokenizer: Tokenizer, benchmark: Benchmark, args) -> tuple[dict, list[dict]]:
+    """A benchmark's scores by name, and, for each of --noise, sigma, std_F, cosine_distance and the headline score."""
+    settings = {"weights": fingerprint(model), "benchmark": benchmark.name, "limit": args.limit,
+                "max_new_tokens": args.max_new_tokens, "max_tiles": args.max_tiles, "noise": 0.0}
+    benchmark = replace(benchmark, rows=benchmark.rows[:args.limit], prompts=benchmark.prompts[:args.limit])
+    rows = predict(model, tokenizer, benchmark, str(args.out / benchmark.name), settings, args.batch_size)
+    scores, noise = METRICS[benchmark.name](rows) if rows else {}, []
+    std = 1.0
+    if args.noise_relative:
+        pages = [benchmark.images(i) for i in range(min(STD_PAGES, len(benchmark.rows)))]
+        std = feature_std(model, pages, args.max_tiles)
+    for given in args.noise or args.noise_relative or []:
+        stem = f"{args.out / benchmark.name}.noise-{given:g}" + ("std" if args.noise_relative else "")
+        sigma = float(f"{given * std:.6g}")
+        rows = predict(model, tokenizer, benchmark, stem, {**settings, "noise": sigma}, args.batch_size)
+        if rows:
+            noise.append({"sigma": sigma, **read_json(Path(f"{stem}.settings.json"))["measured"],
+                          "score": headline(METRICS[benchmark.name](rows))})
+    return scores, noise
+
+
+def headline(scores: dict[str, float]) -> float:
+    """A benchmark's first score, the one in the tables, in %."""
+    return 100 * next(iter(scores.values()))
+
+
+def show(results: dict, out: Path | None) -> None:
+    """Print the tables, and write them and all scores to OUT/table.md and OUT/scores.json."""
+    scores = {name: headline(s) for name, s in results["scores"].items()}
+    text = score_tables(scores, results["model"])
+    if results["noise"]:
+        text += "\n" + noise_table(results["noise"], scores, results["model"])
+    for name, s in results["scores"].items():
+        print(f"{name}: {' '.join(f'{key}={value:.4f}' for key, value in s.items())}")
+    print("\n" + text, end="")
+    if out:
+        out.mkdir(parents=True, exist_ok=True)
+        write_text(out / "table.md", text)
+        write_text(out / "scores.json", json.dumps(results, indent=2) + "\n")
+
+
+def score_files(specs: list[str], out: Path | None) -> None:
+    """--score: files of predictions, called BENCHMARK.jsonl or given as BENCHMARK=FILE."""
+    results = {"model": "these predictions", "scores": {}, "noise": {}}
+    for spec in specs:
+        name, _, path = spec.rpartition("=") if not Path(spec).exists() else ("", "", spec)
+        name = name or Path(path).name.split(".")[0]
+        if name not in METRICS:
+            raise InputError(f"{spec}: no benchmark {name}: say NAME={path}, with one of {', '.join(METRICS)}")
+        if name in results["scores"]:
+            raise InputError(f"{spec}: a second file for {name}: score one at a time")
+        try:
+            results["scores"][name] = METRICS[name](read_predictions(Path(path)))
+        except KeyError as error:
+            raise InputError(f"{path}: a row's split is {error}, which {name} does not have") from None
+    show(results, out)
+
+
+def parse_args() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    add = parser.add_argument
+    add("--benchmark", nargs="+", default=["toy"], metavar="[NAME=]PATH", help="benchmarks as VLMEvalKit (TSV), "
+        "DocDownstream (JSONL) or VCR-wiki (parquet) have them, and toy or toy=N, N drawn documents (default: toy)")
+    add("--checkpoint", type=Path, help="model folder (default: the newest under out/, or else the one in the box)")
+    add("--out", type=Path, help="where predictions, table.md and scores.json go (default: CHECKPOINT/eval, and "
+        "out/box/eval for the model in the box)")
+    add("--score", nargs="+", metavar="[NAME=]FILE", help="only score files of predictions again")
+    add("--limit", type=int, metavar="N", help="the first N samples of each benchmark (default: all)")
+    add("--batch-size", type=int, default=16, help="samples answered together by a process (default: %(default)s)")
+    add("--max-new-tokens", type=int, default=256, help="longest answer (default: %(default)s)")
+    add("--max-tiles", type=int, default=9, help="tiles a page is cut into at most (default: %(default)s)")
+    noise = parser.add_mutually_exclusive_group().add_argument
+    noise("--noise", type=float, nargs="+", metavar="SIGMA", help="evaluate once more with Gaussian noise of this "
+          "standard deviation on the visual features F (the paper: 3)")
+    noise("--noise-relative", type=float, nargs="+", metavar="R", help="the same, in standard deviations of F")
+    args = parser.parse_args()
+    if min(args.limit or 1, args.batch_size, args.max_new_tokens, args.max_tiles) < 1 or args.limit == 0:
+        parser.error("--limit, --batch-size, --max-new-tokens and --max-tiles are at least 1")
+    if not all(0 < sigma < float("inf") for sigma in args.noise or args.noise_relative or []):
+        parser.error("the noise is more than 0: without any the benchmark is evaluated anyway")
+    return args
+
+
+def main() -> None:
+    args = parse_args()
+    if args.score:
+        return score_files(args.score, args.out)
+    benchmarks = [open_benchmark(spec) for spec in args.benchmark]
+    if len({benchmark.name for benchmark in benchmarks}) < len(benchmarks):
+        raise InputError(f"--benchmark {' '.join(args.benchmark)}: one file for each benchmark")
+    folder = args.checkpoint or default_model()
+    args.out = args.out or (Path("out", "box") if folder.parent == IN_THE_BOX else folder) / "eval"
+    timeout = timedelta(hours=2)        # of ranks that wait for one with longer answers, or for the first to score
+    device, _ = start_processes(timeout)
+    model = AlignVLM.from_pretrained(folder, device=device).eval()
+    tokenizer = Tokenizer(folder, model.config.llm.vocab_size)
+    results = {"model": str(folder), "weights": fingerprint(model), "scores": {}, "noise": {}}
+    if (args.out / "scores.json").exists():     # of other benchmarks: the table is of all that was measured
+        before = read_json(args.out / "scores.json")
+        if before.get("weights") != results["weights"]:
+            raise InputError(f"{args.out / 'scores.json'}: scores of another model: take another --out")
+        results |= {key: before[key] for key in ("scores", "noise") if isinstance(before.get(key), dict)}
+    with roll_call(timeout):
+        for benchmark in benchmarks:
+            scores, noise = evaluate(model, tokenizer, benchmark, args)
+            results["scores"][benchmark.name] = scores
+            if noise:
+                noise = {run["sigma"]: run for run in [*results["noise"].get(benchmark.name, []), *noise]}
+                results["noise"][benchmark.name] = list(noise.values())
+        if dist.get_rank() == 0:
+            show(results, args.out)
+        dist.barrier()
+    dist.destroy_process_group()
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -408,3 +563,14 @@ def open_log(path: Path):
     if path.is_file():
         os.truncate(path, path.read_bytes().rfind(b"\n") + 1)
     return open(path, "a", buffering=1)
+
+
+if __name__ == "__main__":
+    try:
+        main()
+    except KeyboardInterrupt:
+        os._exit(130)
+    except Exception as error:
+        ours = isinstance(error, (InputError, OSError, SafetensorError))        # OSError: a disk is full
+        print(f"eval.py: {error}" if ours else traceback.format_exc(), file=sys.stderr, flush=True)
+        os._exit(2 if ours else 1)      # at once: other ranks may be waiting for this one

@@ -31,33 +31,13 @@ from tqdm import tqdm
 
 from connector import AlignTopK, choose_words, spread
 from data import READ, Example, TextError, Tokenizer, Turn, encode_chat, prepare
-from eval import IN_THE_BOX, answer
+from eval import answer, default_model
 from model import IMAGE, AlignVLM, KVCache, Llama
 from paper.words import explain
 from vision import CheckpointError, InputError, Settings, read_image, tile
 
 ALIGN_VOCAB = "align_vocab.json"    # in a model's folder: the words that the connector can do with
 BATCH = 16                          # pages that are asked about together
-
-
-def newest_checkpoint(out: Path = Path("out")) -> Path:
-    """The highest stage of the run that was trained last, of the runs out/*/stageN."""
-    stages = [path.parent for path in out.glob("*/stage[123]/config.json")]
-    if not stages:
-        raise InputError(f"no trained model under {out}/: run `python train.py` first, or name one with --checkpoint")
-    run = max(stages, key=lambda folder: (folder / "config.json").stat().st_mtime).parent
-    return max(folder for folder in stages if folder.parent == run)
-
-
-def default_model() -> Path:
-    """The newest trained model, or else the one in the box. Raises InputError where there is neither."""
-    try:
-        return newest_checkpoint()
-    except InputError:
-        if not (IN_THE_BOX / "stage3" / "config.json").exists():
-            raise
-        print("nothing is trained under out/: this is the model in the box", file=sys.stderr)
-        return IN_THE_BOX / "stage3"
 
 
 def image_files(paths: list[str]) -> list[Path]:

@@ -12,6 +12,7 @@ import pytest
 import torch
 from PIL import Image
 
+import eval as eval_py
 import sample as sample_py
 from conftest import randomise
 from data import Tokenizer
@@ -178,7 +179,7 @@ def test_explain(folder, pages, tmp_path):
 
 def test_without_a_trained_model_the_one_in_the_box_is_taken(folder, pages, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(sample_py, "IN_THE_BOX", tmp_path / "box")
+    monkeypatch.setattr(eval_py, "IN_THE_BOX", tmp_path / "box")
     ask = "--image", pages / "05.png", "--max-new-tokens", 2
     assert "python train.py" in sample(*ask, code=2).stderr
     (tmp_path / "box").mkdir()

@@ -277,13 +277,13 @@ def text_lesson(rng: random.Random, progress: float, split: str) -> tuple[Page, 
     if kind < charts:
         page = eye_chart(rng)
         return page, [("", page.text)]
-    if rng.random() > 4 * progress - 0.5:               # all dense for an eighth of the stage, none after three eighths
+    if rng.random() > 8 * progress - 0.5:       # all dense for a sixteenth of the stage, none after three sixteenths
         page = dense_text(rng)
         return page, [("", page.text)]
     if kind < charts + 0.3:
         page = short_lines(rng) if rng.random() < 0.75 else sticker(rng)
         return page, [("", page.text)]
-    page = drawn_page(rng, rng.choice(KINDS + ["table"]), progress > 0.25 and rng.random() < 0.5, split)
+    page = drawn_page(rng, rng.choice(KINDS + ["table"]), progress > 0.15 and rng.random() < 0.5, split)
     return page, reading_and_questions(rng, page, read=0.25, ask=0.25)
 
 

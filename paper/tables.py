@@ -1,0 +1,70 @@
+"""The paper's tables with a row of ours, as markdown.
+
+The paper's figures: Table 1 (ALIGN of the three sizes), Table 2 (the connectors on Llama-3.2-3B) and Table 3 (noise) of
+arXiv 2502.01341; VCR and the cosine distances are in its second version only.
+"""
+import math
+
+COLUMNS = {"DocVQA": "DocVQA val", "InfoVQA": "InfoVQA val", "DeepForm": "DeepForm test", "KLC": "KLC test",
+           "WTQ": "WTQ test", "TabFact": "TabFact test", "ChartQA": "ChartQA test", "TextVQA": "TextVQA val",
+           "TableVQABench": "TableVQA test"}
+TABLE_1 = {             # the nine scores in %, then the paper's own average of them
+    "ALIGN, Llama-3.2-1B": [72.42, 38.16, 60.47, 33.71, 28.66, 71.31, 65.44, 48.81, 50.29, 52.14],
+    "ALIGN, Llama-3.2-3B": [79.63, 44.53, 63.49, 35.25, 38.59, 78.51, 71.88, 57.38, 60.10, 58.81],
+    "ALIGN, Llama-3.1-8B": [81.18, 53.75, 63.25, 35.50, 45.31, 83.04, 75.00, 64.60, 64.33, 62.88],
+    "MLP, Llama-3.2-3B": [71.46, 37.56, 62.07, 33.36, 28.94, 73.22, 66.48, 53.56, 50.96, 53.06],            # Table 2
+    "Perceiver, Llama-3.2-3B": [69.08, 34.13, 57.08, 31.75, 27.95, 71.93, 65.16, 51.33, 47.76, 50.68],
+    "Ovis, Llama-3.2-3B": [74.68, 42.11, 58.02, 33.50, 33.13, 76.67, 67.92, 52.60, 53.93, 54.72],
+}
+VCR = {"ALIGN, Llama-3.2-3B": [65.84, 48.07], "MLP, Llama-3.2-3B": [51.43, 37.89]}      # exact match, second version
+TABLE_3 = {"ALIGN, Llama-3.2-3B": [58.81, 57.14, 0.0036], "MLP, Llama-3.2-3B": [53.06, 27.52, 0.3938]}
+
+
+def markdown(header: list[str], rows: list[list]) -> str:
+    """Numbers with two decimals, None as a dash."""
+    def cell(value) -> str:
+        return "-" if value is None else value if isinstance(value, str) else f"{value:.2f}"
+    lines = [header, ["---"] + ["---:"] * (len(header) - 1), *[[cell(value) for value in row] for row in rows]]
+    return "".join(f"| {' | '.join(line)} |\n" for line in lines)
+
+
+def mean(values: list[float]) -> float | None:
+    return sum(values) / len(values) if values else None
+
+
+def score_tables(scores: dict[str, float], model: str) -> str:
+    """Headline scores in % by benchmark -> Table 1 and Table 2, then what else was measured.
+
+    A last column averages every row over the columns that were measured here; the average of nine is of nine only. nan,
+    what TableVQABench scores while one of its splits has no rows, counts as not measured.
+    """
+    scores = {name: value for name, value in scores.items() if not math.isnan(value)}
+    parts, nine = [], [scores.get(name) for name in COLUMNS]
+    if any(value is not None for value in nine):
+        measured = [i for i, value in enumerate(nine) if value is not None]
+        rows = [[name, *values, mean([values[i] for i in measured])] for name, values in TABLE_1.items()]
+        average = mean(nine) if None not in nine else None
+        rows.append([f"**{model}**", *nine, average, mean([nine[i] for i in measured])])
+        parts.append(markdown(["Model", *COLUMNS.values(), "average", f"average of {len(measured)} measured"], rows))
+    vcr = [scores.get("VCR-easy"), scores.get("VCR-hard")]
+    if any(value is not None for value in vcr):
+        rows = [[name, *values] for name, values in VCR.items()] + [[f"**{model}**", *vcr]]
+        parts.append(markdown(["Model", "VCR easy, exact match", "VCR hard, exact match"], rows))
+    if "toy" in scores:
+        parts.append(markdown(["Model", "the toy's held-out documents"], [[f"**{model}**", scores["toy"]]]))
+    return "\n".join(parts)
+
+
+def noise_table(noise: dict[str, list[dict]], scores: dict[str, float], model: str) -> str:
+    """Table 3: for each benchmark and sigma the score (%) without and with noise, their difference, and how much the
+    noise is for F and for the connector. noise: by benchmark, dicts of sigma, std_F, cosine_distance, score."""
+    header = ["Model", "benchmark", "sigma", "std(F)", "sigma / std(F)", "without noise", "with noise", "drop",
+              "cosine distance"]
+    rows = [[name, "average of nine", "3", None, None, clean, noisy, clean - noisy, f"{distance:.4f}"]
+            for name, (clean, noisy, distance) in TABLE_3.items()]
+    for name, runs in noise.items():
+        for run in sorted(runs, key=lambda run: run["sigma"]):
+            relative = f"{run['sigma'] / run['std_F']:.3g}" if run["std_F"] else None
+            rows.append([f"**{model}**", name, f"{run['sigma']:.3g}", f"{run['std_F']:.3g}", relative, scores[name],
+                         run["score"], scores[name] - run["score"], f"{run['cosine_distance']:.4f}"])
+    return markdown(header, rows)

@@ -1,0 +1,552 @@
+"""Evaluation: benchmarks as they are released, odd and damaged files, and predictions that nothing changes."""
+import base64
+import csv
+import io
+import json
+import math
+import random
+import sys
+
+import pyarrow
+import pyarrow.parquet
+import pytest
+import torch
+import torch.distributed as dist
+import torch.nn.functional as nnf
+from PIL import Image
+
+import eval as evaluation
+from conftest import randomise, run, torchrun
+from data import VCR_PROMPT, Tokenizer, Turn, encode_chat
+from model import ALIGNVLM_PRESETS, IMAGE, AlignVLM
+from paper import noise as noise_module
+from paper.benchmarks import SHORT, as_list, open_benchmark
+from paper.noise import feature_std, noise_on, summary
+from paper.predictions import read_predictions
+from paper.tables import COLUMNS, TABLE_1, score_tables
+from toy.pages import draw, held_out_documents, write_toy_tokenizer
+from vision import InputError, tile
+
+
+def picture(i, size=(60, 40)):
+    """An image that is not like any other, and its PNG: noise, so that its base64 is long."""
+    image = Image.frombytes("RGB", size, random.Random(i).randbytes(3 * size[0] * size[1]))
+    data = io.BytesIO()
+    image.save(data, "png")
+    return image, data.getvalue()
+
+
+def same(a, b):
+    return a.size == b.size and a.tobytes() == b.tobytes()
+
+
+def base64_of(i):
+    return base64.b64encode(picture(i)[1]).decode()
+
+
+def write_tsv(path, header, rows):
+    """As pandas does: quotes only around what needs them."""
+    with path.open("w", newline="", encoding="utf-8") as file:
+        writer = csv.writer(file, delimiter="\t", lineterminator="\n")
+        writer.writerows([header, *rows])
+    return path
+
+
+DOCVQA = [["0", base64_of(0), "what is it?", "['a', \"b's\"]"],
+          ["7", "0", 'a question\twith "quotes"\nand two lines', "[Yes, No]"],
+          ["3", base64_of(3), "wie heißt er?", "1.50"],
+          ["12", "3", "who?", "[]x"]]
+
+
+@pytest.fixture
+def docvqa(tmp_path):
+    return write_tsv(tmp_path / "DocVQA_VAL.tsv", ["index", "image", "question", "answer"], DOCVQA)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Readers
+
+
+def test_a_tsv_is_read_as_it_was_written(docvqa):
+    benchmark = open_benchmark(str(docvqa))
+    assert benchmark.name == "DocVQA"
+    assert benchmark.rows == [
+        {"index": "0", "question": "what is it?", "answers": ["a", "b's"], "split": None},
+        {"index": "7", "question": DOCVQA[1][2], "answers": ["[Yes, No]"], "split": None},
+        {"index": "3", "question": "wie heißt er?", "answers": ["1.50"], "split": None},
+        {"index": "12", "question": "who?", "answers": ["[]x"], "split": None}]
+    assert benchmark.prompts == [row["question"] + SHORT for row in benchmark.rows]
+    for i, shown in enumerate([0, 0, 3, 3]):
+        [image] = benchmark.images(i)
+        assert same(image, picture(shown)[0])
+
+
+def test_the_images_of_a_tsv_stay_on_disk(tmp_path):
+    """20 MB of images: what is held of them is far less."""
+    import tracemalloc
+    cell = base64.b64encode(random.Random(0).randbytes(750_000)).decode()
+    path = write_tsv(tmp_path / "InfoVQA_VAL.tsv", ["index", "image", "question", "answer"],
+                     [[str(i), cell, "q", "a"] for i in range(20)])
+    tracemalloc.start()
+    try:
+        benchmark = open_benchmark(str(path))
+        assert len(benchmark.rows) == 20 and tracemalloc.get_traced_memory()[0] < 200_000
+    finally:
+        tracemalloc.stop()
+
+
+def test_tsv_columns_in_any_order_paths_splits_and_line_ends(tmp_path):
+    """image_path as VLMEvalKit makes it of large files, absolute or below LMUData/images; Windows' line ends; a BOM."""
+    folder = tmp_path / "images" / "ChartQA"
+    folder.mkdir(parents=True)
+    for i in (1, 2):
+        (folder / f"{i}.png").write_bytes(picture(i)[1])
+    path = tmp_path / "ChartQA_TEST.tsv"
+    rows = [("test_human", "a?", "14", "5", "ChartQA/1.png"),
+            ("test_augmented", "b?", "Yes", "6", str(folder / "2.png")),
+            ("", "c?", "[1, 2]", "8", "['ChartQA/1.png', 'ChartQA/2.png']")]
+    lines = ["split\tquestion\tanswer\tindex\timage_path", *map("\t".join, rows)]
+    path.write_bytes("\ufeff".encode() + "".join(line + "\r\n" for line in lines).encode())
+    benchmark = open_benchmark(str(path))
+    assert [row["split"] for row in benchmark.rows] == ["human", "augmented", None]
+    assert [row["index"] for row in benchmark.rows] == ["5", "6", "8"] and benchmark.rows[2]["answers"] == ["1", "2"]
+    shown = [benchmark.images(i) for i in range(3)]
+    assert [len(images) for images in shown] == [1, 1, 2]
+    assert same(shown[0][0], picture(1)[0]) and same(shown[1][0], picture(2)[0]) and same(shown[2][1], picture(2)[0])
+
+
+@pytest.mark.parametrize("text, answers", [
+    ("a", ["a"]), ("", [""]), ("['a']", ["a"]), ("[3, 4.5, 'x']", ["3", "4.5", "x"]), ("[Yes, No]", ["[Yes, No]"]),
+    ("[__import__('os').getcwd()]", ["[__import__('os').getcwd()]"]),
+    ("[" * 5000 + "]" * 5000, ["[" * 5000 + "]" * 5000])])
+def test_answers_are_read_and_never_run(text, answers):
+    assert as_list(text) == answers
+
+
+@pytest.mark.parametrize("split, tail", [
+    ("fintabnetqa", SHORT), ("vwtq", SHORT + " Several answers are separated by ||."),
+    ("vtabfact", "\nIs this statement true or false? Answer with one of these two words.")])
+def test_table_vqa_asks_for_each_splits_form_of_answer(tmp_path, split, tail):
+    path = write_tsv(tmp_path / "tablevqa-bench.tsv", ["index", "image", "question", "answer", "split"],
+                     [["0", base64_of(0), "q", "a", split]])
+    benchmark = open_benchmark(str(path))
+    assert benchmark.name == "TableVQABench" and benchmark.rows[0]["split"] == split
+    assert benchmark.prompts == ["q" + tail]
+
+
+def write_doc_downstream(root, name, asked, image="./imgs/DUE_Benchmark/DocVQA/pngs/{i}.png"):
+    """DocDownstream-1.0 as it is unpacked: imgs/ and test/NAME_test.jsonl."""
+    path = root / "test" / f"{name}_test.jsonl"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("w", encoding="utf-8") as file:
+        for i, (question, gold) in enumerate(asked):
+            png = root / image.format(i=i)
+            png.parent.mkdir(parents=True, exist_ok=True)
+            png.write_bytes(picture(i)[1])
+            turns = [{"role": "user", "content": f"<|image|>{question}"}, {"role": "assistant", "content": gold}]
+            file.write(json.dumps({"image": [image.format(i=i)], "messages": turns, "task_name": "qa_sft",
+                                   "dataset_name": name}, ensure_ascii=False) + "\n")
+    return path
+
+
+@pytest.mark.parametrize("file, name", [
+    ("DocVQA", "DocVQA"), ("InfographicsVQA", "InfoVQA"), ("DeepForm", "DeepForm"), ("KleisterCharity", "KLC"),
+    ("WikiTableQuestions", "WTQ"), ("TabFact", "TabFact"), ("ChartQA", "ChartQA")])
+def test_doc_downstreams_test_files(tmp_path, file, name):
+    asked = [("what is «it»?", "1/8/93"), ("empty?", ""), ("two\u2028lines?", "None")]
+    benchmark = open_benchmark(str(write_doc_downstream(tmp_path, file, asked)))
+    assert benchmark.name == name
+    assert benchmark.rows == [{"index": i, "question": question, "answers": [gold], "split": None}
+                              for i, (question, gold) in enumerate(asked)]
+    assert benchmark.prompts == [question for question, _ in asked]
+    for i in range(3):
+        [image] = benchmark.images(i)
+        assert same(image, picture(i)[0])
+
+
+def test_vcr_from_parquet_and_from_tsv(tmp_path):
+    blanks = [["a b c d e", "f g"], ["h"], ["i j"]]
+    folder = tmp_path / "VCR-wiki-en-hard" / "data"
+    folder.mkdir(parents=True)
+    for part in range(2):
+        some = range(2) if part == 0 else range(2, 3)
+        table = {"stacked_image": [{"bytes": picture(i)[1], "path": None} for i in some],
+                 "crossed_text": [blanks[i] for i in some], "caption": ["x"] * len(some)}
+        pyarrow.parquet.write_table(pyarrow.table(table), folder / f"test-0000{part}-of-00002.parquet")
+    (folder / "train-00000-of-00001.parquet").write_bytes(b"not looked at")
+    tsv = write_tsv(tmp_path / "VCR-wiki-en-easy-test-500.tsv", ["index", "question", "answer", "image"],
+                    [[i, VCR_PROMPT, repr(texts), base64_of(i)] for i, texts in enumerate(blanks)])
+    for path, name in [(folder, "VCR-hard"), (tsv, "VCR-easy")]:
+        benchmark = open_benchmark(str(path))
+        assert benchmark.name == name and [row["answers"] for row in benchmark.rows] == blanks
+        assert benchmark.prompts == [VCR_PROMPT] * 3
+        assert all(same(benchmark.images(i)[0], picture(i)[0]) for i in range(3))
+    assert len(open_benchmark(f"VCR-easy={folder / 'test-00000-of-00002.parquet'}").rows) == 2
+
+
+def test_the_toys_documents_are_one_more_benchmark():
+    benchmark, documents = open_benchmark("toy=7"), held_out_documents(7, 0)
+    assert [row["answers"] for row in benchmark.rows] == [[gold] for _, _, gold in documents]
+    assert benchmark.prompts == [prompt for _, prompt, _ in documents] and len(open_benchmark("toy").rows) == 200
+    assert [row["split"] for row in benchmark.rows[:2]] == ["invoice", "receipt"]
+    assert same(benchmark.images(6)[0], draw(documents[6][0]))
+
+
+def test_damaged_and_odd_files_are_one_line_that_names_them(tmp_path, docvqa, monkeypatch):
+    good = docvqa.read_text(encoding="utf-8")
+    cases = {"no column answer": good.replace("answer", "gold"), "no column index": "",
+             "neither": good.replace("image", "picture"), "two rows": good.replace("\n7\t", "\n0\t"),
+             "fields, not 4": good + "13\tx\n", "not a single": good.splitlines()[0] + "\n",
+             "columns up to": good + '14\t"' + base64_of(2),
+             "UTF-8": good.encode() + b"\xff\xfe\t1\t2\t3\n"}
+    for says, text in cases.items():
+        docvqa.write_bytes(text if isinstance(text, bytes) else text.encode())
+        with pytest.raises(InputError, match=says) as error:
+            open_benchmark(str(docvqa))
+        assert docvqa.name in str(error.value) and "\n" not in str(error.value)
+    # What only shows when an image is asked for.
+    cells = ["9", base64_of(1)[:200], "", base64_of(3), base64_of(1)[:-5]]
+    rows = [[str(i), cell, "q", "a"] for i, cell in enumerate(cells)]
+    benchmark = open_benchmark(str(write_tsv(docvqa, ["index", "image", "question", "answer"], rows)))
+    for i, says in [(0, "'9'"), (1, "not a readable image"), (2, "no image"), (4, "index 4")]:
+        with pytest.raises(InputError, match=says) as error:
+            benchmark.images(i)
+        assert docvqa.name in str(error.value) and f"index {i}" in str(error.value) and "\n" not in str(error.value)
+    assert same(benchmark.images(3)[0], picture(3)[0])
+
+    tables = write_tsv(tmp_path / "TableVQABench.tsv", ["index", "image", "question", "answer", "split"],
+                       [["0", base64_of(0), "q", "a", "vwtq"], ["1", "0", "q", "a", "other"]])
+    with pytest.raises(InputError, match="index 1: its split is other"):
+        open_benchmark(str(tables))
+    with pytest.raises(InputError, match="TextVQA_VAL.tsv"):
+        open_benchmark(str(write_doc_downstream(tmp_path, "TextVQA", [("q", "a")])))
+
+    jsonl = write_doc_downstream(tmp_path, "WikiTableQuestions", [("q", "a"), ("r", "b")])
+    lines = jsonl.read_text().splitlines()
+    for bad in ["{", "[1]", '{"messages": []}', lines[0].replace("assistant", "user"), lines[0].replace('"a"', "3"),
+                lines[0].replace('"image"', '"picture"')]:
+        jsonl.write_text("\n".join([lines[0], "", bad]))
+        with pytest.raises(InputError, match="line 3") as error:
+            open_benchmark(str(jsonl))
+        assert jsonl.name in str(error.value) and "\n" not in str(error.value)
+    jsonl.write_text("\n".join([lines[0], lines[1].replace("pngs/1", "pngs/5")]))
+    with pytest.raises(InputError, match="line 2: .*pngs/5.png: no such file"):
+        open_benchmark(str(jsonl)).images(1)
+
+    broken = tmp_path / "vcr-easy-test.parquet"
+    broken.write_bytes(b"PAR1 nothing")
+    other = tmp_path / "vcr-hard-test.parquet"
+    pyarrow.parquet.write_table(pyarrow.table({"crossed_text": [["a"], []]}), other)
+    (tmp_path / "notes.txt").write_text("")
+    for spec, says in [(broken, "not VCR-wiki"), (other, "row 1"), (tmp_path / "none.tsv", "tells no benchmark"),
+                       (f"WTQ={tmp_path / 'none.tsv'}", "No such file"), (f"Foo={docvqa}", "is called Foo"),
+                       (f"WTQ={tmp_path / 'notes.txt'}", "neither .tsv"), (f"KLC={tmp_path / 'imgs'}", "no test"),
+                       ("toy=x", "number"), ("toy=0", "number"), ("", "tells no benchmark")]:
+        with pytest.raises(InputError, match=says) as error:
+            open_benchmark(str(spec))
+        assert "\n" not in str(error.value)
+    monkeypatch.setitem(sys.modules, "pyarrow.parquet", None)
+    with pytest.raises(InputError, match="pip install pyarrow"):
+        open_benchmark(str(other))
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Predictions
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """A toy with random weights: what it says is nonsense, but other nonsense for each page."""
+    folder = tmp_path_factory.mktemp("model")
+    write_toy_tokenizer(folder / "tokenizer.model")
+    model = randomise(AlignVLM(ALIGNVLM_PRESETS["toy"]))
+    with torch.no_grad():
+        model.llm.embed_tokens.weight.mul_(0.03)        # or it would repeat the last token, whatever it sees
+    model.save_pretrained(folder / "stage3", folder / "tokenizer.model", torch.float32)
+    return folder / "stage3"
+
+
+@pytest.fixture(scope="module")
+def model(folder):
+    model = AlignVLM.from_pretrained(folder).eval()
+    return model, Tokenizer(folder, model.config.llm.vocab_size)
+
+
+@pytest.fixture(scope="module")
+def alone():
+    """The only process, as start_processes makes it where there is no torchrun."""
+    evaluation.start_processes()
+    yield
+    dist.destroy_process_group()
+
+
+def settings(**changes):
+    return {"max_new_tokens": 6, "max_tiles": 9, "noise": 0.0, **changes}
+
+
+def predict(model, out, spec="toy=9", batch_size=4, **changes):
+    evaluation.predict(*model, open_benchmark(spec), str(out / "toy"), settings(**changes), batch_size)
+    return (out / "toy.jsonl").read_bytes()
+
+
+@pytest.fixture(scope="module")
+def expected(model, alone, tmp_path_factory):
+    """One by one, in one go."""
+    text = predict(model, tmp_path_factory.mktemp("expected"), batch_size=1)
+    assert len({row["prediction"] for row in map(json.loads, text.splitlines())}) > 5, "all alike: shows nothing"
+    return text
+
+
+def test_batched_is_one_by_one_and_says_what_answer_says(model, expected, tmp_path):
+    assert predict(model, tmp_path) == expected
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["toy.jsonl", "toy.settings.json"]
+    for row, (page, prompt, gold) in zip(map(json.loads, expected.splitlines()), held_out_documents(9, 0)):
+        *_, [text] = evaluation.answer(*model, [draw(page)], [prompt], max_new_tokens=6)
+        assert row.pop("prediction") == text
+        assert row == {"index": row["index"], "question": prompt, "answers": [gold], "split": page.kind}
+
+
+@pytest.mark.parametrize("stops, cut", [(1, b""), (4, b'{"sample": 8, "predi'), (5, b""), (8, b"{")])
+def test_an_interrupted_evaluation_continues(model, expected, tmp_path, monkeypatch, stops, cut):
+    """At any sample, and in the middle of a line; another rank's file is there too. Nothing is done twice."""
+    asked, benchmark, once = [], open_benchmark("toy=9"), [stops]
+
+    def images(i):
+        if once and i == once[0]:
+            raise KeyboardInterrupt
+        asked.append(i)
+        return open_benchmark("toy=9").images(i)
+
+    monkeypatch.setattr(benchmark, "images", images)
+    with pytest.raises(KeyboardInterrupt):
+        evaluation.predict(*model, benchmark, str(tmp_path / "toy"), settings(), 2)
+    part = tmp_path / "toy.rank0"
+    done = part.read_bytes().splitlines(keepends=True)
+    assert len(done) == stops // 2 * 2 and not (tmp_path / "toy.jsonl").exists()
+    part.write_bytes(b"".join(done[1:]) + cut)
+    (tmp_path / "toy.rank3").write_bytes(b"".join(done[:1]) + cut)      # of a run on four processes
+    asked.clear()
+    once.clear()
+    evaluation.predict(*model, benchmark, str(tmp_path / "toy"), settings(), 2)
+    assert (tmp_path / "toy.jsonl").read_bytes() == expected
+    assert asked == [*range(len(done), 9)]
+    evaluation.predict(*model, benchmark, str(tmp_path / "toy"), settings(), 2)
+    assert asked == [*range(len(done), 9)] and len(list(tmp_path.iterdir())) == 2
+
+
+def test_a_kill_while_the_files_are_joined_loses_nothing(model, expected, tmp_path, monkeypatch):
+    import paper.predictions as predictions
+    monkeypatch.setattr(predictions.os, "replace", lambda a, b: (_ for _ in ()).throw(OSError("killed")) if str(
+        b).endswith(".jsonl") else __import__("shutil").move(a, b))
+    with pytest.raises(OSError, match="killed"):
+        predict(model, tmp_path)
+    monkeypatch.undo()
+    assert (tmp_path / "toy.rank0").exists()
+    monkeypatch.setattr(evaluation, "answer", None)         # there is nothing left to be answered
+    assert predict(model, tmp_path) == expected
+
+
+def test_other_settings_are_refused_in_one_line(model, expected, tmp_path):
+    predict(model, tmp_path)
+    for spec, changes in [("toy=9", {"max_new_tokens": 7}), ("toy=9", {"max_tiles": 4}), ("toy=9", {"noise": 1.0}),
+                          ("toy=8", {}), ("toy=9", {"weights": 5})]:
+        with pytest.raises(InputError, match="take another --out") as error:
+            predict(model, tmp_path, spec, **changes)
+        assert "toy.jsonl" in str(error.value) and "\n" not in str(error.value)
+    (tmp_path / "toy.settings.json").unlink()
+    with pytest.raises(InputError, match="take another --out"):
+        predict(model, tmp_path)
+    assert (tmp_path / "toy.jsonl").read_bytes() == expected
+
+
+def test_ranks_share_the_samples(model, expected, tmp_path, monkeypatch):
+    """Two ranks in one process: where the first waits for the second, the second does its part."""
+    rank, asked, benchmark = [0], [], open_benchmark("toy=9")
+    page = benchmark.images
+    benchmark.images = lambda i: asked.append(i) or page(i)
+
+    def second():
+        if rank[0] == 0:
+            rank[0] = 1
+            assert evaluation.predict(*model, benchmark, str(tmp_path / "toy"), settings(), 2) == []
+            rank[0] = 0
+
+    monkeypatch.setattr(evaluation.dist, "get_rank", lambda: rank[0])
+    monkeypatch.setattr(evaluation.dist, "get_world_size", lambda: 2)
+    monkeypatch.setattr(evaluation.dist, "broadcast_object_list", lambda done: done.__setitem__(0, set()))
+    monkeypatch.setattr(evaluation.dist, "barrier", second)
+    evaluation.predict(*model, benchmark, str(tmp_path / "toy"), settings(), 2)
+    assert asked == [0, 2, 4, 6, 8, 1, 3, 5, 7] and (tmp_path / "toy.jsonl").read_bytes() == expected
+
+
+def test_two_ranks_write_the_file_that_one_does(folder, expected, tmp_path):
+    """With torchrun, the whole command; noise, and a TSV beside the toy."""
+    tsv = write_tsv(tmp_path / "DocVQA_VAL.tsv", ["index", "image", "question", "answer"], DOCVQA)
+    command = ["--checkpoint", folder, "--benchmark", "toy=9", tsv, "--max-new-tokens", 6, "--noise", 3]
+    torchrun(2, "eval.py", *command, "--out", tmp_path / "two", "--batch-size", 2)
+    one = main(*command, "--out", tmp_path / "one", "--batch-size", 3)
+    assert (tmp_path / "two" / "toy.jsonl").read_bytes() == expected
+    names = {path.name for path in (tmp_path / "two").iterdir()}
+    assert names == {f"{stem}{end}" for stem in ("toy", "DocVQA", "toy.noise-3", "DocVQA.noise-3")
+                     for end in (".jsonl", ".settings.json")} | {"scores.json", "table.md"}
+    for name in names:
+        if name.endswith(".jsonl"):
+            assert (tmp_path / "two" / name).read_bytes() == (tmp_path / "one" / name).read_bytes()
+    two = json.loads((tmp_path / "two" / "scores.json").read_text())
+    assert two["scores"] == one["scores"]
+    for name in ("toy", "DocVQA"):
+        assert two["noise"][name][0] == pytest.approx(one["noise"][name][0], rel=1e-4)
+
+
+def main(*argv):
+    """The command in this process; its scores.json. The process group is the command's own."""
+    there = dist.is_initialized()
+    if there:
+        dist.destroy_process_group()
+    before, sys.argv = sys.argv, ["eval.py", *map(str, argv)]
+    try:
+        evaluation.main()
+    finally:
+        sys.argv = before
+        if dist.is_initialized():
+            dist.destroy_process_group()
+        if there:
+            evaluation.start_processes()
+    out = argv[argv.index("--out") + 1]
+    return json.loads((out / "scores.json").read_text())
+
+
+def test_the_table_is_of_all_that_was_measured_and_score_says_the_same(folder, tmp_path, capsys):
+    tsv = write_tsv(tmp_path / "DocVQA_VAL.tsv", ["index", "image", "question", "answer"], DOCVQA)
+    jsonl = write_doc_downstream(tmp_path, "TabFact", [("q", "true"), ("r", "false")])
+    common = "--checkpoint", folder, "--max-new-tokens", 3, "--out", tmp_path / "eval"
+    main(*common, "--benchmark", f"TabFact={jsonl}")
+    results = main(*common, "--benchmark", tsv, "toy=5", "--limit", 2)
+    assert set(results["scores"]) == {"TabFact", "DocVQA", "toy"}
+    table = (tmp_path / "eval" / "table.md").read_text()
+    assert capsys.readouterr().out.endswith(table)
+    assert len(read_predictions(tmp_path / "eval" / "DocVQA.jsonl")) == 2
+    files = [tmp_path / "eval" / f"{name}.jsonl" for name in ("TabFact", "DocVQA", "toy")]
+    again = main("--score", *files, "--out", tmp_path / "again")
+    assert again["scores"] == results["scores"]
+    assert (tmp_path / "again" / "table.md").read_text() == table.replace(str(folder), "these predictions")
+    with pytest.raises(InputError, match="another --out"):
+        main(*common, "--benchmark", tsv, "toy=5", "--limit", 1)
+    (tmp_path / "eval" / "scores.json").write_text('{"weights": 1}')
+    with pytest.raises(InputError, match="another model"):
+        main(*common, "--benchmark", tsv)
+
+
+def test_bad_predictions_are_one_line(tmp_path):
+    path = tmp_path / "WTQ.jsonl"
+    row = {"index": 0, "question": "q", "answers": ["a"], "split": None, "prediction": "a"}
+    for text in ["", "{", "[]", json.dumps({**row, "answers": []}), json.dumps({**row, "prediction": None})]:
+        path.write_text(text)
+        with pytest.raises(InputError, match="WTQ.jsonl"):
+            evaluation.score_files([str(path)], None)
+    path.write_text(json.dumps(row))
+    for specs, says in [([str(tmp_path / "none.jsonl")], "no benchmark none"), ([str(path)] * 2, "second"),
+                        ([f"TableVQABench={path}"], "split is None"),
+                        ([f"KLC={tmp_path / 'none.jsonl'}"], "No such file"), ([f"Foo={path}"], "no benchmark Foo")]:
+        with pytest.raises(InputError, match=says):
+            evaluation.score_files(specs, None)
+
+
+def test_bad_input_is_one_line_and_exit_status_2(docvqa):
+    docvqa.write_text("index\tquestion")
+    done = run("eval.py", "--benchmark", docvqa, code=2)
+    assert done.stderr.startswith(f"eval.py: {docvqa}: no column answer") and len(done.stderr.splitlines()) == 1
+
+
+@pytest.mark.parametrize("argv", [["--limit", "0"], ["--batch-size", "0"], ["--noise", "0"], ["--noise", "nan"],
+                                  ["--noise", "1", "--noise-relative", "1"]])
+def test_impossible_options(argv, monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["eval.py", *argv])
+    with pytest.raises(SystemExit) as exit:
+        evaluation.parse_args()
+    assert exit.value.code == 2
+
+
+def test_averages_are_over_what_was_measured():
+    """The paper's own averages follow from its columns, cut off after two decimals."""
+    for name, (*values, average) in TABLE_1.items():
+        assert len(values) == len(COLUMNS) and math.floor(sum(values) / 9 * 100 + 1e-9) / 100 == average, name
+    text = score_tables({"WTQ": 50.0, "KLC": 30.0}, "ours")
+    rows = {line.split(" | ")[0].strip("|* "): line.strip(" |\n").split(" | ") for line in text.splitlines()}
+    assert rows["ours"] == ["**ours**", "-", "-", "-", "30.00", "50.00", "-", "-", "-", "-", "-", "40.00"]
+    assert rows["MLP, Llama-3.2-3B"][-2:] == ["53.06", f"{(33.36 + 28.94) / 2:.2f}"]
+    assert score_tables({"WTQ": 50.0, "KLC": 30.0, "TableVQABench": math.nan}, "ours") == text
+    full = score_tables(dict.fromkeys(COLUMNS, 10.0) | {"VCR-hard": 1.0, "toy": 99.0}, "ours")
+    for row in (" 10.00 |" * 11, " - | 1.00 |", " 99.00 |"):
+        assert f"| **ours** |{row}\n" in full
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Noise
+
+
+def test_noise_statistics_are_the_naive_ones(model, alone, tmp_path):
+    """F, F + N and both outputs made by hand, a sample at a time, against what an evaluation in batches reports."""
+    vlm, tokenizer = model
+    benchmark, sigma = open_benchmark("toy=5"), 0.7
+    rows = evaluation.predict(vlm, tokenizer, benchmark, str(tmp_path / "toy"), settings(noise=sigma), 3)
+    measured = json.loads((tmp_path / "toy.settings.json").read_text())["measured"]
+    features, distances = [], []
+    for i in range(5):
+        [page] = benchmark.images(i)
+        with torch.inference_mode():
+            F = vlm.vision(tile(page, vlm.config.vision))
+            name = noise_module.zlib.crc32(f"toy/{i}".encode())
+            N = sigma * torch.randn(F.shape, generator=torch.Generator().manual_seed(name))
+            E_text = vlm.llm.embed_tokens.weight
+            clean, noisy = vlm.connector.p_vocab(F) @ E_text, vlm.connector.p_vocab(F + N) @ E_text
+        features.append(F.flatten())
+        distances.append((1 - nnf.cosine_similarity(clean, noisy, dim=-1)).flatten())
+        assert abs(N.std().item() - sigma) < 0.02
+        # and the text is what the LLM says to the noisy embeddings
+        turn = Turn("user", [IMAGE, benchmark.prompts[i]])
+        prompt, _ = encode_chat([turn], tokenizer, [F.shape[0] * F.shape[1]])
+        with torch.inference_mode():
+            x = nnf.embedding(prompt.clamp(min=0), E_text)
+            x[prompt == IMAGE] = noisy.flatten(0, 1)
+        ids = [step[0] for step in vlm.llm.generate(x[None], [len(prompt)], tokenizer.stop, 6)]
+        assert tokenizer.decode(ids) == rows[i]["prediction"]
+    assert measured["std_F"] == pytest.approx(torch.cat(features).double().std(unbiased=False).item(), rel=1e-6)
+    assert measured["cosine_distance"] == pytest.approx(torch.cat(distances).double().mean().item(), rel=1e-3)
+    pages = [benchmark.images(i) for i in range(5)]
+    assert feature_std(vlm, pages, 9) == pytest.approx(measured["std_F"], rel=5e-3)
+    assert not vlm.vision._forward_hooks and not vlm.connector._forward_hooks
+
+
+def test_noise_of_nearly_nothing_changes_nothing(model, expected, tmp_path):
+    assert predict(model, tmp_path, noise=1e-9) == expected
+    measured = json.loads((tmp_path / "toy.settings.json").read_text())["measured"]
+    assert abs(measured["cosine_distance"]) < 1e-5 and measured["std_F"] > 0.1
+
+
+def test_an_interrupted_noisy_evaluation_is_the_uninterrupted_one(model, expected, tmp_path):
+    whole = predict(model, tmp_path, noise=2.0, batch_size=9)
+    assert whole != expected
+    measured = json.loads((tmp_path / "toy.settings.json").read_text())["measured"]
+    (tmp_path / "again").mkdir()
+    benchmark = open_benchmark("toy=9")
+    benchmark.images = lambda i: open_benchmark("toy=9").images(i) if i < 6 else 1 / 0
+    with pytest.raises(ZeroDivisionError):
+        evaluation.predict(*model, benchmark, str(tmp_path / "again" / "toy"), settings(noise=2.0), 2)
+    assert predict(model, tmp_path / "again", noise=2.0, batch_size=2) == whole
+    again = json.loads((tmp_path / "again" / "toy.settings.json").read_text())["measured"]
+    assert again == pytest.approx(measured, rel=1e-5)
+
+
+def test_relative_noise_is_in_standard_deviations_of_F(folder, model, alone, tmp_path):
+    results = main("--checkpoint", folder, "--benchmark", "toy=4", "--max-new-tokens", 2, "--noise-relative", 0.5, 2,
+                   "--out", tmp_path)
+    runs = results["noise"]["toy"]
+    assert [run["sigma"] / run["std_F"] for run in runs] == pytest.approx([0.5, 2], rel=5e-3)
+    assert runs[0]["cosine_distance"] < runs[1]["cosine_distance"]
+    assert {"toy.noise-0.5std.jsonl", "toy.noise-2std.jsonl"} < {path.name for path in tmp_path.iterdir()}
+    with noise_on(model[0], 0.0) as nothing:
+        assert nothing is None
+    assert summary([{"distance": 1.0, "tokens": 4, "sum": 2.0, "squares": 10.0, "numbers": 2},
+                    {"distance": 2.0, "tokens": 2, "sum": 0.0, "squares": 2.0, "numbers": 2}]) == pytest.approx(
+        {"std_F": (3 - 0.25) ** 0.5, "cosine_distance": 0.5})

@@ -1,0 +1,37 @@
+"""paper/metrics.py against metrics_again.py, which was written apart from it, on 200 hard predictions per benchmark."""
+import pytest
+
+from benchmark_cases import N, cases
+from metrics_again import SCORES
+from paper.metrics import METRICS
+
+FOUR_DECIMALS = 0.5e-4
+
+
+def headline(scores: dict[str, float]) -> float:
+    return next(iter(scores.values()))
+
+
+def test_both_know_the_same_benchmarks():
+    assert set(SCORES) <= set(METRICS)
+
+
+@pytest.mark.parametrize("name", SCORES)
+def test_each_row(name):
+    """Row by row, so that a disagreement says what it is about; a mean could hide two that cancel."""
+    apart = [(row, theirs, ours) for row in cases(name)
+             for theirs, ours in [(headline(METRICS[name]([row])), SCORES[name]([row])["score"])]
+             if abs(theirs - ours) >= FOUR_DECIMALS]
+    assert not apart, "\n".join(f"{row['prediction']!r} for {row['answers']!r} ({row['split']}): "
+                                f"metrics.py {theirs:.4f}, metrics_again.py {ours:.4f}" for row, theirs, ours in apart)
+
+
+@pytest.mark.parametrize("name", SCORES)
+def test_200_rows(name):
+    rows = cases(name)
+    theirs, ours = METRICS[name](rows), SCORES[name](rows)
+    assert len(rows) == N == 200
+    assert 0.3 < ours["score"] < 0.7, "too many right or wrong to tell two metrics apart"
+    assert abs(headline(theirs) - ours["score"]) < FOUR_DECIMALS
+    for key in theirs.keys() & ours.keys():             # the splits, and whatever else both report under one name
+        assert abs(theirs[key] - ours[key]) < FOUR_DECIMALS, key
