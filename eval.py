@@ -4,6 +4,7 @@
     python eval.py --benchmark DocVQA=LMUData/DocVQA_VAL.tsv WTQ=DocDownstream-1.0/test/WikiTableQuestions_test.jsonl
     torchrun --nproc_per_node 8 eval.py --checkpoint out/llama-3.2-1b/stage3 --benchmark LMUData/ChartQA_TEST.tsv
     python eval.py --noise-relative 0.5 1 2                     # once more with noise on F, in standard deviations of F
+    python eval.py --vocab 50                                   # which words P_vocab takes on 50 pages (section 5.3)
     python eval.py --score out/toy/stage3/eval/toy.jsonl        # scores predictions again, without a model
 
 Predictions go to OUT/BENCHMARK.jsonl. The same command goes on where it was interrupted, on any number of processes.
@@ -45,8 +46,9 @@ from paper.metrics import METRICS, edit_distance
 from paper.noise import STD_PAGES, feature_std, noise_on
 from paper.predictions import begin_predictions, join_predictions, read_predictions, write_text
 from paper.tables import noise_table, score_tables
+from paper.words import vocab_report
 from toy.pages import draw, held_out_documents, write_toy_tokenizer
-from vision import InputError, read_json, tile_boxes
+from vision import InputError, read_json, tile, tile_boxes
 
 IN_THE_BOX = Path(__file__).parent / "toy"
 
@@ -250,6 +252,8 @@ def parse_args() -> argparse.Namespace:
     add("--out", type=Path, help="where predictions, table.md and scores.json go (default: CHECKPOINT/eval, and "
         "out/box/eval for the model in the box)")
     add("--score", nargs="+", metavar="[NAME=]FILE", help="only score files of predictions again")
+    add("--vocab", type=int, metavar="N", help="only average P_vocab over the first N samples' pages, into OUT/vocab.png "
+        "and vocab.json (needs `pip install matplotlib`)")
     add("--limit", type=int, metavar="N", help="the first N samples of each benchmark (default: all)")
     add("--batch-size", type=int, default=16, help="samples answered together by a process (default: %(default)s)")
     add("--max-new-tokens", type=int, default=256, help="longest answer (default: %(default)s)")
@@ -259,11 +263,20 @@ def parse_args() -> argparse.Namespace:
           "standard deviation on the visual features F (the paper: 3)")
     noise("--noise-relative", type=float, nargs="+", metavar="R", help="the same, in standard deviations of F")
     args = parser.parse_args()
-    if min(args.limit or 1, args.batch_size, args.max_new_tokens, args.max_tiles) < 1 or args.limit == 0:
-        parser.error("--limit, --batch-size, --max-new-tokens and --max-tiles are at least 1")
+    numbers = (args.limit, args.vocab, args.batch_size, args.max_new_tokens, args.max_tiles)
+    if min(1 if n is None else n for n in numbers) < 1:
+        parser.error("--limit, --vocab, --batch-size, --max-new-tokens and --max-tiles are at least 1")
     if not all(0 < sigma < float("inf") for sigma in args.noise or args.noise_relative or []):
         parser.error("the noise is more than 0: without any the benchmark is evaluated anyway")
     return args
+
+
+def summary_line(words: dict, out: Path) -> str:
+    """What --vocab found, in a sentence."""
+    likeliest, blank = words["likeliest"][0], words["blank"][0] if words["blank"] else {"word": "-", "patches": 0.0}
+    return (f"{words['words_for_90']:,} of {words['words']:,} words hold 90 % of the probability, "
+            f"{words['words_for_99']:,} hold 99 %; the likeliest, {likeliest['word']}, has {likeliest['probability']:.3f}; "
+            f"{blank['patches']:.1%} of the blank patches become {blank['word']}: {out}/vocab.png and vocab.json")
 
 
 def main() -> None:
@@ -279,6 +292,11 @@ def main() -> None:
     device, _ = start_processes(timeout)
     model = AlignVLM.from_pretrained(folder, device=device).eval()
     tokenizer = Tokenizer(folder, model.config.llm.vocab_size)
+    if args.vocab:
+        files = [(b, i) for b in benchmarks for i in range(len(b.rows))][:args.vocab]
+        pages = (tile(page, model.config.vision, args.max_tiles) for b, i in files for page in b.images(i))
+        args.out.mkdir(parents=True, exist_ok=True)
+        return print(summary_line(vocab_report(model, tokenizer, pages, args.out / "vocab.png"), args.out))
     results = {"model": str(folder), "weights": fingerprint(model), "scores": {}, "noise": {}}
     if (args.out / "scores.json").exists():     # of other benchmarks: the table is of all that was measured
         before = read_json(args.out / "scores.json")

@@ -90,15 +90,18 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 class KVCache:
     """Preallocated keys and values of every layer, (B, kv_heads, length, head_dim) each, written by position."""
 
-    def __init__(self, config: LlamaConfig, batch: int, length: int, device, dtype):
-        shape = batch, config.n_kv_heads, length, config.head_dim
+    def __init__(self, config: LlamaConfig, batch: int, length: int, device, dtype, prefix: "KVCache | None" = None):
+        self.start = prefix.reach if prefix else 0      # every row begins with the one row that the prefix holds
+        self.reach = self.start + length    # attention reads so many places: all, or on a CPU as many as are filled
+        shape = batch, config.n_kv_heads, self.reach, config.head_dim
         self.k, self.v = ([torch.zeros(shape, device=device, dtype=dtype) for _ in range(config.n_layers)]
                           for _ in range(2))
         self.rows = torch.arange(batch, device=device)[:, None]                    # (B, 1)
         if torch.device(device).type == "cuda":     # a CUDA graph may then write to them
             for x in (*self.k, *self.v):
                 torch._dynamo.mark_static_address(x, guard=False)
-        self.reach = length         # attention reads so many places: all, or on a CPU as many as are filled
+        for own, read in zip((*self.k, *self.v), (*prefix.k, *prefix.v) if prefix else ()):
+            own[:, :, :self.start] = read
 
     def write(self, layer: int, positions: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
         """Put k and v (B, kv_heads, L, head_dim) at positions (B, L) of a layer; returns what is within reach."""
@@ -107,8 +110,8 @@ class KVCache:
         return self.k[layer][:, :, :self.reach], self.v[layer][:, :, :self.reach]
 
     def mask(self, positions: Tensor) -> Tensor:
-        """What attention adds to the scores of rows at positions (B, 1): -inf for what is later. (B, 1, 1, reach)"""
-        later = torch.arange(self.reach, device=positions.device) > positions[:, :, None, None]
+        """What attention adds to the scores at positions (B, L): -inf for what is later. (B, 1, L, reach)"""
+        later = torch.arange(self.reach, device=positions.device) > positions[:, None, :, None]
         return torch.zeros_like(later, dtype=self.k[0].dtype).masked_fill_(later, -math.inf)
 
 
@@ -120,8 +123,7 @@ class Attention(nn.Module):
         self.layer, self.n_heads, self.head_dim = layer, config.n_heads, config.head_dim
         D, q_size, kv_size = config.hidden_size, config.n_heads * config.head_dim, config.n_kv_heads * config.head_dim
         self.q_proj = nn.Linear(D, q_size, bias=False)
-        self.k_proj = nn.Linear(D, kv_size, bias=False)
-        self.v_proj = nn.Linear(D, kv_size, bias=False)
+        self.k_proj, self.v_proj = (nn.Linear(D, kv_size, bias=False) for _ in range(2))
         self.o_proj = nn.Linear(q_size, D, bias=False)
 
     def qkv(self, x: Tensor, cos: Tensor, sin: Tensor) -> list[Tensor]:
@@ -130,13 +132,12 @@ class Attention(nn.Module):
         qk, v = (y.unflatten(-1, (-1, self.head_dim)).transpose(1, 2) for y in (qk, self.v_proj(x)))
         return [*rotate(qk, cos, sin).split([self.n_heads, v.shape[1]], dim=1), v]
 
-    def forward(self, x: Tensor, cos: Tensor, sin: Tensor, lengths=None, cache=None, positions=None,
-                mask=None) -> Tensor:
+    def forward(self, x: Tensor, cos: Tensor, sin: Tensor, lengths, cache, positions, mask) -> Tensor:
         q, k, v = self.qkv(x, cos, sin)
         if cache is not None:
             past_k, past_v = cache.write(self.layer, positions, k, v)
-        if mask is not None:    # decoding: every row sees its own past
-            y = attend(q, past_k, past_v, attn_mask=mask)
+        if mask is not None:    # decoding, or reading on after a prefix: every row sees its own past
+            y = attend(q, past_k, past_v, mask)
         elif lengths is None:   # a prefill starts at position 0 and is causal among itself
             y = attend(q, k, v, is_causal=True)
         else:
@@ -144,11 +145,11 @@ class Attention(nn.Module):
         return self.o_proj(y.transpose(1, 2).flatten(2))                           # (B, L, D)
 
 
-def attend(q: Tensor, k: Tensor, v: Tensor, **kind) -> Tensor:
+def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None, **kind) -> Tensor:
     """Scaled dot-product attention of q (B, heads, L, head_dim) over k and v (B, kv_heads, M, head_dim)."""
     wide = q.is_cpu and q.shape[2] > 1      # there PyTorch takes 1.6 times as long in bf16 as in fp32
-    qkv = (x.float() if wide else x for x in (q, k, v))
-    return nnf.scaled_dot_product_attention(*qkv, enable_gqa=q.shape[1] != k.shape[1], **kind).to(q.dtype)
+    inputs = (x.float() if wide and x is not None else x for x in (q, k, v, mask))
+    return nnf.scaled_dot_product_attention(*inputs, enable_gqa=q.shape[1] != k.shape[1], **kind).to(q.dtype)
 
 
 @torch.compiler.disable         # each number of samples would be a graph of its own
@@ -193,12 +194,12 @@ class Llama(nn.Module):
         """Embeddings x (B, L, D) -> final hidden states (B, L, D), or (B, 1, D) of the positions `last` (B, 1) alone.
 
         lengths: the row (B = 1) holds samples of these lengths, packed; each is read by itself, from position 0.
-        cache, positions (B, L): keep keys and values there; L = 1 continues, a longer x starts at position 0.
+        cache, positions (B, L): keep keys and values there; L = 1 continues, a longer x starts at position cache.start.
         """
         if positions is None:
             positions = torch.cat([torch.arange(n, device=x.device) for n in lengths or [x.shape[1]]])[None]
         cos, sin = (angle.to(x.dtype) for angle in rope(positions, self.config))
-        mask = cache.mask(positions) if cache is not None and x.shape[1] == 1 else None
+        mask = cache.mask(positions) if cache is not None and (cache.start or x.shape[1] == 1) else None
         lengths = None if lengths is None else torch.tensor(lengths)       # a list would be compiled for its length
         *layers, top = self.layers
         for layer in layers:
@@ -206,8 +207,8 @@ class Llama(nn.Module):
         if last is not None:    # of the other tokens the top layer's keys and values are all that is ever needed
             _, k, v = top.self_attn.qkv(top.input_layernorm(x), cos, sin)
             cache.write(top.self_attn.layer, positions, k, v)
-            x, positions, mask = x[cache.rows, last], last, cache.mask(last)       # (B, 1, D)
-            cos, sin = (angle[0, 0, last][:, None] for angle in (cos, sin))
+            x, positions, mask = x[cache.rows, last - cache.start], last, cache.mask(last)      # (B, 1, D)
+            cos, sin = (angle[0, 0, last - cache.start][:, None] for angle in (cos, sin))
         return self.norm(top(x, cos, sin, lengths, cache, positions, mask))
 
     def forward(self, tokens: Tensor | None = None, embeddings: Tensor | None = None) -> Tensor:
@@ -217,25 +218,27 @@ class Llama(nn.Module):
 
     @torch.inference_mode()
     def generate(self, x: Tensor, lengths: list[int], stop: set[int], max_new_tokens: int = 256,
-                 temperature: float = 0.0, top_p: float = 1.0, seed: int = 0) -> Iterator[list[int | None]]:
+                 temperature: float = 0.0, top_p: float = 1.0, seed: int = 0,
+                 prefix: KVCache | None = None) -> Iterator[list[int | None]]:
         """Continue B prompts together, greedily each as if alone: embeddings x (B, L, D), padded on the right to L.
 
         Yields once a step the B new token ids, None for a row that has met a token of `stop` (which is not yielded).
         temperature 0 is greedy; otherwise sampling from the smallest set of words that holds top_p of the probability.
+        prefix: keys and values of what stands before every prompt, as `hidden` left them in a cache of that length.
         """
         B, L, _ = x.shape
         generator = torch.Generator(x.device).manual_seed(seed)
         places, continue_hidden = L + max_new_tokens, self.hidden
         if x.is_cuda:       # a step is one CUDA graph; rounded up, so that prompts of about this length share it
             places, continue_hidden = 256 * math.ceil(places / 256), torch.compile(self.hidden, mode="reduce-overhead")
-        cache = KVCache(self.config, B, places, x.device, x.dtype)
-        position = torch.tensor(lengths, device=x.device)[:, None]                # (B, 1)
-        h = self.hidden(x, None, cache, torch.arange(L, device=x.device).expand(B, L), position - 1)     # (B, 1, D)
+        cache = KVCache(self.config, B, places, x.device, x.dtype, prefix)
+        position = cache.start + torch.tensor(lengths, device=x.device)[:, None]  # (B, 1)
+        h = self.hidden(x, None, cache, cache.start + torch.arange(L, device=x.device).expand(B, L), position - 1)
         done = [False] * B
         for step in range(max_new_tokens):
             if step > 0:
                 if x.is_cpu:        # elsewhere a shape that changes costs more than places that are empty
-                    cache.reach = max(lengths) + step
+                    cache.reach = cache.start + max(lengths) + step
                 # a padded row's stale keys lie beyond its position: unseen until the row overwrites them
                 h = continue_hidden(self.embed_tokens(ids[:, None]), None, cache, position)      # (B, 1, D)
                 position = position + 1
@@ -559,12 +562,11 @@ class AlignVLM(nn.Module):
 
     @torch.inference_mode()
     def generate(self, prompts: list[Tensor], pixels: list[Tensor], stop: set[int], max_new_tokens: int = 256,
-                 temperature: float = 0.0, top_p: float = 1.0, seed: int = 0) -> Iterator[list[int | None]]:
+                 **generation) -> Iterator[list[int | None]]:
         """Continue B prompts (L_b,) with their tiles (T_b, 3, S, S): Llama.generate on the embeddings of both."""
-        E_text = self.llm.embed_tokens.weight
-        tokens = pad_sequence(list(prompts), batch_first=True).to(E_text.device)           # (B, L)
-        x = self.embed(tokens, torch.cat(pixels).to(E_text.device, E_text.dtype))           # (B, L, D)
-        yield from self.llm.generate(x, [len(p) for p in prompts], stop, max_new_tokens, temperature, top_p, seed)
+        tokens = pad_sequence(list(prompts), batch_first=True)                              # (B, L)
+        x = self.embed(tokens, torch.cat(pixels).to(self.llm.embed_tokens.weight))          # (B, L, D)
+        yield from self.llm.generate(x, [len(p) for p in prompts], stop, max_new_tokens, **generation)
 
 
 def read_config(folder: Path) -> AlignVLMConfig:

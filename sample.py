@@ -3,13 +3,17 @@
     python sample.py --image doc.png                                    # reads the page aloud
     python sample.py --image doc.png --prompt "what is TAX?"
     python sample.py --image page1.png page2.png --prompt "which is newer?"                     # both in one prompt
-    python sample.py --questions pages/questions.jsonl --answers answers.jsonl
+    python sample.py --image pages/ --prompt "what is TAX?"             # each image of a folder by itself, a line each
+    python sample.py --questions pages/questions.jsonl --answers answers.jsonl                  # JSONL in, JSONL out
+    python sample.py --image doc.png --interactive                      # read the page once, then type questions
+    python sample.py --image doc.png --explain words.png                # the word that every patch is mapped to
     python sample.py --align-vocab 100 --choose-from pages/*.png        # choose the connector's words, and store them
     python sample.py --align-vocab 100 --image doc.png                  # with these words alone
     python sample.py --llm Llama-3.2-1B-Instruct --prompt "What is the capital of France?"      # the bare LLM
 
-Without --checkpoint the newest trained model under out/ is taken. --llm is the first thing to try on new weights: a
-downloaded folder, in hub format or Meta's, talks in its own chat format and sees no image.
+Without --checkpoint the newest trained model under out/ is taken, or else the one in the box, toy/stage3. --llm is the
+first thing to try on new weights: a downloaded folder, in hub format or Meta's, talks in its own chat format and sees
+no image.
 """
 import argparse
 import json
@@ -21,12 +25,37 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import torch
+from PIL import Image
+from torch import Tensor
 from tqdm import tqdm
 
-from data import READ, Tokenizer, Turn, encode_chat
+from connector import AlignTopK, choose_words, spread
+from data import READ, Example, TextError, Tokenizer, Turn, encode_chat, prepare
 from eval import answer, default_model
-from model import AlignVLM, Llama
-from vision import InputError, read_image, tile
+from model import IMAGE, AlignVLM, KVCache, Llama
+from paper.words import explain
+from vision import CheckpointError, InputError, Settings, read_image, tile
+
+ALIGN_VOCAB = "align_vocab.json"    # in a model's folder: the words that the connector can do with
+BATCH = 16                          # pages that are asked about together
+
+
+def image_files(paths: list[str]) -> list[Path]:
+    """The images of a folder, in the order of their names, or the paths as they are. Raises InputError."""
+    folders = [path for path in map(Path, paths) if path.is_dir()]
+    if not folders:
+        return [Path(path) for path in paths]
+    if len(paths) > 1:
+        raise InputError(f"{folders[0]}: a folder goes alone, or else name its images")
+    endings = {ending for ending, kind in Image.registered_extensions().items() if kind in Image.OPEN}
+    files = sorted(file for file in folders[0].iterdir() if file.suffix.lower() in endings and file.is_file())
+    if not files:
+        raise InputError(f"{folders[0]}: no image in this folder")
+    return files
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Answers
 
 
 def chat(llm: Llama, tokenizer: Tokenizer, prompt: str, **generation) -> Iterator[list[str]]:
@@ -64,8 +93,8 @@ def answer_file(model: AlignVLM, tokenizer: Tokenizer, args, **generation) -> No
         raise InputError(f"--answers {args.answers}: a folder, not a file")
     partial = Path(args.answers + ".partial")
     with partial.open("w", encoding="utf-8") as out, tqdm(total=len(rows), desc="questions") as bar:
-        for first in range(0, len(rows), 16):
-            batch = rows[first:first + 16]
+        for first in range(0, len(rows), BATCH):
+            batch = rows[first:first + BATCH]
             images = [read_image(Path(args.questions).parent / row["image"]) for row in batch]
             prompts = [row["prompt"] for row in batch]
             *_, predictions = answer(model, tokenizer, images, prompts, args.max_tiles, **generation)
@@ -73,6 +102,88 @@ def answer_file(model: AlignVLM, tokenizer: Tokenizer, args, **generation) -> No
                 out.write(json.dumps({**row, "prediction": prediction}) + "\n")
             bar.update(len(batch))
     os.replace(partial, args.answers)
+
+
+def answer_folder(model: AlignVLM, tokenizer: Tokenizer, files: list[Path], prompt: str, max_tiles: int,
+                  **generation) -> None:
+    """Ask the same about each image by itself: a line `name: answer` for each, in which a line's end is a slash."""
+    with tqdm(total=len(files), desc="pages") as bar:
+        for first in range(0, len(files), BATCH):
+            batch = files[first:first + BATCH]
+            images = [read_image(file) for file in batch]
+            *_, answers = answer(model, tokenizer, images, [prompt] * len(batch), max_tiles, **generation)
+            for file, text in zip(batch, answers):
+                bar.write(f"{file.name}: {' / '.join(text.splitlines())}")
+            bar.update(len(batch))
+
+
+def explain_files(model: AlignVLM, tokenizer: Tokenizer, files: list[Path], out: Path, max_tiles: int) -> None:
+    """A picture of each image's words: `out`, or of several images one each, numbered."""
+    for number, file in enumerate(tqdm(files, desc="explaining"), 1):
+        path = out if len(files) == 1 else out.with_name(f"{out.stem}-{number}{out.suffix}")
+        explain(model, tokenizer, read_image(file), path, max_tiles, file.name)
+        tqdm.write(f"{file}: the word of every patch is drawn in {path}")
+
+
+class Conversation:
+    """Questions about the same images, which are read once: their keys and values stay, for every question anew."""
+
+    def __init__(self, model: AlignVLM, tokenizer: Tokenizer, images: list[Image.Image], max_tiles: int = 9):
+        self.model, self.tokenizer, self.images = model, tokenizer, [IMAGE] * len(images)
+        sample = prepare(Example(images, [Turn("user", self.images)], ""), tokenizer, model.config.vision, max_tiles,
+                         tile_tokens=model.config.tile_tokens)
+        tokens = sample.tokens[:after_images(sample.tokens)]                    # (P,), the same for every question
+        with torch.inference_mode():
+            x = model.embed(tokens[None], sample.pixels.to(model.llm.embed_tokens.weight))      # (1, P, D)
+            self.read = KVCache(model.config.llm, 1, len(tokens), x.device, x.dtype)
+            model.llm.hidden(x, None, self.read, torch.arange(len(tokens), device=x.device)[None])
+
+    def ask(self, prompt: str, **generation) -> Iterator[list[str]]:
+        """The answer so far, after every token, as `answer` gives it. Raises TextError."""
+        tokens, _ = encode_chat([Turn("user", [*self.images, prompt])], self.tokenizer, [1] * len(self.images))
+        tokens, ids = tokens[after_images(tokens):], []                         # (L,)
+        x = self.model.llm.embed_tokens(tokens[None].to(self.read.rows.device))            # (1, L, D)
+        for [token] in self.model.llm.generate(x, [len(tokens)], self.tokenizer.stop, prefix=self.read, **generation):
+            ids.append(token)
+            yield [self.tokenizer.decode(ids)]
+
+
+def after_images(tokens: Tensor) -> int:
+    """Where the text after the last image begins in a prompt's tokens (L,)."""
+    return int((tokens == IMAGE).nonzero()[-1]) + 1
+
+
+def converse(model: AlignVLM, tokenizer: Tokenizer, images: list[Image.Image], max_tiles: int, **generation) -> None:
+    """Answer what is typed, a question a line, until an empty one or the input's end."""
+    start = time.perf_counter()
+    conversation = Conversation(model, tokenizer, images, max_tiles)
+    print(f"read in {time.perf_counter() - start:.2f} s; an empty line ends", file=sys.stderr)
+    while True:
+        try:
+            question = input("> ")
+            if not question.strip():
+                return
+            start = time.perf_counter()
+            times = show(conversation.ask(question, **generation))
+        except EOFError:
+            return print()
+        except TextError as error:
+            print(error, file=sys.stderr)
+            continue
+        if times:
+            print(speed(model.llm, start, times), file=sys.stderr)
+
+
+def show(answers: Iterator[list[str]]) -> list[float]:
+    """Print an answer as it grows; returns when each of its tokens came."""
+    shown, times = 0, []
+    for [text] in answers:
+        times.append(time.perf_counter())
+        text = text.rstrip("\ufffd")        # the first bytes of a character wait for the rest of it
+        print(text[shown:], end="", flush=True)
+        shown = max(shown, len(text))
+    print()
+    return times
 
 
 def speed(llm: Llama, start: float, times: list[float]) -> str:
@@ -85,19 +196,67 @@ def speed(llm: Llama, start: float, times: list[float]) -> str:
     return line
 
 
+# ---------------------------------------------------------------------------------------------------------------------
+# --align-vocab
+
+
+@torch.inference_mode()
+def choose_align_vocab(model: AlignVLM, folder: Path, pixels: list[Tensor], K: int) -> dict:
+    """Choose the K words that carry P_vocab on some pages, tiles (T, 3, S, S) of each, for use_align_vocab.
+
+    Writes them to ALIGN_VOCAB in the model's folder, with what they change in F' (connector.choose_words), and returns
+    the latter. Raises InputError if the vocabulary has no K words.
+    """
+    E_text = model.llm.embed_tokens.weight
+    if not 1 <= K <= len(E_text):
+        raise InputError(f"{K} words to keep: the vocabulary has {len(E_text)}")
+    pages = [model.vision(page.to(E_text.device, E_text.dtype)).flatten(0, 1) for page in pixels]   # F (T * N, d) each
+    words, deviation = choose_words(model.connector, pages, E_text, K)
+    deviation = {"pages": len(pages), **deviation}
+    partial = folder / f"{ALIGN_VOCAB}.partial"
+    partial.write_text(json.dumps({**deviation, "words": words.tolist()}) + "\n")
+    os.replace(partial, folder / ALIGN_VOCAB)
+    return deviation
+
+
+def use_align_vocab(model: AlignVLM, folder: Path, K: int) -> None:
+    """From here on the connector mixes only the K words that choose_align_vocab stored in the folder: for inference.
+
+    Raises CheckpointError if it holds none, others than K, or no ids of this vocabulary.
+    """
+    if not (folder / ALIGN_VOCAB).exists():
+        raise CheckpointError(f"{folder / ALIGN_VOCAB}: no such file: no words have been chosen for this model yet")
+    settings = Settings(folder / ALIGN_VOCAB)
+    words, V = settings.values.get("words"), model.config.llm.vocab_size
+    if not isinstance(words, list) or not all(type(i) is int and 0 <= i < V for i in words):
+        raise settings.error("words", f"is not a list of word ids from 0 to {V - 1}")
+    if len(words) != K or len(set(words)) != K:
+        raise settings.error("words", f"holds {len(set(words))} words, not {K}: choose them anew")
+    W2 = model.connector.W2.weight
+    model.connector = AlignTopK(model.connector, torch.tensor(words, device=W2.device), *spread(W2))
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The command line
+
+
 def parse_args() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
     add("--image", nargs="+", help="the document: PNG, JPEG, TIFF, ... in any mode and of any size; several are "
-        "shown together")
+        "shown together; of a folder each image is answered by itself")
     add("--prompt", help=f"what to ask about it (default: {READ!r}); '' gives a caption")
+    add("--interactive", action="store_true", help="read --image once, then answer the questions that are typed, a "
+        "line each, until an empty one; none knows of those before it")
+    add("--explain", type=Path, metavar="OUT.png", help="draw --image with the word that each patch is mapped to, the "
+        "more opaque the likelier; of several images OUT-1.png, OUT-2.png, ... (Align connector only)")
     add("--questions", help="JSONL with an image (relative to the file) and a prompt in each row")
     add("--answers", help="where to write the rows of --questions with a prediction in each")
     add("--align-vocab", type=int, metavar="K", help="let the connector mix only the K words that --choose-from chose "
         "for this model (default: the whole vocabulary)")
     add("--choose-from", nargs="+", metavar="IMAGE", help="choose the K words that carry the probability on these "
         "pages, store them in the model's folder and print what they change")
-    add("--checkpoint", help="model folder (default: the newest under out/)")
+    add("--checkpoint", help="model folder (default: the newest under out/, else the one in the box)")
     add("--llm", help="folder with a released Llama and its tokenizer: ask it --prompt, with no image")
     add("--max-new-tokens", type=int, default=256, help="longest answer (default: %(default)s)")
     add("--temperature", type=float, default=0.0, help="0 is greedy (default: %(default)s)")
@@ -113,6 +272,10 @@ def parse_args() -> argparse.Namespace:
         parser.error("--choose-from needs --align-vocab K, and asks no --prompt")
     if args.align_vocab is not None and (args.align_vocab < 1 or args.llm):
         parser.error("--align-vocab is at least 1, and --llm has no connector")
+    if (args.interactive or args.explain) and (not args.image or args.prompt is not None):
+        parser.error("--interactive and --explain need an --image and go without --prompt")
+    if args.interactive and (args.explain or any(map(os.path.isdir, args.image))):
+        parser.error("--interactive goes without --explain, and its --image is no folder")
     if args.llm and (args.prompt is None or args.checkpoint):
         parser.error("--llm needs a --prompt and goes without --checkpoint")
     if args.questions and args.prompt is not None:
@@ -141,25 +304,28 @@ def main() -> None:
         if args.align_vocab and (kind := model.config.connector.kind) != "align":
             raise InputError(f"--align-vocab: {folder} has the connector {kind}, which mixes none of the LLM's words")
         if args.choose_from:
-            pixels = [tile(read_image(file), model.config.vision, args.max_tiles) for file in args.choose_from]
+            pixels = [tile(read_image(file), model.config.vision, args.max_tiles)
+                      for file in image_files(args.choose_from)]
             return print(json.dumps(choose_align_vocab(model, folder, pixels, args.align_vocab)))
         if args.align_vocab:
             use_align_vocab(model, folder, args.align_vocab)
         if args.questions:
             return answer_file(model, tokenizer, args, **generation)
-        prompt, shown = READ if args.prompt is None else args.prompt, 0
-        start, times = time.perf_counter(), []
-        answers = (chat(model, tokenizer, prompt, **generation) if args.llm else
-                   answer(model, tokenizer, [[read_image(path) for path in args.image]], [prompt], args.max_tiles,
-                          **generation))
-        for [text] in answers:
-            times.append(time.perf_counter())
-            text = text.rstrip("\ufffd")        # the first bytes of a character wait for the rest of it
-            print(text[shown:], end="", flush=True)
-            shown = max(shown, len(text))
-        print()
-        if not args.llm:
-            del times[-1]               # answer() ends with the whole answer once more
+        prompt = READ if args.prompt is None else args.prompt
+        if args.llm:
+            start = time.perf_counter()
+            times = show(chat(model, tokenizer, prompt, **generation))
+        else:
+            files = image_files(args.image)
+            if args.explain:
+                return explain_files(model, tokenizer, files, args.explain, args.max_tiles)
+            if os.path.isdir(args.image[0]):
+                return answer_folder(model, tokenizer, files, prompt, args.max_tiles, **generation)
+            images = [read_image(file) for file in files]
+            if args.interactive:
+                return converse(model, tokenizer, images, args.max_tiles, **generation)
+            start = time.perf_counter()
+            times = show(answer(model, tokenizer, [images], [prompt], args.max_tiles, **generation))[:-1]
         if times:
             print(speed(model if args.llm else model.llm, start, times), file=sys.stderr)
     except (InputError, OSError) as error:

@@ -474,11 +474,20 @@ def tile_boxes(width: int, height: int, config: SigLIPConfig, max_tiles: int = 9
     return boxes if len(boxes) == 1 else [(0, 0, width, height)] + boxes
 
 
+def on_canvas(w: int, h: int, side: int) -> tuple[int, int, int, int]:
+    """Where a box of w x h page pixels lies on its canvas: (left, top, width, height) in canvas pixels.
+
+    It keeps its aspect ratio, its long side becomes `side`, and it is centred.
+    """
+    width, height = (side, max(1, int(h / w * side))) if w >= h else (max(1, int(w / h * side)), side)
+    return (side - width) // 2, (side - height) // 2, width, height
+
+
 def tile(image: Image.Image, config: SigLIPConfig, max_tiles: int = 9) -> Tensor:
     """A page -> its tiles, pixels (T, 3, S, S) in float32, normalised; T <= max_tiles + 1 with the whole page.
 
-    Each box keeps its aspect ratio: its long side becomes S (bicubic) and it is centred on a canvas of zeros in
-    normalised space (mid-grey for the released encoders). Raises ValueError if max_tiles < 1.
+    Each box is resized (bicubic) onto a canvas of zeros in normalised space (mid-grey for the released encoders), see
+    on_canvas. Raises ValueError if max_tiles < 1.
     """
     if max_tiles < 1:
         raise ValueError(f"max_tiles is {max_tiles}; a page needs at least one tile")
@@ -487,10 +496,8 @@ def tile(image: Image.Image, config: SigLIPConfig, max_tiles: int = 9) -> Tensor
     boxes = tile_boxes(*image.size, config, max_tiles)
     pixels = np.zeros((len(boxes), side, side, 3), dtype=np.float32)
     for canvas, (left, top, right, bottom) in zip(pixels, boxes):
-        w, h = right - left, bottom - top
-        new = (side, max(1, int(h / w * side))) if w >= h else (max(1, int(w / h * side)), side)
+        x, y, *new = on_canvas(right - left, bottom - top, side)
         crop = image.crop((left, top, right, bottom))
-        crop = crop if crop.size == new else crop.resize(new, Image.Resampling.BICUBIC)
-        x, y = (side - new[0]) // 2, (side - new[1]) // 2
+        crop = crop if crop.size == tuple(new) else crop.resize(new, Image.Resampling.BICUBIC)
         canvas[y:y + new[1], x:x + new[0]] = (np.asarray(crop, np.float32) / 255 - config.image_mean) / config.image_std
     return torch.from_numpy(pixels).permute(0, 3, 1, 2).contiguous()    # (T, 3, S, S)

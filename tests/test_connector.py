@@ -8,7 +8,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import connector
 from conftest import close, randomise
 from connector import Align, AlignTopK, Mixture, blocks, choose_words, spread
-from eval import ALIGN_VOCAB, choose_align_vocab, use_align_vocab
+from sample import ALIGN_VOCAB, choose_align_vocab, use_align_vocab
 from model import IMAGE, AlignVLM, AlignVLMConfig, LlamaConfig
 from vision import CheckpointError, InputError, SigLIPConfig
 
