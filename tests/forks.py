@@ -1,4 +1,4 @@
-"""Start the repository's commands from a process that has imported torch already: importing it takes most of their time.
+"""Start the repository's commands from a process that has imported torch already: that takes most of their time.
 
 That process, the server, is started by conftest.py and imports only: no thread runs in it, no tensor is made. For each
 command it forks, and the fork runs the command as Python would: with arguments, folder, environment and output of its

@@ -54,14 +54,14 @@ def wait_for(path, process, seconds=60):
 
 @pytest.fixture(scope="module")
 def whole(stage1, tmp_path_factory):
-    """One process, 20 steps of 7 samples, which no number of ranks divides."""
+    """One process, 20 steps of 5 samples, which no number of ranks divides."""
     return cut(stage1, tmp_path_factory.mktemp("whole"), 1)
 
 
 def cut(stage1, work, processes, *more):
     (work / "stage1").symlink_to(stage1)
     command = [ROOT / "tests" / "first_gradients.py", work / "first.safetensors", "--stage", 2, "--steps", 20,
-               "--batch-size", 7, "--out", work, *more]
+               "--batch-size", 5, "--out", work, *more]
     if processes == "2x2":
         with socket.socket() as free:
             free.bind(("127.0.0.1", 0))
