@@ -1,10 +1,17 @@
 """What the tests share: the repository root on sys.path, random weights, and the measure of "equal"."""
+import atexit
+import functools
 import os
+import shutil
 import subprocess
 import sys
+import tempfile
+import time
 from pathlib import Path
 
 import torch
+
+from forks import SOCKET, Forked
 
 ROOT = Path(__file__).resolve().parent.parent
 ENV = {**os.environ, "OMP_NUM_THREADS": "1"}        # of the processes that tests start
@@ -12,10 +19,33 @@ sys.path.insert(0, str(ROOT))
 torch.set_num_threads(1)    # the tensors are tiny: on a busy machine threads that wait for each other cost 10 times more
 
 
-def run(*command, code=0, timeout=None):
-    """One of the repository's commands as its users start it, and the exit status that it must have."""
-    process = subprocess.Popen([sys.executable, *map(str, command)], cwd=ROOT, env=ENV, text=True,
-                               stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+@functools.cache
+def server() -> None:
+    """forks.py, which starts what the tests start; it ends with them."""
+    folder = tempfile.mkdtemp()         # a socket's path is short: pytest's own folders may be too deep
+    ENV[SOCKET] = f"{folder}/socket"
+    process = subprocess.Popen([sys.executable, ROOT / "tests" / "forks.py"], env=ENV, stdin=subprocess.PIPE,
+                               stdout=subprocess.DEVNULL, start_new_session=True)
+    while not Path(ENV[SOCKET]).exists():
+        assert process.poll() is None, "tests/forks.py has failed"
+        time.sleep(0.02)
+
+    @atexit.register
+    def end() -> None:
+        process.stdin.close()
+        process.wait()
+        shutil.rmtree(folder)
+
+
+def start(*command, cwd=ROOT) -> Forked:
+    """One of the repository's commands, as its users start it with python."""
+    server()
+    return Forked(command, cwd, ENV, tempfile.TemporaryFile("w+"), tempfile.TemporaryFile("w+"))
+
+
+def run(*command, code=0, timeout=None, cwd=ROOT, start=start):
+    """The same, to its end and to the exit status that it must have."""
+    process = start(*command, cwd=cwd)
     try:
         output = process.communicate(timeout=timeout)
     except subprocess.TimeoutExpired:
@@ -27,9 +57,18 @@ def run(*command, code=0, timeout=None):
     return done
 
 
-def torchrun(processes, *command, timeout=None):
-    return run("-m", "torch.distributed.run", "--standalone", "--nproc_per_node", processes, *command,
-               timeout=timeout)
+def alone(*command, cwd=ROOT) -> subprocess.Popen:
+    """As start(), but Python itself from its first byte on: where memory is measured, or processes are looked for."""
+    return subprocess.Popen([sys.executable, *map(str, command)], cwd=cwd, env=ENV, text=True, stdout=subprocess.PIPE,
+                            stderr=subprocess.PIPE, start_new_session=True)
+
+
+def launcher(processes) -> list:
+    return ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", processes]
+
+
+def torchrun(processes, *command, **options):
+    return run(*launcher(processes), *command, **options)
 
 
 @torch.no_grad()

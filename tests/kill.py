@@ -19,12 +19,14 @@ from safetensors.torch import load_file
 ROOT = Path(__file__).resolve().parent.parent
 
 
-def start(out: Path, processes: int, steps: int) -> subprocess.Popen:
+def start_python(*command) -> subprocess.Popen:
+    return subprocess.Popen([sys.executable, *map(str, command)], cwd=ROOT, env={**os.environ, "OMP_NUM_THREADS": "1"},
+                            stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+
+
+def training(out: Path, processes: int, steps: int) -> list:
     launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"] if processes > 1 else []
-    return subprocess.Popen(
-        [sys.executable, *launcher, ROOT / "train.py", "--stage", "2", "--steps", str(steps), "--batch-size", "4",
-         "--save-every", "4", "--out", out], env={**os.environ, "OMP_NUM_THREADS": "1"},
-        stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+    return [*launcher, "train.py", "--stage", 2, "--steps", steps, "--batch-size", 4, "--save-every", 4, "--out", out]
 
 
 def finish(process: subprocess.Popen) -> None:
@@ -59,7 +61,8 @@ def kill(process: subprocess.Popen, partial: Path, while_writing: bool, rng: ran
             time.sleep(rng.uniform(0, 0.03) if while_writing else 0)
             break
         time.sleep(0.001)
-    subprocess.run(["pkill", "-KILL", "-f", partial.parent])        # torchrun, and its processes: all name --out
+    process.kill()
+    subprocess.run(["pkill", "-KILL", "-f", partial.parent])        # torchrun's processes: they, too, name --out
     process.communicate()
     return ", ".join(sorted(path.name for path in partial.glob("step-*"))) or "no state"
 
@@ -70,30 +73,35 @@ def main() -> None:
     parser.add_argument("--processes", type=int, default=1)
     parser.add_argument("--steps", type=int, default=24)
     parser.add_argument("--seed", type=int, default=0)
-    args = parser.parse_args()
-    rng, work = random.Random(args.seed), Path(tempfile.mkdtemp())
+    kill_and_compare(**vars(parser.parse_args()))
+
+
+def kill_and_compare(runs: int, processes: int, steps: int, seed: int, start=start_python) -> None:
+    """start: what starts the killed runs. The others are Python's own, with another seed of str's hash."""
+    rng, work = random.Random(seed), Path(tempfile.mkdtemp())
     try:
-        subprocess.run([sys.executable, ROOT / "train.py", "--stage", "1", "--steps", "2", "--batch-size", "4", "--out",
-                        work / "start"], check=True, capture_output=True)
+        finish(start("train.py", "--stage", 1, "--steps", 2, "--batch-size", 4, "--out", work / "start"))
 
         def folder(name: str) -> Path:
             (work / name).mkdir()
             (work / name / "stage1").symlink_to(work / "start" / "stage1")
             return work / name
 
-        began = time.time()
-        finish(start(folder("whole"), args.processes, args.steps))
-        seconds = time.time() - began
+        finish(start_python(*training(folder("whole"), processes, steps)))
         whole = joined_losses(lines(work / "whole" / "stage2"))
         weights = load_file(work / "whole" / "stage2" / "model.safetensors")
+        began = time.time()
+        finish(start(*training(folder("timed"), processes, steps)))
+        seconds = time.time() - began
         found, writing = 0, 0
-        for run in range(args.runs):
+        for run in range(runs):
             out = folder(f"run{run}")
             while_writing = run % 3 == 0
-            there = kill(start(out, args.processes, args.steps), out / "stage2.partial", while_writing, rng, seconds)
+            process = start(*training(out, processes, steps))
+            there = kill(process, out / "stage2.partial", while_writing, rng, seconds)
             writing += ".partial" in there
             complete = (out / "stage2").exists()
-            finish(start(out, args.processes, args.steps))
+            finish(start(*training(out, processes, steps)))
             rows = lines(out / "stage2")
             assert joined_losses(rows) == whole, "other losses"
             resumed = [row["resumed"] for row in rows if row.get("resumed")]
@@ -104,7 +112,7 @@ def main() -> None:
             found += bool(resumed)
             print(f"run {run}: killed with {there}; resumed from {resumed or 'the start'}; the same", flush=True)
             shutil.rmtree(out)
-        print(f"{args.runs} runs killed, {writing} of them while a state was being written, {found} resumed from a state: "
+        print(f"{runs} runs killed, {writing} of them while a state was being written, {found} resumed from a state: "
               "all losses and weights equal the undisturbed run's")
     finally:
         shutil.rmtree(work)

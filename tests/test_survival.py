@@ -1,19 +1,18 @@
 """Training however it is cut among processes, and whatever happens to it."""
 import json
 import os
-import resource
 import shutil
 import signal
 import socket
 import subprocess
-import sys
 import time
 
 import pytest
 import torch
 from safetensors.torch import load_file
 
-from conftest import ENV, ROOT, run, torchrun
+import kill
+from conftest import ROOT, alone, launcher, run, start, torchrun
 
 
 def rows(folder):
@@ -42,10 +41,6 @@ def train(out, *more):
     return ["train.py", "--stage", 2, "--steps", 12, "--batch-size", 4, "--save-every", 3, "--out", out, *more]
 
 
-def launcher(processes):
-    return [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(processes)]
-
-
 def wait_for(path, process, seconds=60):
     until = time.time() + seconds
     while not path.exists():
@@ -59,22 +54,20 @@ def wait_for(path, process, seconds=60):
 
 @pytest.fixture(scope="module")
 def whole(stage1, tmp_path_factory):
-    """One process, 20 steps of 7 samples, which no number of ranks divides."""
+    """One process, 20 steps of 5 samples, which no number of ranks divides."""
     return cut(stage1, tmp_path_factory.mktemp("whole"), 1)
 
 
 def cut(stage1, work, processes, *more):
     (work / "stage1").symlink_to(stage1)
     command = [ROOT / "tests" / "first_gradients.py", work / "first.safetensors", "--stage", 2, "--steps", 20,
-               "--batch-size", 7, "--out", work, *more]
+               "--batch-size", 5, "--out", work, *more]
     if processes == "2x2":
         with socket.socket() as free:
             free.bind(("127.0.0.1", 0))
             port = free.getsockname()[1]
-        agents = [subprocess.Popen([sys.executable, "-m", "torch.distributed.run", "--nnodes", "2", "--node-rank", str(i),
-                                    "--nproc_per_node", "2", "--master-addr", "127.0.0.1", "--master-port", str(port),
-                                    *map(str, command)], cwd=ROOT, env=ENV, stderr=subprocess.PIPE, text=True)
-                  for i in range(2)]
+        agents = [start("-m", "torch.distributed.run", "--nnodes", 2, "--node-rank", i, "--nproc_per_node", 2,
+                        "--master-addr", "127.0.0.1", "--master-port", port, *command) for i in range(2)]
         for agent in agents:
             error = agent.communicate(timeout=240)[1]
             assert agent.returncode == 0, error
@@ -103,8 +96,7 @@ def test_the_same_gradients_and_losses(stage1, whole, tmp_path, processes, more)
 
 def test_killed_and_resumed_is_as_if_nothing_had_happened():
     """The short form of tests/kill.py: bit for bit."""
-    done = run("tests/kill.py", "--runs", 3, "--steps", 16)
-    assert "3 runs killed" in done.stdout
+    kill.kill_and_compare(3, 1, 16, seed=0, start=start)
 
 
 def test_another_number_of_processes_goes_on(out, stage1, tmp_path_factory):
@@ -121,9 +113,7 @@ def test_another_number_of_processes_goes_on(out, stage1, tmp_path_factory):
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_a_signal_saves_and_exits_0(out, number):
-    process = subprocess.Popen([sys.executable, *map(str, train(out, "--steps", 400, "--save-every", 1000, "--workers", 1))],
-                               cwd=ROOT, env=ENV, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
-                               start_new_session=True)
+    process = start(*train(out, "--steps", 400, "--save-every", 1000, "--workers", 1))
     wait_for(out / "stage2.partial" / "log.jsonl", process)
     while (out / "stage2.partial" / "log.jsonl").read_text().count("\n") < 2:
         time.sleep(0.05)
@@ -136,8 +126,7 @@ def test_a_signal_saves_and_exits_0(out, number):
 
 
 def test_torchrun_restarts_what_died(out, stage1, tmp_path_factory):
-    process = subprocess.Popen([*launcher(2), "--max-restarts", "1", *map(str, train(out, "--steps", 20))], cwd=ROOT,
-                               env=ENV, stderr=subprocess.PIPE, text=True)
+    process = alone(*launcher(2), "--max-restarts", 1, *train(out, "--steps", 20))
     wait_for(out / "stage2.partial" / "step-00000006", process)
     ranks = subprocess.run(["pgrep", "-P", str(process.pid), "-f", "train.py"], capture_output=True, text=True)
     os.kill(int(ranks.stdout.split()[1]), signal.SIGKILL)
@@ -152,8 +141,7 @@ def test_torchrun_restarts_what_died(out, stage1, tmp_path_factory):
 
 
 def test_a_stalled_rank_is_named(out):
-    process = subprocess.Popen([*launcher(2), *map(str, train(out, "--steps", 400, "--timeout", 10))], cwd=ROOT, env=ENV,
-                               stderr=subprocess.PIPE, text=True)
+    process = alone(*launcher(2), *train(out, "--steps", 400, "--timeout", 10))
     wait_for(out / "stage2.partial" / "step-00000003", process)
     for rank in subprocess.run(["pgrep", "-P", str(process.pid), "-f", "train.py"], capture_output=True, text=True).stdout.split():
         if b"LOCAL_RANK=1\0" in open(f"/proc/{rank}/environ", "rb").read():
@@ -171,14 +159,14 @@ def test_a_stalled_rank_is_named(out):
 def test_a_full_disk_keeps_the_last_good_state(out):
     """No file over 300 kB: the states have larger ones."""
     run(*train(out, "--max-steps", 4))
-
-    def limit():
+    limited = """if True:
+        import resource, runpy
         resource.setrlimit(resource.RLIMIT_FSIZE, (300_000, 300_000))
-
-    done = subprocess.run([sys.executable, *map(str, train(out))], cwd=ROOT, env=ENV, capture_output=True, text=True,
-                          preexec_fn=limit)
+        runpy.run_path("train.py", run_name="__main__")
+    """
+    done = run("-c", limited, *train(out)[1:], code=2)
     line = next(line for line in done.stderr.splitlines() if "train.py: " in line)
-    assert done.returncode == 2 and "could not be written" in line and "step-00000004" in line, done.stderr
+    assert "could not be written" in line and "step-00000004" in line, done.stderr
     assert {path.name for path in (out / "stage2.partial").glob("step-*")} == {"step-00000003", "step-00000004"}
     run(*train(out))
     assert [row["resumed"] for row in rows(out / "stage2") if "resumed" in row] == [4, 4]

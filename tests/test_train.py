@@ -4,7 +4,6 @@ import io
 import json
 import re
 import shutil
-import subprocess
 import sys
 import types
 import unittest.mock
@@ -15,7 +14,7 @@ from PIL import Image
 from safetensors.torch import load_file
 
 import sample as sample_py
-from conftest import ENV, ROOT, run
+from conftest import ROOT, alone, run
 from model import LLAMA_PRESETS
 from train import RECIPES, learning_rate
 
@@ -28,6 +27,7 @@ def log(folder):
 def trained(tmp_path_factory):
     """All stages of the toy, two steps each: the files are real, the answers are noise."""
     out = tmp_path_factory.mktemp("run")
+    run("train.py", "--stage", 0, "--steps", 2, "--batch-size", 4, "--out", out)       # else the one in the box is taken
     done = run("train.py", "--steps", 2, "--batch-size", 4, "--held-out", 15, "--out", out)
     return out, done
 
@@ -99,9 +99,17 @@ def test_impossible_flags_are_one_line(tmp_path, flags):
     assert "Traceback" not in done.stderr and not (tmp_path / "out").exists()
 
 
-def test_stage_1_pretrains_the_llm_when_it_is_missing_and_stage_2_says_what_is(tmp_path):
-    run("train.py", "--stage", 1, "--steps", 1, "--batch-size", 2, "--out", tmp_path / "a")
-    assert (tmp_path / "a" / "stage0" / "config.json").exists()
+def test_stage_1_takes_the_llm_in_the_box_or_else_pretrains_it_and_stage_3_says_what_is_missing(trained, tmp_path):
+    with_box = """if True:
+        import eval, pathlib, sys, train
+        eval.IN_THE_BOX = pathlib.Path(sys.argv.pop(1))
+        train.main()
+    """
+    for name, box in [("none", tmp_path / "nowhere"), ("one", trained[0])]:
+        run("-c", with_box, box, "--stage", 1, "--steps", 1, "--batch-size", 2, "--lr", 1e-9, "--out", tmp_path / name)
+        assert (tmp_path / name / "stage0" / "config.json").exists() == (name == "none")
+    start = load_file(trained[0] / "stage0" / "model.safetensors")["llm.layers.0.mlp.up_proj.weight"]
+    assert torch.allclose(load_file(tmp_path / "one" / "stage1" / "model.safetensors")["llm.layers.0.mlp.up_proj.weight"], start)
     done = run("train.py", "--stage", 3, "--steps", 1, "--out", tmp_path / "b", code=2)
     assert len(done.stderr.splitlines()) == 1 and "starts from stage 2" in done.stderr
 
@@ -245,8 +253,8 @@ def test_bad_checkpoints_are_one_line_and_status_2(trained, tmp_path):
 def test_without_any_checkpoint_it_says_what_makes_one(tmp_path):
     page = tmp_path / "page.png"
     Image.new("RGB", (50, 50)).save(page)
-    done = subprocess.run([sys.executable, ROOT / "sample.py", "--image", page], cwd=tmp_path, env=ENV, capture_output=True, text=True)
-    assert done.returncode == 2 and "python train.py" in done.stderr
+    done = run(ROOT / "sample.py", "--image", page, cwd=tmp_path, code=2, start=alone)
+    assert "python train.py" in done.stderr
 
 
 def test_the_newest_checkpoint_is_taken_and_named(trained, tmp_path):
@@ -255,9 +263,8 @@ def test_the_newest_checkpoint_is_taken_and_named(trained, tmp_path):
     (tmp_path / "out" / "toy").symlink_to(out)
     page = tmp_path / "page.png"
     Image.new("RGB", (50, 50)).save(page)
-    done = subprocess.run([sys.executable, ROOT / "sample.py", "--image", page, "--max-new-tokens", "2"], cwd=tmp_path, env=ENV,
-                          capture_output=True, text=True)
-    assert done.returncode == 0 and "stage" in done.stderr.splitlines()[0]
+    done = run(ROOT / "sample.py", "--image", page, "--max-new-tokens", 2, cwd=tmp_path)
+    assert "stage" in done.stderr.splitlines()[0]
 
 
 def test_the_words_that_the_connector_uses_can_be_chosen(trained, tmp_path):
