@@ -289,7 +289,7 @@ def text_lesson(rng: random.Random, progress: float, split: str) -> tuple[Page, 
 
 def caption_lesson(rng: random.Random, progress: float, split: str) -> tuple[Page, list[tuple[str, str]]]:
     """Stage 1: to see. Charts until every character is known in its patch, then words in free places among them."""
-    page = eye_chart(rng) if progress < 0.6 or rng.random() < 0.4 else sticker(rng)
+    page = eye_chart(rng) if progress < 0.4 or rng.random() < 0.3 else sticker(rng)
     return page, [("", page.text)]
 
 
