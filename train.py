@@ -76,7 +76,7 @@ ALL, LATE = ("vision", "connector", "llm"), ("connector", "llm")    # stage 3 fr
 # toy's E_text becomes one long vector, in which the connector's mean drowns. 1e-5 holds them back.
 TOY = dict(batch_size=16, row_tokens=8192, warmup=0.03, final_lr=0.1, eps=1e-5)
 RECIPES = {
-    "toy": {0: Recipe(("llm",), lr=1.5e-3, steps=6000, **TOY),
+    "toy": {0: Recipe(("llm",), lr=1.5e-3, steps=4000, **TOY),
             1: Recipe(ALL, lr=1e-3, steps=200, lr_scale={"llm": 0.05, "connector": 4}, **TOY),
             2: Recipe(ALL, lr=1e-3, steps=850, **TOY),
             3: Recipe(LATE, lr=5e-4, steps=420, **{**TOY, "final_lr": 0.0})},

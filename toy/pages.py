@@ -22,6 +22,7 @@ from data import READ, Example, Position, Sample, Tokenizer, Turn, prepare
 from model import IGNORE, IMAGE
 from vision import SigLIPConfig, tile_boxes
 
+CHAT_WORDS = ["<|begin_of_text|>", "<|start_header_id|>", "<|end_header_id|>"]
 # The toy's vocabulary: every byte, and the pieces of its prompts and headers (drawn pages are upper-case).
 TOY_WORDS = ["user", "assistant", "\n\n", "what", " is", " the", " of", "read", " page", " it", "?", "."]
 
@@ -351,19 +352,22 @@ class ToyDocuments(Dataset):
         return sample
 
     def smudge(self, rng: random.Random, sample: Sample) -> None:
-        """Overwrite a share of a text chart's characters by any words, and do not ask for these.
+        """Overwrite a share of a text chart's characters by any words, and ask for these instead.
 
         An LLM that has only met legible charts finds its place by what stands there. In stage 1 nothing legible does,
-        at first: it looks nowhere, and the encoder learns nothing. A smudged chart can only be read by counting places.
-        Special tokens smudge as well: an untrained connector's mean over the vocabulary is mostly made of them.
+        at first: it looks nowhere, and the encoder learns nothing. A smudged chart can only be read by counting places:
+        what was asked for before is not told, the answer goes on with the character that stood there.
+        Special tokens smudge as well, but those of the chat are not asked for. A word that never occurs would drift
+        where all such words drift, and mixtures of all words with them: the LLM could not read what is half a word.
         """
         cells = sample.tokens.tolist().index(self.tokenizer.special["<|end_header_id|>"]) + 2   # after "\n\n"
         answers = (sample.labels != IGNORE).nonzero()[0].item()
-        share = rng.uniform(0.2, 1.0)
+        share, chat = rng.uniform(0.2, 1.0), {*self.tokenizer.stop, *self.tokenizer.layout(CHAT_WORDS)}
         for i in range(self.config.n_patches):
             if rng.random() < share:
-                sample.tokens[cells + i] = rng.randrange(len(self.tokenizer))
-                sample.labels[answers + i] = IGNORE
+                word = rng.randrange(len(self.tokenizer))
+                sample.tokens[cells + i] = word
+                sample.labels[answers + i] = IGNORE if word in chat else word
 
     def as_text(self, rng: random.Random, page: Page, progress: float) -> str:
         """Stage 0's page in the image's place: ever more often laid out as the patches will be, else as plain lines."""
