@@ -76,8 +76,8 @@ ALL, LATE = ("vision", "connector", "llm"), ("connector", "llm")    # stage 3 fr
 # toy's E_text becomes one long vector, in which the connector's mean drowns. 1e-5 holds them back.
 TOY = dict(batch_size=16, row_tokens=8192, warmup=0.03, final_lr=0.1, eps=1e-5)
 RECIPES = {
-    "toy": {0: Recipe(("llm",), lr=1.5e-3, steps=4000, **TOY),
-            1: Recipe(ALL, lr=1e-3, steps=200, lr_scale={"llm": 0.05, "connector": 4}, **TOY),
+    "toy": {0: Recipe(("llm",), lr=1.5e-3, steps=1500, **TOY),
+            1: Recipe(ALL, lr=1e-3, steps=180, lr_scale={"llm": 0.05}, **TOY),
             2: Recipe(ALL, lr=1e-3, steps=850, **TOY),
             3: Recipe(LATE, lr=5e-4, steps=420, **{**TOY, "final_lr": 0.0})},
     "llama-3.2-1b": {1: Recipe(ALL), 2: Recipe(ALL, lr=5e-5, max_length=2048),

@@ -22,7 +22,6 @@ from data import READ, Example, Position, Sample, Tokenizer, Turn, prepare
 from model import IGNORE, IMAGE
 from vision import SigLIPConfig, tile_boxes
 
-CHAT_WORDS = ["<|begin_of_text|>", "<|start_header_id|>", "<|end_header_id|>"]
 # The toy's vocabulary: every byte, and the pieces of its prompts and headers (drawn pages are upper-case).
 TOY_WORDS = ["user", "assistant", "\n\n", "what", " is", " the", " of", "read", " page", " it", "?", "."]
 
@@ -278,19 +277,19 @@ def text_lesson(rng: random.Random, progress: float, split: str) -> tuple[Page, 
     if kind < charts:
         page = eye_chart(rng)
         return page, [("", page.text)]
-    if rng.random() > 8 * progress - 0.5:       # all dense for a sixteenth of the stage, none after three sixteenths
+    if rng.random() > 4 * progress - 0.5:               # all dense for an eighth of the stage, none after three eighths
         page = dense_text(rng)
         return page, [("", page.text)]
     if kind < charts + 0.3:
         page = short_lines(rng) if rng.random() < 0.75 else sticker(rng)
         return page, [("", page.text)]
-    page = drawn_page(rng, rng.choice(KINDS + ["table"]), progress > 0.15 and rng.random() < 0.5, split)
+    page = drawn_page(rng, rng.choice(KINDS + ["table"]), progress > 0.25 and rng.random() < 0.5, split)
     return page, reading_and_questions(rng, page, read=0.25, ask=0.25)
 
 
 def caption_lesson(rng: random.Random, progress: float, split: str) -> tuple[Page, list[tuple[str, str]]]:
     """Stage 1: to see. Charts until every character is known in its patch, then words in free places among them."""
-    page = eye_chart(rng) if progress < 0.4 or rng.random() < 0.3 else sticker(rng)
+    page = eye_chart(rng) if progress < 0.6 or rng.random() < 0.4 else sticker(rng)
     return page, [("", page.text)]
 
 
@@ -352,22 +351,19 @@ class ToyDocuments(Dataset):
         return sample
 
     def smudge(self, rng: random.Random, sample: Sample) -> None:
-        """Overwrite a share of a text chart's characters by any words, and ask for these instead.
+        """Overwrite a share of a text chart's characters by any words, and do not ask for these.
 
         An LLM that has only met legible charts finds its place by what stands there. In stage 1 nothing legible does,
-        at first: it looks nowhere, and the encoder learns nothing. A smudged chart can only be read by counting places:
-        what was asked for before is not told, the answer goes on with the character that stood there.
-        Special tokens smudge as well, but those of the chat are not asked for. A word that never occurs would drift
-        where all such words drift, and mixtures of all words with them: the LLM could not read what is half a word.
+        at first: it looks nowhere, and the encoder learns nothing. A smudged chart can only be read by counting places.
+        Special tokens smudge as well: an untrained connector's mean over the vocabulary is mostly made of them.
         """
         cells = sample.tokens.tolist().index(self.tokenizer.special["<|end_header_id|>"]) + 2   # after "\n\n"
         answers = (sample.labels != IGNORE).nonzero()[0].item()
-        share, chat = rng.uniform(0.2, 1.0), {*self.tokenizer.stop, *self.tokenizer.layout(CHAT_WORDS)}
+        share = rng.uniform(0.2, 1.0)
         for i in range(self.config.n_patches):
             if rng.random() < share:
-                word = rng.randrange(len(self.tokenizer))
-                sample.tokens[cells + i] = word
-                sample.labels[answers + i] = IGNORE if word in chat else word
+                sample.tokens[cells + i] = rng.randrange(len(self.tokenizer))
+                sample.labels[answers + i] = IGNORE
 
     def as_text(self, rng: random.Random, page: Page, progress: float) -> str:
         """Stage 0's page in the image's place: ever more often laid out as the patches will be, else as plain lines."""
