@@ -30,8 +30,8 @@ from vision import InputError, tile
 
 ROOT = Path(__file__).resolve().parent.parent
 CONNECTORS = ["align", "mlp", "perceiver", "ovis"]
-STEPS = {1: 80, 2: 120, 3: 300}             # of 16 pages each
-EVERY = 25                                  # steps of stages 2 and 3 between looks at the held-out questions
+STEPS = {1: 60, 2: 40, 3: 150}               # of 16 pages each
+EVERY = 50                                  # steps of stage 3 between looks at the held-out questions
 NOISE = [0.25, 0.5, 1.0, 2.0]               # standard deviations of F
 PAPER = {"align": (58.81, -1.67), "mlp": (53.06, -25.54), "perceiver": (50.68, None), "ovis": (54.72, None)}
 
@@ -83,7 +83,7 @@ def train_and_ask(kind: str, seed: int, backbones: Path, out: Path, documents: i
         (out / "stage0.partial").rename(out / "stage0")
     for stage, steps in STEPS.items():
         run("train.py", "--stage", stage, "--connector", kind, "--seed", seed, "--steps", steps, "--out", out,
-            "--eval-every", EVERY if stage > 1 else steps, "--held-out", 50)
+            "--eval-every", EVERY if stage == 3 else steps, "--held-out", 50)
     run("eval.py", "--checkpoint", out / "stage3", "--benchmark", f"toy={documents}", "--batch-size", 50,
         "--max-new-tokens", 24, "--noise-relative", *NOISE, "--out", out / "eval")
     results = json.loads((out / "eval" / "scores.json").read_text())
@@ -127,7 +127,7 @@ def main() -> None:
     add = parser.add_argument
     add("--connectors", nargs="+", choices=CONNECTORS, default=CONNECTORS, help="which (default: all four)")
     add("--seeds", type=int, default=3, help="runs of each, with seeds 0, 1, ... (default: %(default)s)")
-    add("--documents", type=int, default=200, help="held-out pages in the end (default: %(default)s)")
+    add("--documents", type=int, default=100, help="held-out pages in the end (default: %(default)s)")
     add("--out", type=Path, default=Path("out/connectors"), help="default: %(default)s")
     args = parser.parse_args()
     torch.set_num_threads(max(1, torch.get_num_threads()))
