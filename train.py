@@ -1,13 +1,13 @@
 """Train AlignVLM's three stages: captions, documents, instructions (paper section 3.3).
 
-    python train.py                                     # the toy: all stages, on a laptop, in twelve minutes
+    python train.py                                     # the toy: all stages, on a laptop, in ten minutes
     python train.py --stage 1                           # one of them; it starts from the last one's checkpoint
     torchrun --nproc_per_node 8 train.py --stage 1 --vision siglip-so400m-patch14-384 --llm Llama-3.2-1B --out out/1b \\
         --data cc12m/                                   # on 8 GPUs, from two folders with released weights
 
 Stage 0 stands for what a released LLM brings along: the toy's own LLM learns to read pages as plain text, before it
-meets an image. Every stage writes a folder OUT/stageN, from which the next one and sample.py start. The same command
-goes on where it was interrupted, and does not train again what is complete.
+meets an image (toy/stage0 in the box has). Every stage writes a folder OUT/stageN, from which the next one and
+sample.py start. The same command goes on where it was interrupted, and does not train again what is complete.
 """
 import argparse
 import functools
