@@ -345,13 +345,13 @@ def answer(args) -> Iterator[dict]:
     """A page and 16 words, 32 tokens of answer: with Align, and (theirs) with an MLP connector in its place."""
     dtype, T = BF16 if GPU else FP32, 10 if args.preset else 1
     model = random_vlm(args, dtype)
-    v, align = model.config.vision, model.connector.forward
+    v, align = model.config.vision, model.connector
     mlp = MLP(v.hidden_size, model.config.llm.hidden_size).to(DEVICE, dtype)
     tokens = torch.cat([torch.full((T * model.config.tile_tokens,), IMAGE), torch.arange(16)])
     pixels = torch.randn(T, 3, v.image_size, v.image_size)
 
-    def generate(connect: Callable) -> None:
-        model.connector.forward = connect
+    def generate(connector: nn.Module) -> None:
+        model.connector = connector
         list(model.generate([tokens], [pixels], set(), 32))
 
     yield row("answer-mlp", *alternate(lambda: generate(align), lambda: generate(mlp), args.repeats))
