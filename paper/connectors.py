@@ -1,6 +1,6 @@
 """Table 2 and Table 3 at the toy's scale: four connectors between the same backbones, on the same data, in the same order.
 
-    python -m paper.connectors                              # three seeds of each: about an hour on two CPU cores
+    python -m paper.connectors                              # three seeds of each
     python -m paper.connectors --connectors align mlp --seeds 1
 
 The paper starts from a released SigLIP and a released Llama. The toy's LLM is the one in the box; its encoder is first
@@ -23,7 +23,7 @@ from tqdm import tqdm
 
 from bench import read_log
 from data import Tokenizer
-from eval import IN_THE_BOX, start_processes
+from eval import IN_THE_BOX
 from model import AlignVLM
 from toy.pages import KINDS, draw, drawn_page, eye_chart, plain_text
 from vision import InputError, tile
@@ -130,7 +130,6 @@ def main() -> None:
     add("--documents", type=int, default=100, help="held-out pages in the end (default: %(default)s)")
     add("--out", type=Path, default=Path("out/connectors"), help="default: %(default)s")
     args = parser.parse_args()
-    torch.set_num_threads(max(1, torch.get_num_threads()))
     make_backbones(args.out / "backbones")
     runs: dict[str, list[dict]] = {}
     for seed in range(args.seeds):          # a seed of each first: a table is there early
