@@ -14,6 +14,7 @@ import binascii
 import csv
 import io
 import json
+import os
 import re
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -88,10 +89,16 @@ def row_of(index, question: str, answers: list[str], split: str | None = None) -
     return {"index": index, "question": question, "answers": answers, "split": split}
 
 
-def read_images(names: list[str], folders: list[Path]) -> list[Image.Image]:
-    """Image files, each in the first of the folders that has it. Raises ImageError."""
-    places = [[folder / name for folder in folders if (folder / name).is_file()] for name in names]
-    return [read_image(places[0] if places else name) for name, places in zip(names, places)]
+def read_images(names: list[str], folders: list[Path], root: Path) -> list[Image.Image]:
+    """Image files, each in the first of the folders that has it, and none outside of root. Raises ImageError."""
+    images = []
+    for name in names:
+        paths = [Path(os.path.abspath(folder / name)) for folder in folders]
+        inside = [path for path in paths if path.is_relative_to(os.path.abspath(root))]
+        if not inside:
+            raise ImageError(f"{name}: outside of {root}")
+        images.append(read_image(next((path for path in inside if path.is_file()), inside[0])))
+    return images
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -173,7 +180,7 @@ def tsv_benchmark(name: str, path: Path) -> Benchmark:
             if not row.get("image_path"):
                 raise ImageError("no image")
             # below LMUData/images VLMEvalKit puts the images of a TSV that it has made small
-            return read_images(as_list(row["image_path"]), [path.parent, path.parent / "images"])
+            return read_images(as_list(row["image_path"]), [path.parent, path.parent / "images"], path.parent)
         except (ImageError, binascii.Error) as error:
             raise InputError(f"{path}, index {rows[i]['index']}: {error}") from None
 
@@ -203,7 +210,7 @@ def jsonl_benchmark(name: str, path: Path) -> Benchmark:
     def images(i: int) -> list[Image.Image]:
         number, names = files[i]
         try:
-            return read_images(names, [path.parent, path.parent.parent])
+            return read_images(names, [path.parent, path.parent.parent], path.parent.parent)
         except ImageError as error:
             raise InputError(f"{path}, line {number}: {error}") from None
 

@@ -30,7 +30,8 @@ from vision import InputError, tile
 
 ROOT = Path(__file__).resolve().parent.parent
 CONNECTORS = ["align", "mlp", "perceiver", "ovis"]
-STEPS = {1: 60, 2: 40, 3: 150}               # of 16 pages each
+STEPS = {1: 60, 2: 40, 3: 150}              # by stage
+BATCH = 16                                  # pages a step
 EVERY = 50                                  # steps of stage 3 between looks at the held-out questions
 NOISE = [0.25, 0.5, 1.0, 2.0]               # standard deviations of F
 PAPER = {"align": (58.81, -1.67), "mlp": (53.06, -25.54), "perceiver": (50.68, None), "ovis": (54.72, None)}
@@ -44,7 +45,7 @@ def patch_words(rng: random.Random, model: AlignVLM, tokenizer: Tokenizer) -> tu
     return pixels, torch.tensor(words).view(len(pixels), -1)
 
 
-def make_backbones(folder: Path, steps: int = 300, batch_size: int = 16) -> None:
+def make_backbones(folder: Path, steps: int = 300) -> None:
     """The LLM in the box, and an encoder that can name what stands in its patches: a folder like that of stage 0."""
     if (folder / "config.json").exists():
         return
@@ -57,7 +58,7 @@ def make_backbones(folder: Path, steps: int = 300, batch_size: int = 16) -> None
     optimizer = torch.optim.AdamW(params, lr=1e-3, betas=(0.9, 0.95), weight_decay=0.1)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 2e-3, total_steps=steps, pct_start=0.1)
     for _ in (bar := tqdm(range(steps), desc="backbones")):
-        pixels, words = map(torch.cat, zip(*(patch_words(rng, model, tokenizer) for _ in range(batch_size))))
+        pixels, words = map(torch.cat, zip(*(patch_words(rng, model, tokenizer) for _ in range(BATCH))))
         logits = readout(model.vision(pixels))                                      # (T, N, V)
         loss = nnf.cross_entropy(logits.flatten(0, 1), words.flatten())
         loss.backward()
@@ -82,20 +83,20 @@ def train_and_ask(kind: str, seed: int, backbones: Path, out: Path, documents: i
         shutil.copytree(backbones, out / "stage0.partial", dirs_exist_ok=True)
         (out / "stage0.partial").rename(out / "stage0")
     for stage, steps in STEPS.items():
-        run("train.py", "--stage", stage, "--connector", kind, "--seed", seed, "--steps", steps, "--out", out,
-            "--eval-every", EVERY if stage == 3 else steps, "--held-out", 50)
+        run("train.py", "--stage", stage, "--connector", kind, "--seed", seed, "--steps", steps, "--batch-size", BATCH,
+            "--out", out, "--eval-every", EVERY if stage == 3 else steps, "--held-out", 50)
     run("eval.py", "--checkpoint", out / "stage3", "--benchmark", f"toy={documents}", "--batch-size", 50,
         "--max-new-tokens", 24, "--noise-relative", *NOISE, "--out", out / "eval")
     results = json.loads((out / "eval" / "scores.json").read_text())
     logs = {stage: read_log(out / f"stage{stage}" / "log.jsonl") for stage in STEPS}
-    samples = {stage: 16 * sum(STEPS[s] for s in STEPS if s < stage) for stage in STEPS}      # before the stage
-    reached = [samples[row["stage"]] + 16 * (row["step"] + 1)
+    samples = {stage: BATCH * sum(STEPS[s] for s in STEPS if s < stage) for stage in STEPS}      # before the stage
+    reached = [samples[row["stage"]] + BATCH * (row["step"] + 1)
                for rows in logs.values() for row in rows if row.get("exact_match", 0) >= 0.9]
     model = AlignVLM.from_pretrained(out / "stage3")
     return {"exact_match": 100 * next(iter(results["scores"]["toy"].values())),
             "noise": results["noise"]["toy"], "samples_to_90": min(reached, default=None),
             "parameters": sum(p.numel() for p in model.connector.parameters()),
-            "seconds": sum(row["images_per_s"] and 16 / row["images_per_s"]
+            "seconds": sum(BATCH / row["images_per_s"]          # the toy's samples have one image each
                            for rows in logs.values() for row in rows if "images_per_s" in row)}
 
 

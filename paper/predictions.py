@@ -78,6 +78,8 @@ def made(parts: list[Path]) -> dict[int, dict]:
     for path in parts:
         text = path.read_bytes()
         for line in read_lines(path, text[:text.rfind(b"\n") + 1]):
+            if not (isinstance(line.get("sample"), int) and isinstance(line.get("prediction"), str)):
+                raise InputError(f"{path}: not predictions of this program: delete it")
             lines[line["sample"]] = line
     return lines
 
@@ -87,6 +89,8 @@ def join_predictions(benchmark: Benchmark, stem: str, settings: dict) -> list[di
     complete, parts = Path(f"{stem}.jsonl"), partial_files(stem)
     if not complete.exists():
         lines = made(parts)
+        if missing := len(benchmark.rows) - len(lines):
+            raise InputError(f"{stem}.rank*: {missing:,} predictions are missing: do all nodes share this folder?")
         if settings["noise"]:
             measured = summary([lines[i]["measured"] for i in range(len(benchmark.rows))])
             write_text(Path(f"{stem}.settings.json"), json.dumps({**settings, "measured": measured}, indent=2) + "\n")

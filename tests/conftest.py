@@ -1,12 +1,16 @@
 """What the tests share: the repository root on sys.path, random weights, and the measure of "equal"."""
 import atexit
+import contextlib
 import functools
+import io
 import os
 import shutil
 import subprocess
 import sys
 import tempfile
 import time
+import types
+import unittest.mock
 from pathlib import Path
 
 import torch
@@ -69,6 +73,21 @@ def launcher(processes) -> list:
 
 def torchrun(processes, *command, **options):
     return run(*launcher(processes), *command, **options)
+
+
+def sample(*options, code=0, typed=""):
+    """sample.py in this process: a process for each of its hundred uses would take most of the suite's time."""
+    import sample as sample_py      # from ROOT, which is on the path by now
+    out, err = io.StringIO(), io.StringIO()
+    with (contextlib.redirect_stdout(out), contextlib.redirect_stderr(err),
+          unittest.mock.patch.object(sys, "stdin", io.StringIO(typed)),
+          unittest.mock.patch.object(sys, "argv", ["sample.py", "--device", "cpu", *map(str, options)])):
+        try:
+            status = sample_py.main() or 0
+        except SystemExit as exit:
+            status = exit.code
+    assert status == code, err.getvalue()
+    return types.SimpleNamespace(stdout=out.getvalue(), stderr=err.getvalue())
 
 
 @torch.no_grad()

@@ -5,6 +5,7 @@ Started by itself, or by torchrun, it prints the losses of two steps of each.
 import json
 import random
 import sys
+import tempfile
 import types
 import unittest.mock
 from collections import Counter
@@ -30,6 +31,8 @@ from connector import CONNECTORS, MLP, Align, ConnectorConfig, Ovis, Perceiver, 
 from data import Sample, Tokenizer
 from eval import answer, start_processes
 from model import ALIGNVLM_PRESETS, IMAGE, AlignVLM, AlignVLMConfig, LlamaConfig, read_config
+from paper.connectors import NOISE, patch_words
+from paper.connectors import table as race_table
 from toy.pages import draw, eye_chart, write_toy_tokenizer
 from train import RECIPES, connector_of, optimizer_of, shard, take_step
 from vision import CheckpointError, InputError, SigLIPConfig
@@ -342,6 +345,34 @@ def test_stages_choose_and_keep_it(tmp_path):
         connector_of(2, tmp_path / "m", args)
     for asked in ({}, {"kind": "ovis"}, {"kind": "ovis", "table_size": 37}):
         assert connector_of(2, tmp_path / "m", types.SimpleNamespace(connector=asked)) == model.config.connector
+
+
+def test_the_race_teaches_the_encoder_what_stands_in_each_patch():
+    """paper/connectors.py: the words of a page's patches are those of its lines, tile by tile."""
+    model = AlignVLM(ALIGNVLM_PRESETS["toy"])
+    with tempfile.TemporaryDirectory() as folder:
+        write_toy_tokenizer(Path(folder) / "tokenizer.model")
+        tokenizer = Tokenizer(Path(folder))
+    for seed in range(20):
+        pixels, words = patch_words(random.Random(seed), model, tokenizer)
+        assert words.shape == (len(pixels), model.config.vision.n_patches)
+        patches = pixels.unfold(2, 14, 14).unfold(3, 14, 14)                    # (T, 3, 8, 8, 14, 14)
+        blank = (patches == patches.amin((4, 5), keepdim=True)).all(5).all(4).all(1).flatten(1)     # (T, N)
+        legible = slice(0, None) if len(pixels) == 1 else slice(1, None)        # the whole page is not
+        assert torch.equal(words[legible] == tokenizer.encode(" ")[0], blank[legible])
+        assert len(pixels) == 1 or (words[0] == tokenizer.encode(" ")[0]).all()
+
+
+def test_the_races_table_has_mean_and_spread():
+    def a_run(score, reached):
+        return {"exact_match": score, "noise": [{"score": score - 1, "cosine_distance": 0.25}] * len(NOISE),
+                "samples_to_90": reached, "parameters": 1234, "seconds": 60.0}
+    lines = race_table({"align": [a_run(90.0, 1600), a_run(81.0, None)], "mlp": [a_run(50.0, None)]}).splitlines()
+    cells = [[cell.strip() for cell in line.strip("|").split("|")] for line in lines]
+    assert {len(line) for line in cells} == {len(NOISE) + 8}
+    assert cells[2][:3] == ["align", "85.5 (81.0 to 90.0)", "84.5 (80.0 to 89.0)"]
+    assert cells[2][-6:] == ["0.2500", "1,600, never", "1,234", "60.0 (60.0 to 60.0)", "58.81", "-1.67"]
+    assert cells[3][:2] == ["mlp", "50.0"] and cells[3][-5] == "never"
 
 
 if __name__ == "__main__":

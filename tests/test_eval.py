@@ -284,6 +284,22 @@ def settings(**changes):
     return {"max_new_tokens": 6, "max_tiles": 9, "noise": 0.0, **changes}
 
 
+@pytest.mark.parametrize("name", ["../../secret.png", "/secret.png", "imgs/../../../secret.png"])
+def test_a_file_names_no_image_outside_its_folder(tmp_path, name):
+    """Someone else's benchmark is data: it does not get to say which of this machine's files are read."""
+    picture(0)[0].save(tmp_path / "secret.png")
+    name = str(tmp_path / "secret.png") if name.startswith("/") else name
+    path = write_doc_downstream(tmp_path / "set", "DocVQA", [("q", "a")])
+    record = {**json.loads(path.read_text()), "image": [name]}
+    path.write_text(json.dumps(record) + "\n")
+    tsv = tmp_path / "set" / "ChartQA_TEST.tsv"
+    tsv.write_text(f"index\tquestion\tanswer\timage_path\n0\tq\ta\t{name}\n")
+    for file in (path, tsv):
+        with pytest.raises(InputError, match="outside of") as error:
+            open_benchmark(str(file)).images(0)
+        assert file.name in str(error.value) and "\n" not in str(error.value)
+
+
 def predict(model, out, spec="toy=9", batch_size=4, **changes):
     evaluation.predict(*model, open_benchmark(spec), str(out / "toy"), settings(**changes), batch_size)
     return (out / "toy.jsonl").read_bytes()
@@ -332,6 +348,26 @@ def test_an_interrupted_evaluation_continues(model, expected, tmp_path, monkeypa
     assert asked == [*range(len(done), 9)]
     evaluation.predict(*model, benchmark, str(tmp_path / "toy"), settings(), 2)
     assert asked == [*range(len(done), 9)] and len(list(tmp_path.iterdir())) == 2
+
+
+@pytest.mark.parametrize("line, says", [({"sample": "3", "prediction": "x"}, "not predictions"),
+                                        ({"prediction": "x"}, "not predictions"), ({"sample": 1}, "not predictions")])
+def test_foreign_lines_among_the_ranks_are_one_line(model, expected, tmp_path, line, says):
+    predict(model, tmp_path / "other")
+    (tmp_path / "toy.settings.json").write_bytes((tmp_path / "other" / "toy.settings.json").read_bytes())
+    (tmp_path / "toy.rank1").write_text(json.dumps(line) + "\n")
+    with pytest.raises(InputError, match=says) as error:
+        predict(model, tmp_path)
+    assert "toy.rank1" in str(error.value) and (tmp_path / "toy.rank1").exists()
+
+
+def test_a_rank_that_wrote_elsewhere_is_missed(model, tmp_path, monkeypatch):
+    """Nodes that share no folder: the first rank has a part of the predictions alone."""
+    (tmp_path / "there").mkdir()
+    monkeypatch.setattr(evaluation, "open_log", lambda path: open(tmp_path / "there" / path.name, "a"))
+    with pytest.raises(InputError, match="9 predictions are missing"):
+        predict(model, tmp_path)
+    assert not (tmp_path / "toy.jsonl").exists()
 
 
 def test_a_kill_while_the_files_are_joined_loses_nothing(model, expected, tmp_path, monkeypatch):

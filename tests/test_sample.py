@@ -1,10 +1,6 @@
 """sample.py as people use it: a folder, a conversation, an explained page, the model in the box."""
-import contextlib
-import io
 import json
 import re
-import sys
-import types
 import unittest.mock
 from dataclasses import replace
 
@@ -14,7 +10,7 @@ from PIL import Image
 
 import eval as eval_py
 import sample as sample_py
-from conftest import randomise
+from conftest import randomise, sample
 from data import Tokenizer
 from eval import answer
 from model import ALIGNVLM_PRESETS, IMAGE, AlignVLM, KVCache, Llama, LlamaConfig
@@ -43,19 +39,6 @@ def pages(tmp_path_factory):
         draw(page).save(root / f"{i:02}.png")
     (root / "notes.txt").write_text("no image")
     return root
-
-
-def sample(*options, code=0, typed=""):
-    out, err = io.StringIO(), io.StringIO()
-    with (contextlib.redirect_stdout(out), contextlib.redirect_stderr(err),
-          unittest.mock.patch.object(sys, "stdin", io.StringIO(typed)),
-          unittest.mock.patch.object(sys, "argv", ["sample.py", "--device", "cpu", *map(str, options)])):
-        try:
-            status = sample_py.main() or 0
-        except SystemExit as exit:
-            status = exit.code
-    assert status == code, err.getvalue()
-    return types.SimpleNamespace(stdout=out.getvalue(), stderr=err.getvalue())
 
 
 # ---------------------------------------------------------------------------------------------------------------------

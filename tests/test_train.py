@@ -1,11 +1,8 @@
 """train.py and sample.py end to end on small runs, as their users start them."""
-import contextlib
-import io
 import json
 import re
 import shutil
 import sys
-import types
 import unittest.mock
 
 import pytest
@@ -14,7 +11,7 @@ from PIL import Image
 from safetensors.torch import load_file
 
 import sample as sample_py
-from conftest import ROOT, alone, run
+from conftest import ROOT, alone, run, sample
 from model import LLAMA_PRESETS
 from train import RECIPES, learning_rate
 
@@ -157,19 +154,6 @@ def test_learning_rate_warms_up_and_decays():
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Sampling
-
-
-def sample(*options, code=0):
-    """sample.py in this process: starting Python and torch for each file would take most of the suite's time."""
-    out, err = io.StringIO(), io.StringIO()
-    with (contextlib.redirect_stdout(out), contextlib.redirect_stderr(err),
-          unittest.mock.patch.object(sys, "argv", ["sample.py", "--device", "cpu", *map(str, options)])):
-        try:
-            status = sample_py.main() or 0
-        except SystemExit as exit:
-            status = exit.code
-    assert status == code, err.getvalue()
-    return types.SimpleNamespace(stdout=out.getvalue(), stderr=err.getvalue())
 
 
 @pytest.mark.parametrize("mode", ["RGB", "RGBA", "L", "LA", "P", "1", "I;16", "CMYK", "one pixel", "long", "rotated"])
