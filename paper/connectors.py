@@ -1,4 +1,4 @@
-"""Table 2 and Table 3 at the toy's scale: four connectors between the same backbones, on the same data, in the same order.
+"""Tables 2 and 3 at the toy's scale: four connectors between the same backbones, on the same data in the same order.
 
     python -m paper.connectors                              # three seeds of each
     python -m paper.connectors --connectors align mlp --seeds 1
@@ -38,7 +38,7 @@ PAPER = {"align": (58.81, -1.67), "mlp": (53.06, -25.54), "perceiver": (50.68, N
 
 
 def patch_words(rng: random.Random, model: AlignVLM, tokenizer: Tokenizer) -> tuple[Tensor, Tensor]:
-    """A drawn page -> its tiles (T, 3, S, S), and the word (T, N) that stands in each patch, a space where none does."""
+    """A drawn page -> its tiles (T, 3, S, S), and the word (T, N) that stands in each patch, or else a space."""
     page = eye_chart(rng) if rng.random() < 0.5 else drawn_page(rng, rng.choice(KINDS), rng.random() < 0.3, "train")
     pixels = tile(draw(page), model.config.vision)
     words = [tokenizer.encode(character)[0] for character in plain_text(page, model.config.vision)]
@@ -109,9 +109,9 @@ def spread(values: list[float]) -> str:
 def table(runs: dict[str, list[dict]]) -> str:
     """The runs of each connector as a markdown table, with the paper's figures beside them."""
     names = [f"{sigma:g} std(F)" for sigma in NOISE]
-    lines = ["| connector | exact match, % | " + " | ".join(f"with noise, {name}" for name in names) + " | cosine distance, "
-             f"{names[-1]} | samples to 90 % | parameters | training, s | paper: average | paper: with noise |",
-             "|---" * (len(names) + 8) + "|"]
+    header = ["connector", "exact match, %", *(f"with noise, {name}" for name in names),
+              f"cosine distance, {names[-1]}", "samples to 90 %", "parameters", "training, s", "paper: average", "paper: noise"]
+    lines = [f"| {' | '.join(header)} |", "|---" * len(header) + "|"]
     for kind, some in runs.items():
         noisy = [spread([run["noise"][i]["score"] for run in some]) for i in range(len(NOISE))]
         far = sum(run["noise"][-1]["cosine_distance"] for run in some) / len(some)
