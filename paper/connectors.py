@@ -110,7 +110,8 @@ def table(runs: dict[str, list[dict]]) -> str:
     """The runs of each connector as a markdown table, with the paper's figures beside them."""
     names = [f"{sigma:g} std(F)" for sigma in NOISE]
     header = ["connector", "exact match, %", *(f"with noise, {name}" for name in names),
-              f"cosine distance, {names[-1]}", "samples to 90 %", "parameters", "training, s", "paper: average", "paper: noise"]
+              f"cosine distance, {names[-1]}", "samples to 90 %", "parameters", "training, s", "paper: average",
+              "paper: noise"]
     lines = [f"| {' | '.join(header)} |", "|---" * len(header) + "|"]
     for kind, some in runs.items():
         noisy = [spread([run["noise"][i]["score"] for run in some]) for i in range(len(NOISE))]
