@@ -47,7 +47,8 @@ from paper.noise import STD_PAGES, feature_std, noise_on
 from paper.predictions import begin_predictions, join_predictions, read_predictions, write_text
 from paper.tables import noise_table, score_tables
 from paper.words import vocab_report
-from toy.pages import draw, held_out_documents, write_toy_tokenizer
+from toy.looks import draw
+from toy.pages import held_out_documents, write_toy_tokenizer
 from vision import InputError, read_json, tile, tile_boxes
 
 IN_THE_BOX = Path(__file__).parent / "toy"
@@ -102,7 +103,7 @@ def whole(model: AlignVLM) -> AlignVLM:
     return copy
 
 
-def held_out_scores(model: AlignVLM, tokenizer: Tokenizer, n: int, seed: int) -> dict[str, dict]:
+def held_out_scores(model: AlignVLM, tokenizer: Tokenizer, n: int, seed: int, look: str = "clean") -> dict[str, dict]:
     """Read n held-out documents aloud and answer one question about each, greedily, 50 at a time.
 
     Returns exact_match (of answers), cer (edit distance over reference characters) and n, of each kind of page, of
@@ -112,7 +113,7 @@ def held_out_scores(model: AlignVLM, tokenizer: Tokenizer, n: int, seed: int) ->
     right, errors, characters, count = (Counter() for _ in range(4))
     for first in tqdm(range(0, n, 50), desc="reading held-out pages"):
         some = documents[first:first + 50]
-        images = [draw(page) for page, _, _ in some]
+        images = [draw(page, look) for page, _, _ in some]
         *_, texts = answer(model, tokenizer, images, [READ] * len(some))
         *_, answers = answer(model, tokenizer, images, [prompt for _, prompt, _ in some])
         for (page, _, gold), text, prediction in zip(some, texts, answers):
@@ -126,10 +127,10 @@ def held_out_scores(model: AlignVLM, tokenizer: Tokenizer, n: int, seed: int) ->
                     "n": count[group]} for group in groups}
 
 
-def report(folder: Path, n: int, seed: int, device: torch.device) -> None:
+def report(folder: Path, n: int, seed: int, look: str, device: torch.device) -> None:
     """Score a trained toy: held_out.json in its folder, and a line for each kind of page."""
     model = AlignVLM.from_pretrained(folder, device=device).eval()
-    scores = held_out_scores(model, Tokenizer(folder, model.config.llm.vocab_size), n, seed)
+    scores = held_out_scores(model, Tokenizer(folder, model.config.llm.vocab_size), n, seed, look)
     (folder / "held_out.json").write_text(json.dumps(scores, indent=2) + "\n")
     for group, s in scores.items():
         print(f"{group}: exact_match={s['exact_match']:.3f} cer={s['cer']:.3f} n={s['n']}")
@@ -247,7 +248,8 @@ def parse_args() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
     add("--benchmark", nargs="+", default=["toy"], metavar="[NAME=]PATH", help="benchmarks as VLMEvalKit (TSV), "
-        "DocDownstream (JSONL) or VCR-wiki (parquet) have them, and toy or toy=N, N drawn documents (default: toy)")
+        "DocDownstream (JSONL) or VCR-wiki (parquet) have them; toy, toy-hard, toy-bitmap, toy-scan, toy-photo, or "
+        "toy=N: drawn documents (default: toy)")
     add("--checkpoint", type=Path, help="model folder (default: the newest under out/, or else the one in the box)")
     add("--out", type=Path, help="where predictions, table.md and scores.json go (default: CHECKPOINT/eval, and "
         "out/box/eval for the model in the box)")

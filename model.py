@@ -60,8 +60,10 @@ LLAMA_PRESETS = {
     "llama-3.2-3b": LlamaConfig(hidden_size=3072, n_layers=28, n_heads=24, head_dim=128),
     "llama-3.1-8b": LlamaConfig(hidden_size=4096, n_layers=32, head_dim=128, intermediate_size=14_336,
                                 rope_factor=8.0, tie_embeddings=False),
+    # Untied: a shared head would push the 480 words that the toy never meets all the same way, E_text would become one
+    # long vector and a direction around it, and in the connector's mean every word would drown.
     "toy": LlamaConfig(vocab_size=542, hidden_size=128, n_layers=4, n_heads=4, n_kv_heads=4, head_dim=64,
-                       intermediate_size=128, rope_factor=1.0),
+                       intermediate_size=128, rope_factor=1.0, tie_embeddings=False),
 }
 
 

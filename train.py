@@ -43,6 +43,7 @@ from eval import (States, begin, check_recipe, drop_states, held_out_scores, is_
                   origin, recorded, report, roll_call, stage_before, start_processes, whole)
 from connector import CONNECTORS, ConnectorConfig
 from model import ALIGNVLM_PRESETS, IGNORE, IMAGE, LLAMA_PRESETS, AlignVLM, AlignVLMConfig, read_config, read_llama
+from toy.looks import LOOKS
 from toy.pages import ToyDocuments
 from vision import InputError
 
@@ -72,8 +73,8 @@ class Recipe:
 
 
 ALL, LATE = ("vision", "connector", "llm"), ("connector", "llm")    # stage 3 freezes the vision encoder
-# Adam moves a word that never occurs as far as any other, and all of them the same way: with an eps of 1e-8 most of the
-# toy's E_text becomes one long vector, in which the connector's mean drowns. 1e-5 holds them back.
+# Adam moves what has a tiny gradient, like the head's rows of words that never occur, as far as anything else, and W2
+# starts from that head: an eps of 1e-5 holds them back.
 TOY = dict(batch_size=16, row_tokens=8192, warmup=0.03, final_lr=0.1, eps=1e-5)
 RECIPES = {
     "toy": {0: Recipe(("llm",), lr=1.5e-3, steps=1500, **TOY),
@@ -292,7 +293,7 @@ def evaluate(stage: int, model: AlignVLM, tokenizer: Tokenizer, held_out: Datase
     dist.all_reduce(total)
     scores = {"held_out_loss": total.item() / max(1, counts["supervised"])}
     if args.preset == "toy" and stage > 1 and args.held_out:
-        scores |= held_out_scores(whole(model), tokenizer, min(50, args.held_out), args.seed)["held-out"]
+        scores |= held_out_scores(whole(model), tokenizer, min(50, args.held_out), args.seed, args.look)["held-out"]
     return scores
 
 
@@ -300,7 +301,7 @@ def samples_of(stage: int, recipe: Recipe, tokenizer: Tokenizer, config: AlignVL
                args) -> tuple[Dataset, Dataset | None]:
     """What a stage learns from, and what it is evaluated on: --data and --eval-data, or the toy's pages."""
     if not args.data or stage == 0:
-        return tuple(ToyDocuments(stage, n, args.seed, tokenizer, config.vision, split, config.tile_tokens)
+        return tuple(ToyDocuments(stage, n, args.seed, tokenizer, config.vision, split, config.tile_tokens, args.look)
                      for n, split in [(recipe.steps * recipe.batch_size, "train"), (EVAL_SAMPLES, "held-out")])
     settings = dict(tokenizer=tokenizer, config=config.vision, max_tiles=args.max_tiles, max_text=recipe.max_length,
                     max_tokens=recipe.row_tokens, tile_tokens=config.tile_tokens)
@@ -455,6 +456,7 @@ def parse_args() -> argparse.Namespace:
     add("--data", nargs="+", metavar="PATH[:WEIGHT]", help="what --stage learns from: folders, files or globs of tar "
         "(img2dataset), parquet (BigDocs, VCR-wiki), JSONL or JSON (DocDownstream, MS-Swift, LLaVA); with weights the "
         "data sets are mixed in that ratio (default: the toy's drawn pages)")
+    add("--look", choices=LOOKS, default="clean", help="how the toy's pages are drawn (default: %(default)s)")
     add("--max-tiles", type=int, default=9, help="tiles a page is cut into at most (default: %(default)s)")
     add("--max-bad", type=float, default=0.01, help="share of bad samples above which training stops, judged from a "
         "thousand samples or an epoch on (default: %(default)s)")
@@ -536,7 +538,8 @@ def run_stage(stage: int, args, device: torch.device, restarted: bool) -> bool:
         raise InputError(f"stage {stage} starts from stage {stage - 1}, and {args.out} has none: train that first")
     connector = connector_of(stage, folder if complete[0] else start, args)
     record = {"preset": args.preset, "seed": args.seed, "data": args.data if stage else None,
-              "max_tiles": args.max_tiles, "connector": connector.kind, "table_size": connector.table_size,
+              "look": args.look, "max_tiles": args.max_tiles,
+              "connector": connector.kind, "table_size": connector.table_size,
               **asdict(recipe), "origin": origin(start), "launch": launch}
     record = json.loads(json.dumps(record))
     if complete[0]:
@@ -586,7 +589,7 @@ def main() -> None:
     with roll_call(args.timeout):
         complete = all(run_stage(stage, args, device, restarted) for stage in stages)
         if complete and args.preset == "toy" and 3 in stages and args.held_out and dist.get_rank() == 0:
-            report(args.out / "stage3", args.held_out, args.seed, device)
+            report(args.out / "stage3", args.held_out, args.seed, args.look, device)
         dist.barrier()
     dist.destroy_process_group()
 

@@ -3,7 +3,8 @@
     LMUData/DocVQA_VAL.tsv                  VLMEvalKit's TSV: DocVQA, InfoVQA, ChartQA, TextVQA, TableVQABench, VCR
     WTQ=DocDownstream-1.0/test/WikiTableQuestions_test.jsonl        DocDownstream's: DocVQA to ChartQA of Table 1
     VCR-easy=VCR-wiki-en-easy/data          VCR-wiki's parquet files: a folder, of which those of the test split count
-    toy, toy=1000                           the toy's held-out documents: 200, or as many as one likes
+    toy, toy-hard=1000                      the toy's held-out documents, clean or in another look of toy/looks.py: 200,
+                                            or as many as one likes
 
 NAME= may be left out where the name of the file, or of a folder above it, tells. A benchmark is read whole or not at
 all: a damaged row is an error, since scores over what is left would be those of another benchmark.
@@ -24,7 +25,8 @@ from PIL import Image
 
 from data import MAX_RECORD, VCR_PROMPT, BadSample, parquet_example, read_parquet, split_images
 from model import IMAGE
-from toy.pages import draw, held_out_documents
+from toy.looks import LOOKS, draw
+from toy.pages import held_out_documents
 from vision import ImageError, InputError, read_image
 
 # In the order of Table 1, each with what its files are called, in lower-case letters and digits.
@@ -33,6 +35,7 @@ FILE_NAMES = {"DocVQA": "docvqa", "InfoVQA": "infovqa|infographicsvqa", "DeepFor
               "TableVQABench": "tablevqa", "VCR-easy": "vcr.*easy", "VCR-hard": "vcr.*hard"}
 SHORT = "\nAnswer the question using a single word or phrase."      # VLMEvalKit's, word for word
 TABLE_VQA_SPLITS = ["fintabnetqa", "vtabfact", "vwtq", "vwtq_syn"]
+TOY_LOOKS = {"toy" if look == "clean" else f"toy-{look}": look for look in LOOKS}
 REFERENCE = 64          # characters: an `image` cell that has no more is the index of the row whose image it shares
 
 
@@ -49,16 +52,16 @@ class Benchmark:
 
 
 def open_benchmark(spec: str) -> Benchmark:
-    """NAME=PATH, PATH, toy or toy=N -> Benchmark, of which no image is read yet. Raises InputError."""
+    """NAME=PATH, PATH, a name of TOY_LOOKS, or one=N -> Benchmark, of which no image is read yet. Raises InputError."""
     name, _, rest = spec.partition("=")
-    if name == "toy":
-        return toy_benchmark(spec, rest or "200")
+    if name in TOY_LOOKS:
+        return toy_benchmark(name, rest or "200")
     if Path(spec).exists() or not rest:
         name, path = name_of(spec), Path(spec)
     elif name in FILE_NAMES:
         path = Path(rest)
     else:
-        raise InputError(f"{spec}: no benchmark is called {name}; there are {', '.join(FILE_NAMES)} and toy")
+        raise InputError(f"{spec}: no benchmark is called {name}; there are {', '.join([*FILE_NAMES, *TOY_LOOKS])}")
     try:
         if path.suffix == ".tsv":
             benchmark = tsv_benchmark(name, path)
@@ -262,10 +265,11 @@ def parquet_benchmark(name: str, path: Path) -> Benchmark:
     return Benchmark(name, rows, [VCR_PROMPT] * len(rows), images)
 
 
-def toy_benchmark(spec: str, number: str) -> Benchmark:
+def toy_benchmark(name: str, number: str) -> Benchmark:
     """The held-out documents that train.py reads at its end with --seed 0, with one question each."""
     if not number.isascii() or not number.isdigit() or int(number) == 0:
-        raise InputError(f"{spec}: toy=N takes a number of documents")
+        raise InputError(f"{name}={number}: {name}=N takes a number of documents")
     documents = held_out_documents(int(number), seed=0)
     rows = [row_of(i, prompt, [gold], page.kind) for i, (page, prompt, gold) in enumerate(documents)]
-    return Benchmark("toy", rows, [prompt for _, prompt, _ in documents], lambda i: [draw(documents[i][0])])
+    return Benchmark(name, rows, [prompt for _, prompt, _ in documents],
+                     lambda i: [draw(documents[i][0], TOY_LOOKS[name])])

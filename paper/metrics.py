@@ -11,6 +11,8 @@ import unicodedata
 from collections.abc import Callable
 from difflib import SequenceMatcher
 
+from paper.benchmarks import TOY_LOOKS
+
 
 def mean(scores: list[float]) -> float:
     return sum(scores) / len(scores) if scores else math.nan
@@ -250,5 +252,5 @@ METRICS: dict[str, Callable[[list[dict]], dict[str, float]]] = {
     "DocVQA": averaged("anls", anls), "InfoVQA": averaged("anls", anls), "DeepForm": key_value_f1, "KLC": key_value_f1,
     "WTQ": averaged("accuracy", denotation), "TabFact": averaged("accuracy", tabfact), "ChartQA": chartqa,
     "TextVQA": averaged("vqa_accuracy", vqa_accuracy), "TableVQABench": table_vqa, "VCR-easy": vcr, "VCR-hard": vcr,
-    "toy": averaged("exact_match", exact_match),
+    **dict.fromkeys(TOY_LOOKS, averaged("exact_match", exact_match)),
 }

@@ -5,6 +5,8 @@ arXiv 2502.01341; VCR and the cosine distances are in its second version only.
 """
 import math
 
+from paper.benchmarks import TOY_LOOKS
+
 COLUMNS = {"DocVQA": "DocVQA val", "InfoVQA": "InfoVQA val", "DeepForm": "DeepForm test", "KLC": "KLC test",
            "WTQ": "WTQ test", "TabFact": "TabFact test", "ChartQA": "ChartQA test", "TextVQA": "TextVQA val",
            "TableVQABench": "TableVQA test"}
@@ -50,8 +52,9 @@ def score_tables(scores: dict[str, float], model: str) -> str:
     if any(value is not None for value in vcr):
         rows = [[name, *values] for name, values in VCR.items()] + [[f"**{model}**", *vcr]]
         parts.append(markdown(["Model", "VCR easy, exact match", "VCR hard, exact match"], rows))
-    if "toy" in scores:
-        parts.append(markdown(["Model", "the toy's held-out documents"], [[f"**{model}**", scores["toy"]]]))
+    toys = [name for name in TOY_LOOKS if name in scores]
+    if toys:
+        parts.append(markdown(["Model", *toys], [[f"**{model}**", *(scores[name] for name in toys)]]))
     return "\n".join(parts)
 
 

@@ -5,14 +5,15 @@ import random
 import numpy as np
 import pytest
 import torch
-from PIL import Image
+from PIL import Image, ImageFilter
 
 from conftest import alone, run, start
 from data import IGNORE, IMAGE, Example, Tokenizer, Turn, encode_chat, pack, prepare, split_images
 from eval import edit_distance
 from model import LLAMA_PRESETS
-from toy.pages import (CELL, KINDS, Page, ToyDocuments, draw, drawn_page, eye_chart, glyph, held_out_documents,
-                       plain_text, write_toy_tokenizer)
+from toy.looks import CELL, LOOKS, draw, glyph
+from toy.pages import (KINDS, Page, ToyDocuments, drawn_page, eye_chart, held_out_documents, plain_text,
+                       write_toy_tokenizer)
 from vision import SIGLIP_PRESETS, tile
 
 TOY = SIGLIP_PRESETS["toy"]
@@ -107,6 +108,22 @@ def test_drawn_pages(kind, large):
         for _, gold in page.questions:
             assert gold in page.text
         assert sorted("".join(page.text.split())) == sorted("".join(word for _, _, word in page.words))
+
+
+@pytest.mark.parametrize("look", LOOKS)
+def test_every_look_keeps_size_and_place(look):
+    """Drawn the same each time; where it is darkest, specks apart, the clean page has ink within half a cell."""
+    rng = random.Random(1)
+    for page in [drawn_page(rng, kind, large, "train") for kind in KINDS for large in (False, True)]:
+        image, plain = draw(page, look), draw(page)
+        assert image.size == plain.size and image.mode == "RGB" and image.tobytes() == draw(page, look).tobytes()
+        assert (image.tobytes() == plain.tobytes()) == (look == "clean")
+        near = np.asarray(plain.convert("L").filter(ImageFilter.MinFilter(15)))[8:-8] < 128      # without its edges
+        grey = image.convert("L").filter(ImageFilter.MedianFilter(3))
+        local = np.asarray(grey, np.float32) - np.asarray(grey.filter(ImageFilter.BoxBlur(20)), np.float32)
+        local = local[8:-8]
+        assert near[local < np.quantile(local, 0.02)].mean() > 0.9
+        assert draw(Page(page.kind, page.columns, page.rows), look).size == image.size      # without a word
 
 
 def test_plain_text_is_what_the_patches_show():

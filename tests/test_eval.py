@@ -190,6 +190,7 @@ def test_the_toys_documents_are_one_more_benchmark():
     assert benchmark.prompts == [prompt for _, prompt, _ in documents] and len(open_benchmark("toy").rows) == 200
     assert [row["split"] for row in benchmark.rows[:2]] == ["invoice", "receipt"]
     assert same(benchmark.images(6)[0], draw(documents[6][0]))
+    assert same(open_benchmark("toy-scan=7").images(6)[0], draw(documents[6][0], "scan"))
 
 
 def test_damaged_and_odd_files_are_one_line_that_names_them(tmp_path, docvqa, monkeypatch):
@@ -512,8 +513,8 @@ def test_averages_are_over_what_was_measured():
     assert rows["ours"] == ["**ours**", "-", "-", "-", "30.00", "50.00", "-", "-", "-", "-", "-", "40.00"]
     assert rows["MLP, Llama-3.2-3B"][-2:] == ["53.06", f"{(33.36 + 28.94) / 2:.2f}"]
     assert score_tables({"WTQ": 50.0, "KLC": 30.0, "TableVQABench": math.nan}, "ours") == text
-    full = score_tables(dict.fromkeys(COLUMNS, 10.0) | {"VCR-hard": 1.0, "toy": 99.0}, "ours")
-    for row in (" 10.00 |" * 11, " - | 1.00 |", " 99.00 |"):
+    full = score_tables(dict.fromkeys(COLUMNS, 10.0) | {"VCR-hard": 1.0, "toy-photo": 9.0, "toy": 99.0}, "ours")
+    for row in (" 10.00 |" * 11, " - | 1.00 |", " 99.00 | 9.00 |"):
         assert f"| **ours** |{row}\n" in full
 
 

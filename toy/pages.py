@@ -7,7 +7,6 @@ before it meets an image.
 """
 import argparse
 import base64
-import functools
 import json
 import random
 import zlib
@@ -15,11 +14,11 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from PIL import Image, ImageDraw, ImageFont
 from torch.utils.data import Dataset
 
 from data import READ, Example, Position, Sample, Tokenizer, Turn, prepare
 from model import IGNORE, IMAGE
+from toy.looks import CELL, LOOKS, draw
 from vision import SigLIPConfig, tile_boxes
 
 # The toy's vocabulary: every byte, and the pieces of its prompts and headers (drawn pages are upper-case).
@@ -37,7 +36,6 @@ def write_toy_tokenizer(path: Path) -> None:
 # ---------------------------------------------------------------------------------------------------------------------
 # The toy's documents: five kinds of page, one character a cell, every value random
 
-CELL = 14                                   # pixels a side: a character fills one patch of the toy's encoder
 SYMBOLS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ0123456789"
 LABELS = ["NO", "PO", "ID", "TO", "REF", "DUE", "TAX", "QTY", "TEL", "BOX", "DAY", "FOR", "VIA", "LOT", "ZIP"]
 
@@ -163,24 +161,6 @@ def table(rng: random.Random, large: bool) -> Page:
 
 PAGES = {"invoice": invoice, "receipt": receipt, "letter": letter, "form": form, "table": table}
 KINDS = list(PAGES)
-
-
-@functools.cache
-def glyph(character: str) -> Image.Image:
-    """The inked mask (CELL x CELL, 8-bit grey) of one character in Pillow's built-in font, centred in its cell."""
-    font = ImageFont.load_default(size=CELL - 1)
-    mask = Image.new("L", (CELL, CELL), 0)
-    left, _, right, _ = font.getbbox(character)
-    ImageDraw.Draw(mask).text(((CELL - right - left) / 2, -1), character, font=font, fill=255)
-    return mask
-
-
-def draw(page: Page) -> Image.Image:
-    image = Image.new("L", (page.columns * CELL, page.rows * CELL), 255)
-    for row, column, word in page.words:
-        for i, character in enumerate(word):
-            image.paste(0, ((column + i) * CELL, row * CELL), glyph(character))
-    return image.convert("RGB")
 
 
 def drawn_page(rng: random.Random, kind: str, large: bool, split: str) -> Page:
@@ -322,9 +302,9 @@ class ToyDocuments(Dataset):
     """
 
     def __init__(self, stage: int, n: int, seed: int, tokenizer: Tokenizer, config: SigLIPConfig, split: str = "train",
-                 tile_tokens: int | None = None):
+                 tile_tokens: int | None = None, look: str = "clean"):
         self.stage, self.n, self.tokenizer, self.config, self.split = stage, n, tokenizer, config, split
-        self.tile_tokens = tile_tokens          # of data.prepare
+        self.tile_tokens, self.look = tile_tokens, look         # of data.prepare and draw
         self.seed = seed if split == "train" else f"{split}/{seed}"
 
     def draws(self, start: Position) -> Iterator[tuple[int | None, Position]]:
@@ -338,7 +318,7 @@ class ToyDocuments(Dataset):
         rng = random.Random(f"{self.seed}/{self.stage}/{index}")
         progress = index / self.n if self.split == "train" else 1.0
         page, asks = LESSONS[self.stage](rng, progress, self.split)
-        images = [draw(page)] if self.stage > 0 else []
+        images = [draw(page, self.look)] if self.stage > 0 else []
         first = IMAGE if self.stage > 0 else self.as_text(rng, page, progress)
         turns = []
         for i, (prompt, gold) in enumerate(asks):
@@ -375,6 +355,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--draw", type=int, default=20, metavar="N", help="held-out pages (default: %(default)s)")
     parser.add_argument("--seed", type=int, default=0, help="which pages (default: %(default)s)")
+    parser.add_argument("--look", choices=LOOKS, default="clean", help="how they look (default: %(default)s)")
     parser.add_argument("folder", type=Path, help="where the PNGs and questions.jsonl go; made if missing")
     args = parser.parse_args()
     try:
@@ -384,7 +365,7 @@ def main() -> None:
     rows = []
     for i, (page, prompt, gold) in enumerate(held_out_documents(args.draw, args.seed)):
         name = f"{i:04}-{page.kind}.png"
-        draw(page).save(args.folder / name)
+        draw(page, args.look).save(args.folder / name)
         rows.append({"image": name, "prompt": prompt, "answer": gold, "kind": page.kind})
     (args.folder / "questions.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     print(f"{len(rows)} pages and questions.jsonl in {args.folder}")
