@@ -38,7 +38,8 @@ from torch.nn.utils.rnn import pad_sequence
 from connector import BLOCK_BYTES, CACHE_BYTES, MLP, Align
 from eval import keep_heap
 from model import ALIGNVLM_PRESETS, IGNORE, IMAGE, LOGITS, AlignVLM, AlignVLMConfig, Llama, LlamaConfig, read_llama
-from vision import SIGLIP_PRESETS, InputError, SigLIP, SigLIPConfig, read_image, read_siglip, tile, tile_boxes
+from plumbing.weights import InputError
+from vision import SIGLIP_PRESETS, SigLIP, SigLIPConfig, read_image, read_siglip, tile, tile_boxes
 
 GPU = torch.cuda.is_available()
 DEVICE = torch.device("cuda" if GPU else "cpu")

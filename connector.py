@@ -19,7 +19,7 @@ import torch.nn.functional as nnf      # F is the paper's name for the features
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-from vision import own_rows
+from plumbing.weights import own_rows
 
 BLOCK_BYTES = 256 * 2 ** 20     # what is V-wide of a block of tokens: one matrix (n, V) forward, two backward
 CACHE_BYTES = 4 * 2 ** 20       # a few of its rows in fp32: what is done element by element is done in the cache

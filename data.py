@@ -29,7 +29,8 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from model import IGNORE, IMAGE
-from vision import CheckpointError, ImageError, InputError, Settings, SigLIPConfig, read_image, tile, tile_boxes
+from plumbing.weights import CheckpointError, InputError, Settings
+from vision import ImageError, SigLIPConfig, read_image, tile, tile_boxes
 
 READ = "read the page"          # the prompt of stage 2, where no other is given
 

@@ -47,8 +47,9 @@ from paper.noise import STD_PAGES, feature_std, noise_on
 from paper.predictions import begin_predictions, join_predictions, read_predictions, write_text
 from paper.tables import noise_table, score_tables
 from paper.words import vocab_report
+from plumbing.weights import InputError, read_json
 from toy.pages import draw, held_out_documents, write_toy_tokenizer
-from vision import InputError, read_json, tile, tile_boxes
+from vision import tile, tile_boxes
 
 IN_THE_BOX = Path(__file__).parent / "toy"
 

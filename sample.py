@@ -34,7 +34,8 @@ from data import READ, Example, TextError, Tokenizer, Turn, encode_chat, prepare
 from eval import answer, default_model
 from model import IMAGE, AlignVLM, KVCache, Llama
 from paper.words import explain
-from vision import CheckpointError, InputError, Settings, read_image, tile
+from plumbing.weights import CheckpointError, InputError, Settings
+from vision import read_image, tile
 
 ALIGN_VOCAB = "align_vocab.json"    # in a model's folder: the words that the connector can do with
 BATCH = 16                          # pages that are asked about together

@@ -43,8 +43,8 @@ from eval import (States, begin, check_recipe, drop_states, held_out_scores, is_
                   origin, recorded, report, roll_call, stage_before, start_processes, whole)
 from connector import CONNECTORS, ConnectorConfig
 from model import ALIGNVLM_PRESETS, IGNORE, IMAGE, LLAMA_PRESETS, AlignVLM, AlignVLMConfig, read_config, read_llama
+from plumbing.weights import InputError
 from toy.pages import ToyDocuments
-from vision import InputError
 
 EVAL_SAMPLES = 64               # held-out samples of --eval-every
 STOP = threading.Event()        # SIGTERM or SIGINT has come: finish the step, save, leave

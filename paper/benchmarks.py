@@ -24,8 +24,9 @@ from PIL import Image
 
 from data import MAX_RECORD, VCR_PROMPT, BadSample, parquet_example, read_parquet, split_images
 from model import IMAGE
+from plumbing.weights import InputError
 from toy.pages import draw, held_out_documents
-from vision import ImageError, InputError, read_image
+from vision import ImageError, read_image
 
 # In the order of Table 1, each with what its files are called, in lower-case letters and digits.
 FILE_NAMES = {"DocVQA": "docvqa", "InfoVQA": "infovqa|infographicsvqa", "DeepForm": "deepform", "KLC": "klc|kleister",

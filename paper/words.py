@@ -20,7 +20,8 @@ from tqdm import tqdm
 from connector import AlignTopK, blocks, spread
 from data import Tokenizer
 from model import AlignVLM
-from vision import InputError, SigLIPConfig, on_canvas, tile, tile_boxes
+from plumbing.weights import InputError
+from vision import SigLIPConfig, on_canvas, tile, tile_boxes
 
 CELL = 52                       # the side of a patch in the picture, in pixels: a word of some ten letters fits in
 MAX_PIXELS = 60_000_000         # of a picture; larger pages are drawn with smaller patches

@@ -24,8 +24,9 @@ from paper.benchmarks import SHORT, as_list, open_benchmark
 from paper.noise import feature_std, noise_on, summary
 from paper.predictions import read_predictions
 from paper.tables import COLUMNS, TABLE_1, score_tables
+from plumbing.weights import InputError
 from toy.pages import draw, held_out_documents, write_toy_tokenizer
-from vision import InputError, tile
+from vision import tile
 
 
 def picture(i, size=(60, 40)):

@@ -33,9 +33,10 @@ from conftest import ROOT, alone, close, randomise, run, torchrun
 from data import (BAD_KINDS, IGNORE, IMAGE, READ, VCR_PROMPT, Bad, BadSample, DataSet, Documents, Example, Position,
                   Sample, Tokenizer, Turn, deal, fill_rows, pack, prepare)
 from model import ALIGNVLM_PRESETS, AlignVLM
+from plumbing.weights import InputError
 from toy.pages import draw, held_out_documents, write_toy_tokenizer
 from train import steps_of
-from vision import SIGLIP_PRESETS, InputError
+from vision import SIGLIP_PRESETS
 
 TOY = SIGLIP_PRESETS["toy"]
 N = 12                                                                  # samples of a data set, where one will do
