@@ -39,7 +39,7 @@ from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
 from tqdm import tqdm
 
-from data import READ, Example, Position, Tokenizer, Turn, prepare
+from data import READ, Example, Tokenizer, Turn, prepare
 from model import IMAGE, AlignVLM
 from paper.benchmarks import Benchmark, open_benchmark
 from paper.metrics import METRICS, edit_distance
@@ -47,6 +47,7 @@ from paper.noise import STD_PAGES, feature_std, noise_on
 from paper.predictions import begin_predictions, join_predictions, read_predictions, write_text
 from paper.tables import noise_table, score_tables
 from paper.words import vocab_report
+from plumbing.streams import Position
 from plumbing.weights import InputError, read_json
 from toy.pages import draw, held_out_documents, write_toy_tokenizer
 from vision import tile, tile_boxes

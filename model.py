@@ -367,7 +367,10 @@ class AlignVLM(nn.Module):
     def from_pretrained(cls, folder: str | Path, dtype: torch.dtype | None = None, device="cpu",
                         shard: Callable[[nn.Module], None] | None = None,
                         connector: ConnectorConfig | None = None) -> "AlignVLM":
-        """The model of a folder that save_pretrained wrote, or with a new connector; the rest: see SigLIP.from_pretrained."""
+        """The model of a folder that save_pretrained wrote, or with a new connector.
+
+        dtype, shard and what is raised: see SigLIP.from_pretrained.
+        """
         config, weights = read_config(Path(folder)), read_safetensors(Path(folder))
         if connector is None:
             return load(lambda: cls(config), {"": weights}, dtype, device, shard)

@@ -22,7 +22,6 @@ import threading
 import time
 import traceback
 from collections import Counter
-from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field, replace
 from datetime import timedelta
 from pathlib import Path
@@ -38,11 +37,12 @@ from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
 from bench import mfu, peak_memory, plan, plot, step_flops
-from data import BAD_KINDS, Bad, Documents, Position, Sample, Tokenizer, Turn, deal, encode_chat, fill_rows, pack
+from data import Sample, Tokenizer, Turn, encode_chat, fill_rows, pack
 from eval import (States, begin, check_recipe, drop_states, held_out_scores, is_complete, meet, newest_state, open_log,
                   origin, recorded, report, roll_call, stage_before, start_processes, whole)
 from connector import CONNECTORS, ConnectorConfig
 from model import ALIGNVLM_PRESETS, IGNORE, IMAGE, LLAMA_PRESETS, AlignVLM, AlignVLMConfig, read_config, read_llama
+from plumbing.streams import BAD_KINDS, Documents, Position, check_holes, deal, steps_of, without_holes
 from plumbing.weights import InputError
 from toy.pages import ToyDocuments
 
@@ -226,38 +226,6 @@ class Progress:
     position: Position = field(default_factory=dict)
     holes: Counter = field(default_factory=dict)        # bad samples by kind, and how many were seen
     skipped: int = 0                                    # steps whose loss or gradient was not finite
-
-
-def without_holes(samples: list[Sample | Bad], documents: Documents, holes: Counter) -> list[Sample]:
-    """The good ones of this rank's samples. Bad ones of all ranks are counted by kind; the first of a kind is shown."""
-    bad = [s for s in samples if isinstance(s, Bad)]
-    for first in {s.kind: s for s in reversed(bad) if not holes[s.kind]}.values():
-        why = " ".join(first.why.split())[:200]
-        tqdm.write(f"bad sample, {first.kind}: {documents.where(first)}: {why}", file=sys.stderr)
-    counts = torch.tensor([len(samples), *(sum(s.kind == kind for s in bad) for kind in BAD_KINDS)])
-    dist.all_reduce(counts)
-    holes.update(dict(zip(["seen", *BAD_KINDS], counts.tolist())))
-    return [s for s in samples if not isinstance(s, Bad)]
-
-
-def check_holes(holes: Counter, max_bad: float) -> None:
-    """Raise InputError if more than a share of max_bad of the samples seen was bad."""
-    bad = {kind: holes[kind] for kind in BAD_KINDS if holes[kind]}
-    if sum(bad.values()) > max_bad * holes["seen"]:
-        table = "".join(f"\n{n:10,}  {kind}" for kind, n in bad.items())
-        raise InputError(f"{sum(bad.values()):,} of {holes['seen']:,} samples were bad, more than --max-bad {max_bad}:"
-                         + table)
-
-
-def steps_of(loader) -> Iterator[tuple[list, Position]]:
-    """What the loader brings, step by step: samples (or holes) of this rank, and the Position after them."""
-    samples = []
-    for item in loader:
-        if isinstance(item, Position):
-            yield samples, item
-            samples = []
-        else:
-            samples.append(item)
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -165,7 +165,7 @@ class SigLIP(nn.Module):
 
 
 def read_siglip(folder: Path) -> tuple[SigLIPConfig, Weights]:
-    """A folder in hub format, of both towers or the vision tower alone -> its architecture and where its weights are."""
+    """A folder in hub format, of both towers or the vision tower alone -> its architecture, where its weights are."""
     config, weights = released.siglip(folder)
     return SigLIPConfig(**config), weights
 

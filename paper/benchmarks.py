@@ -22,8 +22,9 @@ from pathlib import Path
 
 from PIL import Image
 
-from data import MAX_RECORD, VCR_PROMPT, BadSample, parquet_example, read_parquet, split_images
+from data import BadSample
 from model import IMAGE
+from plumbing.formats import MAX_RECORD, VCR_PROMPT, parquet_example, read_parquet, split_images
 from plumbing.weights import InputError
 from toy.pages import draw, held_out_documents
 from vision import ImageError, read_image

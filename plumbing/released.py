@@ -7,6 +7,7 @@ import re
 from collections.abc import Callable
 from pathlib import Path
 
+import torch
 from torch import Tensor
 
 from plumbing.weights import CheckpointError, Settings, Stored, Weights, open_pickle, read_safetensors

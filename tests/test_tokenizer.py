@@ -8,8 +8,9 @@ import pytest
 import regex
 from tokenizers import Tokenizer as Reference
 
-from data import CHAT_FORMATS, LLAMA3_PATTERN, TextError, Tokenizer, Turn, encode_chat
+from data import CHAT_FORMATS, TextError, Tokenizer, Turn, encode_chat
 from model import IGNORE
+from plumbing.tokenizers import LLAMA3_PATTERN
 from plumbing.weights import CheckpointError
 from released import fetched, llama3_tokenizer, smollm2, write_tokenizer_json
 from toy.pages import write_toy_tokenizer

@@ -18,8 +18,9 @@ from pathlib import Path
 from PIL import Image, ImageDraw, ImageFont
 from torch.utils.data import Dataset
 
-from data import READ, Example, Position, Sample, Tokenizer, Turn, prepare
+from data import READ, Example, Sample, Tokenizer, Turn, prepare
 from model import IGNORE, IMAGE
+from plumbing.streams import Position
 from vision import SigLIPConfig, tile_boxes
 
 # The toy's vocabulary: every byte, and the pieces of its prompts and headers (drawn pages are upper-case).
