@@ -36,8 +36,8 @@ from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
 
 from connector import BLOCK_BYTES, CACHE_BYTES, MLP, Align
-from eval import keep_heap
 from model import ALIGNVLM_PRESETS, IGNORE, IMAGE, LOGITS, AlignVLM, AlignVLMConfig, Llama, LlamaConfig, read_llama
+from plumbing.processes import keep_heap
 from plumbing.weights import InputError
 from vision import SIGLIP_PRESETS, SigLIP, SigLIPConfig, read_image, read_siglip, tile, tile_boxes
 

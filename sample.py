@@ -31,9 +31,10 @@ from tqdm import tqdm
 
 from connector import AlignTopK, choose_words, spread
 from data import READ, Example, TextError, Tokenizer, Turn, encode_chat, prepare
-from eval import answer, default_model
+from eval import answer
 from model import IMAGE, AlignVLM, KVCache, Llama
 from paper.words import explain
+from plumbing.runs import default_model
 from plumbing.weights import CheckpointError, InputError, Settings
 from vision import read_image, tile
 

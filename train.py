@@ -17,10 +17,8 @@ import math
 import os
 import re
 import signal
-import sys
 import threading
 import time
-import traceback
 from collections import Counter
 from dataclasses import asdict, dataclass, field, replace
 from datetime import timedelta
@@ -28,7 +26,6 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
-from safetensors import SafetensorError
 from torch import Tensor
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
@@ -37,14 +34,16 @@ from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
 from bench import mfu, peak_memory, plan, plot, step_flops
-from data import Sample, Tokenizer, Turn, encode_chat, fill_rows, pack
-from eval import (States, begin, check_recipe, drop_states, held_out_scores, is_complete, meet, newest_state, open_log,
-                  origin, recorded, report, roll_call, stage_before, start_processes, whole)
 from connector import CONNECTORS, ConnectorConfig
+from data import Sample, Tokenizer, Turn, encode_chat, fill_rows, pack
+from eval import held_out_scores, report
 from model import ALIGNVLM_PRESETS, IGNORE, IMAGE, LLAMA_PRESETS, AlignVLM, AlignVLMConfig, read_config, read_llama
-from plumbing.streams import BAD_KINDS, Documents, Position, check_holes, deal, steps_of, without_holes
+from plumbing.processes import roll_call, run_main, start_processes, whole
+from plumbing.runs import (States, begin, check_recipe, drop_states, is_complete, newest_state, open_log, origin,
+                           recorded, stage_before)
+from plumbing.streams import BAD_KINDS, Documents, Position, check_holes, deal, meet, steps_of, without_holes
 from plumbing.weights import InputError
-from toy.pages import ToyDocuments
+from toy.pages import ToyDocuments, write_toy_tokenizer
 
 EVAL_SAMPLES = 64               # held-out samples of --eval-every
 STOP = threading.Event()        # SIGTERM or SIGINT has come: finish the step, save, leave
@@ -517,7 +516,9 @@ def run_stage(stage: int, args, device: torch.device, restarted: bool) -> bool:
     source = start if stage > 0 else partial
     model = build(stage, start, recipe, connector, args, device)
     tokenizer = Tokenizer(source, model.config.llm.vocab_size) if stage > 0 else None
-    path = [begin(stage, partial, record, model, resume, args.keep) if main_rank else None]
+    path = [begin(partial, record, model, resume, args.keep) if main_rank else None]
+    if stage == 0 and main_rank:
+        write_toy_tokenizer(partial / "tokenizer.model")
     dist.broadcast_object_list(path)
     tokenizer = tokenizer or Tokenizer(source, model.config.llm.vocab_size)
     if not train_stage(stage, recipe, model, tokenizer, path[0], args, device):
@@ -560,9 +561,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except Exception as error:
-        ours = isinstance(error, (InputError, OSError, SafetensorError))        # OSError: a disk is full
-        print(f"train.py: {error}" if ours else traceback.format_exc(), file=sys.stderr, flush=True)
-        os._exit(2 if ours else 1)      # at once: a state's writer may be waiting for a rank that has died
+    run_main(main)

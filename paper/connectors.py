@@ -23,8 +23,8 @@ from tqdm import tqdm
 
 from bench import read_log
 from data import Tokenizer
-from eval import IN_THE_BOX
 from model import AlignVLM
+from plumbing.runs import IN_THE_BOX
 from plumbing.weights import InputError
 from toy.pages import KINDS, draw, drawn_page, eye_chart, plain_text
 from vision import tile

@@ -8,6 +8,7 @@ import mmap
 import re
 import sys
 import tarfile
+import zlib
 from collections import Counter
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -232,6 +233,19 @@ def steps_of(loader) -> Iterator[tuple[list, Position]]:
             samples = []
         else:
             samples.append(item)
+
+
+def meet(position: Position, stop: bool) -> bool:
+    """Where ranks meet before a step: at the same place of the data, or they would repeat and lose samples.
+
+    Returns whether any of them was asked to stop. Raises InputError, on all ranks.
+    """
+    mark = zlib.crc32(repr(position).encode())
+    marks = torch.tensor([mark, -mark, stop])
+    dist.all_reduce(marks, dist.ReduceOp.MAX)
+    if marks[0] != -marks[1]:
+        raise InputError("the ranks read different data: is --data the same, and readable, on every node?")
+    return bool(marks[2])
 
 
 def without_holes(samples: list[Sample | Bad], documents: Documents, holes: Counter) -> list[Sample]:

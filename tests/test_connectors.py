@@ -29,10 +29,11 @@ from bench import memory, step_flops
 from conftest import ROOT, close, n_parameters, randomise, run, torchrun
 from connector import CONNECTORS, MLP, Align, ConnectorConfig, Ovis, Perceiver, new_connector
 from data import Sample, Tokenizer
-from eval import answer, start_processes
+from eval import answer
 from model import ALIGNVLM_PRESETS, IMAGE, AlignVLM, AlignVLMConfig, LlamaConfig, read_config
 from paper.connectors import NOISE, patch_words
 from paper.connectors import table as race_table
+from plumbing.processes import start_processes
 from plumbing.weights import CheckpointError, InputError
 from toy.pages import draw, eye_chart, write_toy_tokenizer
 from train import RECIPES, connector_of, optimizer_of, shard, take_step

@@ -9,8 +9,8 @@ from PIL import Image
 
 from conftest import alone, run, start
 from data import IGNORE, IMAGE, Example, Tokenizer, Turn, encode_chat, pack, prepare
-from eval import edit_distance
 from model import LLAMA_PRESETS
+from paper.metrics import edit_distance
 from plumbing.formats import split_images
 from toy.pages import (CELL, KINDS, Page, ToyDocuments, draw, drawn_page, eye_chart, glyph, held_out_documents,
                        plain_text, write_toy_tokenizer)
