@@ -32,8 +32,9 @@ from paper.noise import STD_PAGES, feature_std, noise_on
 from paper.predictions import begin_predictions, join_predictions
 from paper.tables import headline, score_files, show
 from paper.words import summary_line, vocab_report
+from plumbing.logs import open_log
 from plumbing.processes import roll_call, run_main, start_processes
-from plumbing.runs import IN_THE_BOX, default_model, open_log
+from plumbing.runs import IN_THE_BOX, default_model
 from plumbing.weights import InputError, read_json
 from toy.pages import draw, held_out_documents
 from vision import tile, tile_boxes

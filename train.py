@@ -33,14 +33,15 @@ from torch.utils.checkpoint import checkpoint
 from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
-from bench import mfu, peak_memory, plan, plot, step_flops
 from connector import CONNECTORS, ConnectorConfig
 from data import Sample, Tokenizer, Turn, encode_chat, fill_rows, pack
 from eval import held_out_scores, report
 from model import ALIGNVLM_PRESETS, IGNORE, IMAGE, LLAMA_PRESETS, AlignVLM, AlignVLMConfig, read_config, read_llama
+from plumbing.costs import mfu, peak_memory, plan, step_flops
+from plumbing.logs import open_log, plot
 from plumbing.processes import roll_call, run_main, start_processes, whole
-from plumbing.runs import (States, begin, check_recipe, drop_states, is_complete, newest_state, open_log, origin,
-                           recorded, stage_before)
+from plumbing.runs import (States, begin, check_recipe, drop_states, is_complete, newest_state, origin, recorded,
+                           stage_before)
 from plumbing.streams import BAD_KINDS, Documents, Position, check_holes, deal, meet, steps_of, without_holes
 from plumbing.weights import InputError
 from toy.pages import ToyDocuments, write_toy_tokenizer

@@ -204,10 +204,3 @@ def begin(folder: Path, record: dict, model: nn.Module, resume: str, keep: int) 
         return path
     except OSError as error:
         raise InputError(f"--out {folder.parent}: {error.strerror}") from None
-
-
-def open_log(path: Path):
-    """log.jsonl, to be continued, a line at once; one that a kill has cut off is taken away."""
-    if path.is_file():
-        os.truncate(path, path.read_bytes().rfind(b"\n") + 1)
-    return open(path, "a", buffering=1)
