@@ -18,7 +18,6 @@ import os
 import re
 import signal
 import threading
-import time
 from collections import Counter
 from dataclasses import asdict, dataclass, field, replace
 from datetime import timedelta
@@ -31,15 +30,14 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.utils.checkpoint import checkpoint
 from torch.utils.data import DataLoader, Dataset
-from tqdm import tqdm
 
 from connector import CONNECTORS, ConnectorConfig
 from data import Sample, Tokenizer, Turn, encode_chat, fill_rows, pack
 from eval import held_out_scores, report
 from model import ALIGNVLM_PRESETS, IGNORE, IMAGE, LLAMA_PRESETS, AlignVLM, AlignVLMConfig, read_config, read_llama
-from plumbing.costs import mfu, peak_memory, plan, step_flops
-from plumbing.logs import open_log, plot
-from plumbing.processes import roll_call, run_main, start_processes, whole
+from plumbing.costs import plan, step_flops
+from plumbing.logs import StepLog, plot
+from plumbing.processes import ignore_signals, roll_call, run_main, start_processes, whole
 from plumbing.runs import (States, begin, check_recipe, drop_states, is_complete, newest_state, origin, recorded,
                            stage_before)
 from plumbing.streams import BAD_KINDS, Documents, Position, check_holes, deal, meet, steps_of, without_holes
@@ -227,26 +225,13 @@ class Progress:
     holes: Counter = field(default_factory=dict)        # bad samples by kind, and how many were seen
     skipped: int = 0                                    # steps whose loss or gradient was not finite
 
+    def record(self) -> dict:
+        """What goes with a training state, as JSON."""
+        return {**vars(self), "position": vars(self.position)}
+
 
 # ---------------------------------------------------------------------------------------------------------------------
 # One stage
-
-
-def check_blamed(blamed: list[list[str]], step: int) -> None:
-    """Raise InputError, on all ranks, after ten skipped steps in a row; blamed: this rank's suspects of each."""
-    if len(blamed) < 10:
-        return
-    everyone = [None] * dist.get_world_size()
-    dist.all_gather_object(everyone, blamed)
-    keys = dict.fromkeys(key for mine in everyone for step_keys in mine for key in step_keys)
-    raise InputError(f"ten steps in a row, up to {step}, had a loss or gradient that is not finite: lower --lr, or "
-                     f"look at these samples: {', '.join([*keys][:100])}" + ", ..." * (len(keys) > 100))
-
-
-def ignore_signals(*_) -> None:
-    """A cluster's SIGTERM, or Ctrl-C, reaches the loading processes too, whose samples the last step still needs."""
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
 
 
 @torch.no_grad()
@@ -298,71 +283,36 @@ def train_stage(stage: int, recipe: Recipe, model: AlignVLM, tokenizer: Tokenize
     ahead = max(2, recipe.batch_size // (world * args.workers)) if args.workers else None       # about a step
     loader = DataLoader(documents, batch_size=None, sampler=order, num_workers=args.workers, prefetch_factor=ahead,
                         worker_init_fn=ignore_signals)
-    file = open_log(folder / "log.jsonl" if rank == 0 else Path(os.devnull))
-
-    def log(**row) -> None:
-        file.write(json.dumps({"stage": stage, **row}) + "\n")
 
     def is_over() -> bool:
         return p.step >= args.steps if args.steps else p.position.epoch >= recipe.epochs
 
-    def settle() -> None:
-        """Judge and log the step before: a GPU has sent its numbers while the host was busy with the next."""
-        nonlocal start
-        if not under_way:
-            return
-        row, counts, keys, numbers, sent = under_way.pop()
-        if sent:
-            sent.synchronize()
-        seconds, start = time.perf_counter() - start, time.perf_counter()
-        loss, norm, *losses = [None, None] if numbers is None else numbers.tolist()
-        if loss is not None and not (math.isfinite(loss) and math.isfinite(norm)):
-            suspects = [key for row_keys, n in zip(keys, losses) if not math.isfinite(n) for key in row_keys]
-            blamed.append(suspects or sum(keys, []))
-            p.skipped, loss, norm = p.skipped + 1, None, None
-        else:
-            blamed.clear()
-        check_blamed(blamed, row["step"])
-        speed, flops = (counts["tokens"] - counts["blank"]) / seconds, step_flops(config, recipe.trainable, counts)
-        log(**row, loss=loss, grad_norm=norm, tokens_per_s=speed, images_per_s=counts["images"] / seconds,
-            padding=counts["blank"] / max(1, counts["tokens"]), peak_memory=peak_memory(device),
-            flops_per_s=flops / seconds, mfu=mfu(flops / seconds / world, device), skipped=p.skipped)
-        bar.update()
-        bar.set_postfix_str(f"loss {math.nan if loss is None else loss:.3f}, lr {row['lr']:.1e}, {speed:,.0f} tokens/s",
-                            refresh=False)
-
-    if file.tell():
-        log(resumed=p.step, processes=world)
-    under_way, blamed, start = [], [], time.perf_counter()
-    with tqdm(desc=f"stage {stage}", total=recipe.steps, initial=p.step, disable=rank > 0, mininterval=1) as bar:
+    flops = functools.partial(step_flops, config, recipe.trainable)
+    with StepLog(folder / "log.jsonl", stage, recipe.steps, p, device, flops) as log:
         steps = steps_of(loader)
         while not is_over():
             samples, position = next(steps)
             if meet(position, STOP.is_set() or p.step >= (args.max_steps or math.inf)):
-                settle()
-                states.save(p.step, {**vars(p), "position": vars(p.position)})
+                log.settle()
+                states.save(p.step, p.record())
                 break
             rows = fill_rows(without_holes(samples, documents, p.holes), recipe.row_tokens)
             if p.holes["seen"] >= 1000 or position.epoch > p.position.epoch:
                 check_holes(p.holes, args.max_bad)
             lr = learning_rate(p.step, recipe)
             numbers, sent, counts = take_step(model, optimizer, rows, lr, recipe.clip, device)
-            settle()
-            row = dict(step=p.step, epoch=p.position.epoch, lr=lr,
-                       bad={kind: p.holes[kind] for kind in BAD_KINDS if p.holes[kind]})
-            under_way.append((row, counts, [[s.key for s in row] for row in rows], numbers, sent))
-            if sent is None:        # on a CPU nothing is under way any more
-                settle()
+            bad = {kind: p.holes[kind] for kind in BAD_KINDS if p.holes[kind]}
+            log.step(dict(step=p.step, epoch=p.position.epoch, lr=lr, bad=bad), counts,
+                     [[s.key for s in row] for row in rows], numbers, sent)
             p.step, p.position = p.step + 1, position
             states.finish(wait=False)
             if is_over() or p.step % args.save_every == 0:
-                settle()
-                if is_over() or not blamed:
-                    states.save(p.step, {**vars(p), "position": vars(p.position)})
+                log.settle()
+                if is_over() or not log.blamed:
+                    states.save(p.step, p.record())
             if args.eval_every and p.step % args.eval_every == 0:
-                settle()
-                log(step=p.step - 1, **evaluate(stage, model, tokenizer, held_out, recipe, args, device))
-                start = time.perf_counter()
+                log.settle()
+                log.write(step=p.step - 1, **evaluate(stage, model, tokenizer, held_out, recipe, args, device))
         states.finish()
     return is_over()
 

@@ -2,6 +2,7 @@
 import contextlib
 import ctypes
 import os
+import signal
 import sys
 import time
 import traceback
@@ -103,6 +104,12 @@ def whole(model: nn.Module) -> nn.Module:
     copy = type(model)(model.config).to(next(iter(weights.values())).device).eval()
     copy.load_state_dict(weights)
     return copy
+
+
+def ignore_signals(*_) -> None:
+    """A cluster's SIGTERM, or Ctrl-C, reaches the loading processes too, whose samples the last step still needs."""
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
 
 
 def run_main(main: Callable[[], None]) -> None:
