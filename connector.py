@@ -118,30 +118,6 @@ def spread(W2: Tensor) -> tuple[Tensor, Tensor]:
     return m, C
 
 
-@torch.inference_mode()
-def choose_words(align: Align, pages: list[Tensor], E_text: Tensor, K: int) -> tuple[Tensor, dict[str, float]]:
-    """The K words with most probability over all features F (N, d) of the pages, ids (K,), and what they change in F'.
-
-    Of several pages each is measured with the words that the others would choose. Measured are the share of the
-    probability that lies on them, the mean cosine distance of F' with them from F', and its largest relative error.
-    """
-    m, C = spread(align.W2.weight)
-    V = len(E_text)
-    mass = torch.stack([sum(align.p_vocab(F[block]).sum(0, dtype=m.dtype) for block in blocks(len(F), 12 * V))
-                        for F in pages])                                # (pages, V)
-    kept, distances, errors = [], [], []
-    for i, F in enumerate(pages):
-        others = [j for j in range(len(pages)) if j != i or len(pages) == 1]
-        words = mass[others].sum(0).topk(K).indices
-        few, full = (x.to(m.dtype) for x in (AlignTopK(align, words, m, C)(F, E_text), align(F, E_text)))   # (N, D)
-        kept.append(mass[i, words].sum() / mass[i].sum())
-        distances.append(1 - nnf.cosine_similarity(few, full, dim=-1))
-        errors.append((few - full).norm(dim=-1) / full.norm(dim=-1))
-    deviation = {"probability": torch.stack(kept).mean(), "mean_cosine_distance": torch.cat(distances).mean(),
-                 "largest_relative_error": torch.cat(errors).max()}
-    return mass.sum(0).topk(K).indices, {name: value.item() for name, value in deviation.items()}
-
-
 class Mixture(torch.autograd.Function):
     """h (..., D) -> F' = softmax(LayerNorm(h W2^T)) E_text (..., D): exact, and in blocks of n tokens.
 

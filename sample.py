@@ -29,17 +29,16 @@ from PIL import Image
 from torch import Tensor
 from tqdm import tqdm
 
-from connector import AlignTopK, choose_words, spread
 from data import READ, Example, TextError, Tokenizer, Turn, encode_chat, prepare
 from eval import answer
 from model import IMAGE, AlignVLM, KVCache, Llama
+from paper.align_vocab import choose_align_vocab, use_align_vocab
 from paper.words import explain
 from plumbing.runs import default_model
-from plumbing.weights import CheckpointError, InputError, Settings
+from plumbing.weights import InputError
 from vision import read_image, tile
 
-ALIGN_VOCAB = "align_vocab.json"    # in a model's folder: the words that the connector can do with
-BATCH = 16                          # pages that are asked about together
+BATCH = 16      # pages that are asked about together
 
 
 def image_files(paths: list[str]) -> list[Path]:
@@ -196,46 +195,6 @@ def speed(llm: Llama, start: float, times: list[float]) -> str:
         read = sum(p.nbytes for p in llm.layers.parameters()) + llm.head.nbytes
         line += f", then {rate:.1f} tokens/s ({read * rate / 1e9:.1f} GB/s)"
     return line
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# --align-vocab
-
-
-@torch.inference_mode()
-def choose_align_vocab(model: AlignVLM, folder: Path, pixels: list[Tensor], K: int) -> dict:
-    """Choose the K words that carry P_vocab on some pages, tiles (T, 3, S, S) of each, for use_align_vocab.
-
-    Writes them to ALIGN_VOCAB in the model's folder, with what they change in F' (connector.choose_words), and returns
-    the latter. Raises InputError if the vocabulary has no K words.
-    """
-    E_text = model.llm.embed_tokens.weight
-    if not 1 <= K <= len(E_text):
-        raise InputError(f"{K} words to keep: the vocabulary has {len(E_text)}")
-    pages = [model.vision(page.to(E_text.device, E_text.dtype)).flatten(0, 1) for page in pixels]   # F (T * N, d) each
-    words, deviation = choose_words(model.connector, pages, E_text, K)
-    deviation = {"pages": len(pages), **deviation}
-    partial = folder / f"{ALIGN_VOCAB}.partial"
-    partial.write_text(json.dumps({**deviation, "words": words.tolist()}) + "\n")
-    os.replace(partial, folder / ALIGN_VOCAB)
-    return deviation
-
-
-def use_align_vocab(model: AlignVLM, folder: Path, K: int) -> None:
-    """From here on the connector mixes only the K words that choose_align_vocab stored in the folder: for inference.
-
-    Raises CheckpointError if it holds none, others than K, or no ids of this vocabulary.
-    """
-    if not (folder / ALIGN_VOCAB).exists():
-        raise CheckpointError(f"{folder / ALIGN_VOCAB}: no such file: no words have been chosen for this model yet")
-    settings = Settings(folder / ALIGN_VOCAB)
-    words, V = settings.values.get("words"), model.config.llm.vocab_size
-    if not isinstance(words, list) or not all(type(i) is int and 0 <= i < V for i in words):
-        raise settings.error("words", f"is not a list of word ids from 0 to {V - 1}")
-    if len(words) != K or len(set(words)) != K:
-        raise settings.error("words", f"holds {len(set(words))} words, not {K}: choose them anew")
-    W2 = model.connector.W2.weight
-    model.connector = AlignTopK(model.connector, torch.tensor(words, device=W2.device), *spread(W2))
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -7,9 +7,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import connector
 from conftest import close, randomise
-from connector import Align, AlignTopK, Mixture, blocks, choose_words, spread
+from connector import Align, AlignTopK, Mixture, blocks, spread
+from paper.align_vocab import ALIGN_VOCAB, choose_align_vocab, choose_words, use_align_vocab
 from plumbing.weights import CheckpointError, InputError
-from sample import ALIGN_VOCAB, choose_align_vocab, use_align_vocab
 from model import IMAGE, AlignVLM, AlignVLMConfig, LlamaConfig
 from vision import SigLIPConfig
 
