@@ -38,8 +38,8 @@ from model import ALIGNVLM_PRESETS, IGNORE, IMAGE, LLAMA_PRESETS, AlignVLM, Alig
 from plumbing.costs import plan, step_flops
 from plumbing.logs import StepLog, plot
 from plumbing.processes import ignore_signals, roll_call, run_main, start_processes, whole
-from plumbing.runs import (States, begin, check_recipe, drop_states, is_complete, newest_state, origin, recorded,
-                           stage_before)
+from plumbing.runs import begin, check_recipe, is_complete, origin, recorded, stage_before
+from plumbing.states import States, drop_states, newest_state
 from plumbing.streams import BAD_KINDS, Documents, Position, check_holes, deal, meet, steps_of, without_holes
 from plumbing.weights import InputError
 from toy.pages import ToyDocuments, write_toy_tokenizer

@@ -1,4 +1,4 @@
-"""data.py's data sets: the released formats written here, read back, packed, resumed, damaged, and trained on."""
+"""Data sets (plumbing/formats.py and streams.py): the released formats written here, read back, packed, resumed, damaged, and trained on."""
 import contextlib
 import io
 import itertools
