@@ -68,6 +68,17 @@ def chat(llm: Llama, tokenizer: Tokenizer, prompt: str, **generation) -> Iterato
         yield [tokenizer.decode(ids)]
 
 
+def answer_each(model: AlignVLM, tokenizer: Tokenizer, files: list[Path], prompts: list[str], what: str,
+                **generation) -> Iterator[str]:
+    """The answer to each prompt about the image of its own, BATCH at a time, beside a bar that says `what`."""
+    with tqdm(total=len(files), desc=what) as bar:
+        for first in range(0, len(files), BATCH):
+            images = [read_image(file) for file in files[first:first + BATCH]]
+            *_, texts = answer(model, tokenizer, images, prompts[first:first + BATCH], **generation)
+            yield from texts
+            bar.update(len(images))
+
+
 def read_questions(path: Path) -> list[dict]:
     """The rows of a JSONL file with an image, relative to the file, and a prompt in each. Raises InputError."""
     rows = []
@@ -92,30 +103,21 @@ def answer_file(model: AlignVLM, tokenizer: Tokenizer, args, **generation) -> No
     rows = read_questions(Path(args.questions))
     if Path(args.answers).is_dir():
         raise InputError(f"--answers {args.answers}: a folder, not a file")
+    files, prompts = [Path(args.questions).parent / row["image"] for row in rows], [row["prompt"] for row in rows]
     partial = Path(args.answers + ".partial")
-    with partial.open("w", encoding="utf-8") as out, tqdm(total=len(rows), desc="questions") as bar:
-        for first in range(0, len(rows), BATCH):
-            batch = rows[first:first + BATCH]
-            images = [read_image(Path(args.questions).parent / row["image"]) for row in batch]
-            prompts = [row["prompt"] for row in batch]
-            *_, predictions = answer(model, tokenizer, images, prompts, args.max_tiles, **generation)
-            for row, prediction in zip(batch, predictions):
-                out.write(json.dumps({**row, "prediction": prediction}) + "\n")
-            bar.update(len(batch))
+    with partial.open("w", encoding="utf-8") as out:
+        predictions = answer_each(model, tokenizer, files, prompts, "questions", max_tiles=args.max_tiles, **generation)
+        for prediction, row in zip(predictions, rows):
+            out.write(json.dumps({**row, "prediction": prediction}) + "\n")
     os.replace(partial, args.answers)
 
 
 def answer_folder(model: AlignVLM, tokenizer: Tokenizer, files: list[Path], prompt: str, max_tiles: int,
                   **generation) -> None:
     """Ask the same about each image by itself: a line `name: answer` for each, in which a line's end is a slash."""
-    with tqdm(total=len(files), desc="pages") as bar:
-        for first in range(0, len(files), BATCH):
-            batch = files[first:first + BATCH]
-            images = [read_image(file) for file in batch]
-            *_, answers = answer(model, tokenizer, images, [prompt] * len(batch), max_tiles, **generation)
-            for file, text in zip(batch, answers):
-                bar.write(f"{file.name}: {' / '.join(text.splitlines())}")
-            bar.update(len(batch))
+    texts = answer_each(model, tokenizer, files, [prompt] * len(files), "pages", max_tiles=max_tiles, **generation)
+    for text, file in zip(texts, files):
+        tqdm.write(f"{file.name}: {' / '.join(text.splitlines())}")
 
 
 def explain_files(model: AlignVLM, tokenizer: Tokenizer, files: list[Path], out: Path, max_tiles: int) -> None:

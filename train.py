@@ -433,8 +433,8 @@ def choose_preset(args) -> str:
     return sizes.get((llm.hidden_size, llm.n_layers), "llama-3.2-1b")
 
 
-def run_stage(stage: int, args, device: torch.device, restarted: bool) -> bool:
-    """Build, train and export one stage, unless that is done. Returns whether it is complete."""
+def recipe_of(stage: int, args) -> Recipe:
+    """The preset's recipe for a stage, with what the flags say instead. Raises InputError."""
     given = {name: getattr(args, name) for name in ("steps", "batch_size", "row_tokens", "max_length", "epochs", "lr")}
     recipe = replace(RECIPES[args.preset][stage], **{k: v for k, v in given.items() if v is not None})
     if args.lr_scale:
@@ -442,7 +442,12 @@ def run_stage(stage: int, args, device: torch.device, restarted: bool) -> bool:
         recipe.trainable = tuple(name for name in ALL if args.lr_scale.get(name, name in recipe.trainable))
         if not recipe.trainable:
             raise InputError(f"--lr-scale leaves nothing to train in stage {stage}")
-    launch = os.environ.get("TORCHELASTIC_RUN_ID")
+    return recipe
+
+
+def run_stage(stage: int, args, device: torch.device, restarted: bool) -> bool:
+    """Build, train and export one stage, unless that is done. Returns whether it is complete."""
+    recipe, launch = recipe_of(stage, args), os.environ.get("TORCHELASTIC_RUN_ID")
     start = args.llm if stage == 1 and args.llm else stage_before(stage, args.out)
     folder, partial, main_rank = args.out / f"stage{stage}", args.out / f"stage{stage}.partial", dist.get_rank() == 0
     # What torchrun restarts goes on with what this launch has begun, whatever the command says.

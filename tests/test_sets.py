@@ -1,4 +1,4 @@
-"""Data sets (plumbing/formats.py and streams.py): the released formats written here, read back, packed, resumed, damaged, and trained on."""
+"""plumbing/formats.py and streams.py: the released formats written here, read back, resumed, damaged, trained on."""
 import contextlib
 import io
 import itertools
