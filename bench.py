@@ -1,4 +1,4 @@
-"""What it costs: speed, measured beside transformers in one run, and what training takes, on paper and by its log.
+"""How fast it is, measured beside transformers in one run.
 
     pip install transformers
     python bench.py                                     # all of it
@@ -8,23 +8,19 @@
 
 Both sides do the same with the same weights, in turns, and the median counts: absolute times on a shared CPU mean
 little, ratios do. of_ceiling is the share of the machine's best in the same run: a large matrix product, for decoding
-the model's matrices times one vector (on a GPU a large copy), for loading a copy. The second half is what train.py
---plan and --plot run, and the arithmetic of its log.
+the model's matrices times one vector (on a GPU a large copy), for loading a copy.
 """
 import argparse
 import copy
 import io
 import json
-import math
 import random
 import re
 import statistics
-import sys
 import tempfile
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator
-from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -35,10 +31,11 @@ from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
 
-from connector import BLOCK_BYTES, CACHE_BYTES, MLP, Align
-from eval import keep_heap
-from model import ALIGNVLM_PRESETS, IGNORE, IMAGE, LOGITS, AlignVLM, AlignVLMConfig, Llama, LlamaConfig, read_llama
-from vision import SIGLIP_PRESETS, InputError, SigLIP, SigLIPConfig, read_image, read_siglip, tile, tile_boxes
+from connector import MLP, Align
+from model import ALIGNVLM_PRESETS, IGNORE, IMAGE, AlignVLM, AlignVLMConfig, Llama, LlamaConfig
+from plumbing.costs import step_flops
+from plumbing.processes import keep_heap, run_main
+from vision import SIGLIP_PRESETS, SigLIP, SigLIPConfig, read_image, tile, tile_boxes
 
 GPU = torch.cuda.is_available()
 DEVICE = torch.device("cuda" if GPU else "cpu")
@@ -375,187 +372,6 @@ def load(args) -> Iterator[dict]:
         yield row("load", *times, alternate(lambda: numbers.clone(), None, 5)[0])
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# What training costs
-
-PEAKS = {"B200": 2250e12, "H200": 989e12, "H100 PCIe": 756e12, "H100 NVL": 835e12, "H100": 989e12, "A100": 312e12,
-         "L40S": 362e12}        # dense bf16 FLOP/s
-# What a sample of a stage is taken to hold, and how many the paper has: (samples, tiles, text tokens, supervised ones).
-# Captions come with one tile, pages with as many as --max-tiles allows and the whole page.
-SAMPLES = {1: (8_100_000, 1, 64, 32), 2: (7_500_000, None, 768, 640), 3: (570_000, None, 128, 32)}
-SMALL_SAMPLES = {1: (558_000, 1, 64, 32), 2: (779_000, 5, 384, 256)}        # low-resource
-
-
-def step_flops(config: AlignVLMConfig, trainable: tuple[str, ...], counts: Counter) -> float:
-    """Floating-point operations of a training step by the model's formula, recomputation not counted.
-
-    counts: train.in_step's. A token's product with a matrix of n numbers is 2 n; backward as much again for the
-    weights' gradient, if they train, and for the input's, if anything before does.
-    """
-    v, l, c = config.vision, config.llm, config.connector
-    d, D, V, q, N = v.hidden_size, l.hidden_size, l.vocab_size, l.n_heads * l.head_dim, v.n_patches
-    vision_layer = 4 * d ** 2 + 2 * d * v.intermediate_size + 2 * N * d
-    llm_layer = 2 * D * (q + l.n_kv_heads * l.head_dim) + 3 * D * l.intermediate_size
-    tiles, asking, seen, K = counts["tiles"], c.n_heads * c.head_dim, c.n_kv_heads * c.head_dim, c.table_size
-    resampler = (c.n_latents * (2 * D * asking + 12 * D ** 2)
-                 + (N + c.n_latents) * (2 * D * seen + 2 * c.n_latents * asking))
-    # A tile's products with F itself, whose gradient only the vision encoder needs, and what follows.
-    first, then = {"align": (N * d * D, N * D * V), "mlp": (N * d * D, N * D ** 2), "ovis": (N * d * K, N * K * D),
-                   "perceiver": (8 * N * d * D, 4 * N * D ** 2 + c.depth * resampler)}[c.kind]
-    products = [        # in their order; attention is causal, half of 2 q L^2
-        ("vision", tiles * N * 3 * v.patch_size ** 2 * d), ("vision", tiles * N * v.n_layers * vision_layer),
-        ("connector", tiles * first), ("connector", tiles * then), ("llm", tiles * N * D * V * (c.kind == "align")),
-        ("llm", counts["supervised"] * D * V + l.n_layers * (counts["tokens"] * llm_layer + counts["squares"] * q))]
-    flops, any_before = 0, False
-    for name, n in products:
-        flops += 2 * n * (1 + (name in trainable) + any_before)
-        any_before = any_before or name in trainable
-    return flops
-
-
-def mfu(flops_per_s: float, device: torch.device) -> float | str:
-    """Model FLOP/s of one device as a share of its peak; "unknown" where that is."""
-    name = torch.cuda.get_device_name(device) if device.type == "cuda" else ""
-    return next((flops_per_s / peak for key, peak in PEAKS.items() if key in name), "unknown")
-
-
-def peak_memory(device: torch.device) -> int | str:
-    """The most bytes that this process has had: of the device, or of a CPU's memory."""
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device)
-    if sys.platform == "win32":
-        return "unknown"
-    import resource
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
-
-
-def memory(config: AlignVLMConfig, trainable: tuple[str, ...], ranks: int, tokens: int, tiles: int, supervised: int,
-           recompute: bool = False, size: int = 2) -> dict[str, float]:
-    """Bytes of each part on one of `ranks` GPUs that hold a model between them, for the longest row of a step.
-
-    tokens, tiles, supervised: what the row holds. size: bytes of a number in the computation: 2 in bf16 (CUDA), 4 in
-    fp32 (CPU). Activations are counted along the blocks' code: the vectors that autograd keeps between two operations.
-    """
-    with torch.device("meta"):
-        model = AlignVLM(config)
-    n = {name: sum(p.numel() for p in module.parameters()) for name, module in model.named_children()}
-    v, l, c = config.vision, config.llm, config.connector
-    D, q, kv, visual = l.hidden_size, l.n_heads * l.head_dim, l.n_kv_heads * l.head_dim, tiles * v.n_patches
-    vision_block, llm_block = (sum(p.numel() for p in layers[0].parameters())
-                               for layers in (model.vision.encoder["layers"], model.llm.layers))
-    root, training = n["llm"] - l.n_layers * llm_block, sum(n[name] for name in trainable)
-    # A unit is whole while it runs, and the next one is fetched; its gradient is whole until it is summed in fp32. The
-    # root (word embedding, head) stays whole, and so does its gradient. One process alone computes on its own weights.
-    whole = [size * root, 2 * size * max(vision_block, llm_block, n["connector"]),
-             (size + 4) * (root * ("llm" in trainable) + max(vision_block, llm_block, n["connector"]))]
-    llm_keeps = tokens * (2 * max(4, size) * D + size * (4 * D + 3 * q + 2 * kv + 4 * l.intermediate_size))
-    vision_keeps = visual * size * (8 * v.hidden_size + 2 * v.intermediate_size) * ("vision" in trainable)
-    activations = l.n_layers * llm_keeps + v.n_layers * vision_keeps
-    if recompute:
-        activations = (l.n_layers * tokens * size * D + max(llm_keeps, vision_keeps)
-                       + v.n_layers * visual * size * v.hidden_size * ("vision" in trainable))
-    wide = {"align": l.vocab_size, "ovis": c.table_size}.get(c.kind, 0)        # a row of what Mixture makes
-    connector_keeps = visual * D * {"align": 3, "mlp": 3, "ovis": 1, "perceiver": 17 + 2 * c.depth}[c.kind]
-    if c.kind == "perceiver":       # keys and values of the features, and all that is done with the latents
-        connector_keeps += 2 * c.depth * (visual * c.n_kv_heads * c.head_dim + tiles * c.n_latents * (
-            12 * D + c.head_dim * (c.n_heads + c.n_kv_heads)))
-    return {
-        "parameters": 4 * sum(n.values()) / ranks,
-        "gradients": 4 * training / ranks,
-        "optimizer": 8 * training / ranks,
-        "gathered": sum(whole) if ranks > 1 or size == 2 else 0,
-        "activations": activations,
-        # What it keeps; connector.Mixture's blocks of two (n, V), and one or two fp32 copies of a few rows.
-        "connector": (size * connector_keeps + min(BLOCK_BYTES, 2 * size * 16 * math.ceil(visual / 16) * wide)
-                      + 1.5 * min(CACHE_BYTES if size > 2 else BLOCK_BYTES // 4, 4 * visual * wide)),
-        "head": min(supervised * l.vocab_size, LOGITS) * (size + 8),        # logits, in fp32, and their gradient
-        "data": tiles * 3 * v.image_size ** 2 * 4,
-    }
-
-
-def plan(args, recipes: dict) -> None:
-    """Print what --stage (or each) of a preset takes on --gpus: memory per GPU, FLOPs and time of a step, days."""
-    config = copy.copy(ALIGNVLM_PRESETS.get(args.preset, ALIGNVLM_PRESETS["llama-3.2-1b"]))
-    if args.llm:
-        config = AlignVLMConfig(read_siglip(args.vision)[0], read_llama(args.llm)[0])
-    config.connector, ranks = replace(config.connector, **args.connector), min(args.shard_size or args.gpus, args.gpus)
-    for stage in [args.stage] if args.stage is not None else [stage for stage in recipes[args.preset] if stage > 0]:
-        recipe = recipes[args.preset][stage]
-        samples, tiles, text, answer = (SMALL_SAMPLES if args.preset == "low-resource" else SAMPLES)[stage]
-        tiles = tiles or (1 if args.max_tiles == 1 else args.max_tiles + 1)
-        length = tiles * config.tile_tokens + text
-        batch, row_tokens = args.batch_size or recipe.batch_size, args.row_tokens or recipe.row_tokens
-        print(f"\nstage {stage} of {args.preset} on {args.gpus} GPUs, one copy on {ranks} of them: "
-              f"{' + '.join(recipe.trainable)} trained, {batch} samples a step, each of {tiles} tiles and {text} "
-              f"tokens of text ({length:,} tokens)")
-        for options, recompute, most in [("as asked", args.recompute, row_tokens), ("--recompute", True, row_tokens),
-                                         (f"--recompute --row-tokens {length}", True, length)]:
-            in_row = max(1, min(math.ceil(batch / args.gpus), most // length))      # a GPU's share of a step, at most
-            parts = memory(config, recipe.trainable, ranks, in_row * length, in_row * tiles, in_row * answer, recompute)
-            total = sum(parts.values()) / 1e9
-            fits = total <= 0.9 * args.gpu_memory       # the rest is for CUDA, NCCL and fragments
-            print(f"  {options}: {total:.3g} GB a GPU, " + ("which fits" if fits else
-                  f"more than 90 % of {args.gpu_memory:g}") + "\n    "
-                  + ", ".join(f"{name} {n / 1e9:.3g}" for name, n in parts.items()))
-            if fits:
-                break
-        else:
-            print("  nothing fits: more GPUs" + ("" if ranks == args.gpus else f", or --shard-size {args.gpus}"))
-        flops = step_flops(config, recipe.trainable, Counter(
-            tokens=batch * length, supervised=batch * answer, tiles=batch * tiles, squares=batch * length ** 2))
-        seconds = flops / (args.gpus * args.mfu * PEAKS["H100"])
-        steps = args.steps or recipe.steps or math.ceil(samples * recipe.epochs / batch)
-        hours = steps * seconds / 3600
-        print(f"  {flops:.3g} FLOPs a step, {seconds:.3g} s at {args.mfu:.0%} of an H100's peak (a third more with "
-              f"--recompute); {steps:,} steps in " + (f"{hours / 24:.1f} days" if hours > 48 else f"{hours:.2g} hours"))
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# What a log says
-
-
-def read_log(path: Path) -> list[dict]:
-    """The rows of a log.jsonl in the order of their steps; of steps that were done twice the last counts."""
-    rows: dict = {}
-    try:
-        for line in path.read_text().splitlines():
-            row = json.loads(line)
-            if "resumed" in row:
-                rows = {key: old for key, old in rows.items() if key[0] < row["resumed"]}
-            else:
-                rows[row["step"], "held_out_loss" in row] = row
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise InputError(f"{path}: not a log.jsonl ({error})") from None
-    return list(rows.values())
-
-
-def plot(paths: list[Path], out: Path) -> None:
-    """Draw loss (held-out ones dashed) and throughput of log.jsonl files, or of those in runs' folders, into a PNG."""
-    try:
-        from matplotlib.figure import Figure
-    except ImportError:
-        raise InputError("--plot needs `pip install matplotlib`") from None
-    logs = [log for path in paths for log in (sorted(path.glob("**/log.jsonl")) if path.is_dir() else [path])]
-    if not logs:
-        raise InputError(f"--plot {' '.join(map(str, paths))}: no log.jsonl there")
-    figure = Figure(figsize=(10, 7), layout="constrained")
-    loss, speed = figure.subplots(2, 1)
-    for log in logs:
-        rows = read_log(log)
-        steps = [row for row in rows if "loss" in row]
-        [line] = loss.plot([r["step"] for r in steps], [math.nan if r["loss"] is None else r["loss"] for r in steps],
-                           linewidth=0.8, label=str(log.parent))
-        held_out = [row for row in rows if "held_out_loss" in row]
-        loss.plot([r["step"] for r in held_out], [r["held_out_loss"] for r in held_out], "o--", color=line.get_color())
-        speed.plot([r["step"] for r in steps], [r["tokens_per_s"] for r in steps], linewidth=0.8)
-    loss.set(ylabel="loss, nats a token (dashed: held out)", yscale="log")
-    speed.set(xlabel="step", ylabel="tokens a second", ylim=(0, None))
-    loss.legend()
-    out.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(out, dpi=150)
-    print(f"{len(logs)} logs drawn in {out}")
-
-
 # Each with how often it is repeated. The last one changes how memory is allocated.
 WORKS = {"pages": (pages, 20), "vision": (vision, 3), "prefill": (prefill, 5), "decode": (decode, 3),
          "connector": (connector, 3), "load": (load, 5), "answer": (answer, 5), "train": (train, 5)}
@@ -597,4 +413,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_main(main)

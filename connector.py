@@ -19,7 +19,7 @@ import torch.nn.functional as nnf      # F is the paper's name for the features
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-from vision import own_rows
+from plumbing.weights import own_rows
 
 BLOCK_BYTES = 256 * 2 ** 20     # what is V-wide of a block of tokens: one matrix (n, V) forward, two backward
 CACHE_BYTES = 4 * 2 ** 20       # a few of its rows in fp32: what is done element by element is done in the cache
@@ -116,30 +116,6 @@ def spread(W2: Tensor) -> tuple[Tensor, Tensor]:
         rows = rows - m                                                 # (4096, D), wide
         C.addmm_(rows.T, rows, alpha=1 / len(W2))
     return m, C
-
-
-@torch.inference_mode()
-def choose_words(align: Align, pages: list[Tensor], E_text: Tensor, K: int) -> tuple[Tensor, dict[str, float]]:
-    """The K words with most probability over all features F (N, d) of the pages, ids (K,), and what they change in F'.
-
-    Of several pages each is measured with the words that the others would choose. Measured are the share of the
-    probability that lies on them, the mean cosine distance of F' with them from F', and its largest relative error.
-    """
-    m, C = spread(align.W2.weight)
-    V = len(E_text)
-    mass = torch.stack([sum(align.p_vocab(F[block]).sum(0, dtype=m.dtype) for block in blocks(len(F), 12 * V))
-                        for F in pages])                                # (pages, V)
-    kept, distances, errors = [], [], []
-    for i, F in enumerate(pages):
-        others = [j for j in range(len(pages)) if j != i or len(pages) == 1]
-        words = mass[others].sum(0).topk(K).indices
-        few, full = (x.to(m.dtype) for x in (AlignTopK(align, words, m, C)(F, E_text), align(F, E_text)))   # (N, D)
-        kept.append(mass[i, words].sum() / mass[i].sum())
-        distances.append(1 - nnf.cosine_similarity(few, full, dim=-1))
-        errors.append((few - full).norm(dim=-1) / full.norm(dim=-1))
-    deviation = {"probability": torch.stack(kept).mean(), "mean_cosine_distance": torch.cat(distances).mean(),
-                 "largest_relative_error": torch.cat(errors).max()}
-    return mass.sum(0).topk(K).indices, {name: value.item() for name, value in deviation.items()}
 
 
 class Mixture(torch.autograd.Function):

@@ -10,26 +10,21 @@
 Llama's parameter names are those of the released checkpoints in hub format, without the "model." prefix; so is the
 order of q and k: rotary embeddings turn the pairs (i, i + head_dim / 2).
 """
-import json
 import math
-import os
-import re
-import shutil
 from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 import torch
-import torch.distributed as dist
 import torch.nn.functional as nnf
-from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
 from torch.utils.checkpoint import checkpoint
 
 from connector import CONNECTORS, ConnectorConfig, SwiGLU, new_connector
-from vision import (SIGLIP_PRESETS, CheckpointError, Settings, SigLIP, SigLIPConfig, Stored, Weights, load,
-                    open_pickle, read_safetensors, read_siglip)
+from plumbing import released
+from plumbing.weights import Settings, Weights, load, read_safetensors, save, saved_config
+from vision import SIGLIP_PRESETS, SigLIP, SigLIPConfig, read_siglip
 
 IMAGE = -1      # marks the position of a visual token in a token sequence; no vocabulary has this id
 IGNORE = -100   # marks a label that is not supervised, as in torch's cross_entropy
@@ -253,7 +248,7 @@ class Llama(nn.Module):
     @classmethod
     def from_pretrained(cls, folder: str | Path, dtype: torch.dtype | None = None, device="cpu",
                         shard: Callable[[nn.Module], None] | None = None) -> "Llama":
-        """The decoder of a folder in hub format or in Meta's own; dtype, shard and what is raised: see vision.load."""
+        """The decoder of a folder in hub format or in Meta's own; the rest is as in SigLIP.from_pretrained."""
         config, weights = read_llama(Path(folder))
         return load(lambda: cls(config), {"": weights}, dtype, device, shard)
 
@@ -268,6 +263,12 @@ class Llama(nn.Module):
                 p.normal_(std=branch * p.shape[-1] ** -0.5)
 
 
+def read_llama(folder: Path) -> tuple[LlamaConfig, Weights]:
+    """A downloaded folder, in hub format or in Meta's own -> its architecture and where its weights are."""
+    config, weights = released.llama(folder)
+    return LlamaConfig(**config), weights
+
+
 def choose(logits: Tensor, temperature: float, top_p: float, generator: torch.Generator) -> Tensor:
     """logits (B, V) -> one token id a row (B,)."""
     if temperature == 0:
@@ -275,137 +276,6 @@ def choose(logits: Tensor, temperature: float, top_p: float, generator: torch.Ge
     p, ids = nnf.softmax(logits.float() / temperature, dim=-1).sort(descending=True)        # (B, V)
     p = p.masked_fill(p.cumsum(-1) - p >= top_p, 0.0)                                       # the first always stays
     return ids.gather(1, torch.multinomial(p, 1, generator=generator))[:, 0]
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Released weights
-
-
-def read_llama(folder: Path) -> tuple[LlamaConfig, Weights]:
-    """A downloaded folder -> its architecture and where its weights are; its files say which format it is."""
-    if (folder / "config.json").exists():
-        return read_hub(folder)
-    if (folder / "params.json").exists():
-        return read_meta(folder)
-    raise CheckpointError(f"{folder}: neither config.json (hub format) nor params.json (Meta's) is there")
-
-
-def read_hub(folder: Path) -> tuple[LlamaConfig, Weights]:
-    """config.json with model.safetensors or its shards; what the configuration leaves out has transformers' default."""
-    s = Settings(folder / "config.json")
-    s.only("model_type", "llama")
-    s.only("hidden_act", None, "silu")
-    for key in ("attention_bias", "mlp_bias", "sliding_window", "use_sliding_window", "quantization_config"):
-        s.only(key, None, False)
-    s.only("partial_rotary_factor", None, 1)
-    rope = s.section("rope_parameters")                 # transformers 5
-    if not rope.values:
-        rope = s.section("rope_scaling")                # before, beside rope_theta; its type was once called "type"
-    rope_type = rope.only("rope_type", None, "default", "llama3") or rope.only("type", None, "default", "llama3")
-    scaling = {}
-    if rope_type == "llama3":
-        scaling = dict(rope_factor=rope.number("factor", kind=float),
-                       rope_low_freq_factor=rope.number("low_freq_factor", kind=float),
-                       rope_high_freq_factor=rope.number("high_freq_factor", kind=float),
-                       rope_original_length=rope.number("original_max_position_embeddings"))
-    D, n_heads = s.number("hidden_size"), s.number("num_attention_heads")
-    tied = bool(s.only("tie_word_embeddings", None, False, True))
-    config = LlamaConfig(
-        vocab_size=s.number("vocab_size"), hidden_size=D, n_layers=s.number("num_hidden_layers"), n_heads=n_heads,
-        n_kv_heads=s.number("num_key_value_heads", n_heads), head_dim=s.number("head_dim", max(1, D // n_heads)),
-        intermediate_size=s.number("intermediate_size"), rms_norm_eps=s.number("rms_norm_eps", 1e-6, float),
-        rope_theta=rope.number("rope_theta", s.number("rope_theta", 10_000.0, float), float), tie_embeddings=tied,
-        **{"rope_factor": 1.0, **scaling})
-    if n_heads % config.n_kv_heads:
-        raise s.error("num_key_value_heads", f"is {config.n_kv_heads}, which does not divide {n_heads}")
-    if config.head_dim % 2:
-        raise s.error("head_dim", f"is {config.head_dim}, but rotary embeddings turn pairs")
-    weights = read_safetensors(folder)
-    prefix = "model." if any(key.startswith("model.") for key in weights.tensors) else ""
-    unused = r".*\.rotary_emb\.inv_freq" + (r"|lm_head\.weight" if tied else "")
-    return config, Weights(weights.path, weights.tensors,
-                           lambda name: name if name.startswith("lm_head.") else prefix + name, unused)
-
-
-META_NAMES = {"embed_tokens": "tok_embeddings", "norm": "norm", "lm_head": "output",
-              "input_layernorm": "attention_norm", "post_attention_layernorm": "ffn_norm",
-              "self_attn.q_proj": "attention.wq", "self_attn.k_proj": "attention.wk",
-              "self_attn.v_proj": "attention.wv", "self_attn.o_proj": "attention.wo",
-              "mlp.gate_proj": "feed_forward.w1", "mlp.down_proj": "feed_forward.w2", "mlp.up_proj": "feed_forward.w3"}
-
-
-def meta_key(name: str) -> str:
-    """layers.0.self_attn.q_proj.weight -> layers.0.attention.wq.weight."""
-    layer, name = re.fullmatch(r"(layers\.\d+\.|)(.*)\.weight", name).groups()
-    return f"{layer}{META_NAMES[name]}.weight"
-
-
-def read_meta(folder: Path) -> tuple[LlamaConfig, Weights]:
-    """params.json with consolidated.00.pth, or with a file for each of the ranks that Meta ran the model on.
-
-    The files cannot say two things. The embeddings are tied where `output` equals `tok_embeddings`; and the factor of
-    the scaled rotary embeddings is then 32 (Llama 3.2), otherwise 8 (3.1).
-    """
-    s = Settings(folder / "params.json")
-    s.only("quantization_args", None)
-    D, n_heads = s.number("dim"), s.number("n_heads")
-    n_kv_heads = s.number("n_kv_heads", n_heads)
-    if D % (2 * n_heads) or n_heads % n_kv_heads:
-        raise s.error("n_heads", f"is {n_heads}, which does not go with dim {D} and n_kv_heads {n_kv_heads}")
-    multiple = s.number("multiple_of", 256)
-    ffn = int(s.number("ffn_dim_multiplier", 1.0, float) * int(2 * 4 * D / 3))
-    paths = sorted(folder.glob("consolidated.*.pth")) or [folder / "consolidated.00.pth"]
-    for i, path in enumerate(paths):
-        if path.name != f"consolidated.{i:02}.pth":
-            raise CheckpointError(f"{folder / f'consolidated.{i:02}.pth'}: no such file, but {path.name} is there")
-    tensors = join_shards(paths, head_dim=D // n_heads)
-    weights = Weights(paths[0], tensors, meta_key, r"rope\.freqs")
-    tied = "output.weight" not in tensors or tensors["output.weight"].equals(tensors.get("tok_embeddings.weight"))
-    if tied:
-        weights.ignored += r"|output\.weight"
-    scaled = s.only("use_scaled_rope", None, False, True)
-    return LlamaConfig(
-        vocab_size=s.number("vocab_size"), hidden_size=D, n_layers=s.number("n_layers"), n_heads=n_heads,
-        n_kv_heads=n_kv_heads, head_dim=D // n_heads, intermediate_size=-(-ffn // multiple) * multiple,
-        rms_norm_eps=s.number("norm_eps", 1e-5, float), rope_theta=s.number("rope_theta", 500_000.0, float),
-        rope_factor=(32.0 if tied else 8.0) if scaled else 1.0, tie_embeddings=tied), weights
-
-
-def join_shards(paths: list[Path], head_dim: int) -> dict[str, Stored]:
-    """The tensors of Meta's files by name, each a whole one and in the order of rows that our modules expect."""
-    shards = [open_pickle(path) for path in paths]
-    tensors = {}
-    for key, first in shards[0].items():
-        for path, shard in zip(paths, shards):
-            if key not in shard or shard[key].shape != first.shape:
-                raise CheckpointError(f"{path}: {key} is missing or has another shape than in {paths[0].name}")
-        # Every rank has all of a norm, some columns of wo and w2, and some rows of each other matrix.
-        dim = None if first.ndim != 2 else 1 if key.endswith((".wo.weight", ".w2.weight")) else 0
-        shape = [n * len(shards) if i == dim else n for i, n in enumerate(first.shape)]
-        pairs = head_dim if key.endswith((".wq.weight", ".wk.weight")) and first.ndim == 2 else None
-        tensors[key] = Stored(paths[0], tuple(shape), first.dtype if first.is_floating_point() else None,
-                              meta_rows(paths, key, dim, first.shape[0] if first.ndim else 0, pairs))
-    for path, shard in zip(paths, shards):
-        for key in sorted(shard.keys() - tensors.keys()):
-            raise CheckpointError(f"{path}: unexpected tensor {key}, which is not in {paths[0].name}")
-    return tensors
-
-
-def meta_rows(paths: list[Path], key: str, dim: int | None, n: int, head_dim: int | None) -> Callable:
-    """What reads rows (start, stop) of a tensor joined along dim from shards of n rows; head_dim: for q and k alone."""
-    def rows(start: int, stop: int) -> Tensor:
-        pieces = [open_pickle(path)[key] for path in (paths if dim is not None else paths[:1])]
-        if dim != 0:
-            return torch.cat([piece[start:stop] for piece in pieces], dim=-1)
-        return torch.cat([piece[max(start - i * n, 0):max(stop - i * n, 0)] for i, piece in enumerate(pieces)])
-
-    def turned(start: int, stop: int) -> Tensor:
-        """Meta turns the pairs (2i, 2i + 1) of a head, the hub's order and ours is (i, i + head_dim / 2)."""
-        a, b = start // head_dim * head_dim, -(-stop // head_dim) * head_dim            # whole heads
-        heads = rows(a, b).unflatten(0, (-1, head_dim // 2, 2)).transpose(1, 2)         # (heads, 2, head_dim / 2, D)
-        return heads.flatten(0, 2)[start - a:stop - a]
-
-    return rows if head_dim is None else turned
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -486,7 +356,7 @@ class AlignVLM(nn.Module):
                        connector: ConnectorConfig | None = None) -> "AlignVLM":
         """A released SigLIP and a released Llama, joined by a new connector, by default Align with the LM head as W2.
 
-        dtype None keeps the stored one (the wider of two); shard: see vision.load. Raises CheckpointError.
+        dtype None keeps the stored one (the wider of two); shard and what is raised: see SigLIP.from_pretrained.
         """
         vision_config, vision = read_siglip(Path(vision_folder))
         llm_config, llm = read_llama(Path(llm_folder))
@@ -499,7 +369,10 @@ class AlignVLM(nn.Module):
     def from_pretrained(cls, folder: str | Path, dtype: torch.dtype | None = None, device="cpu",
                         shard: Callable[[nn.Module], None] | None = None,
                         connector: ConnectorConfig | None = None) -> "AlignVLM":
-        """The model of a folder that save_pretrained wrote, or with a new connector; the rest is as in vision.load."""
+        """The model of a folder that save_pretrained wrote, or with a new connector.
+
+        dtype, shard and what is raised: see SigLIP.from_pretrained.
+        """
         config, weights = read_config(Path(folder)), read_safetensors(Path(folder))
         if connector is None:
             return load(lambda: cls(config), {"": weights}, dtype, device, shard)
@@ -509,58 +382,14 @@ class AlignVLM(nn.Module):
         model.connector.init_weights(model.llm.head)
         return model
 
-    @torch.no_grad()
     def save_pretrained(self, folder: str | Path, tokenizer_file: str | Path,
                         dtype: torch.dtype = torch.bfloat16, shard_bytes: int = 5 * 10 ** 9) -> None:
         """Write config.json, safetensors and the tokenizer's file beside `folder`, then rename: complete or not there.
 
-        Over shard_bytes the tensors go to several files with an index. Of a sharded model (FSDP2) every rank calls
-        this, the first one writes, and of the whole model it holds one file's tensors at a time.
+        Over shard_bytes the tensors go to several files. Of a sharded model (FSDP2) every rank calls this.
         """
-        folder, tokenizer_file = Path(folder), Path(tokenizer_file)
-        writes = not dist.is_initialized() or dist.get_rank() == 0
-        partial = folder.with_name(folder.name + ".partial")
-        if writes:
-            partial.mkdir(parents=True, exist_ok=True)
-            for old in partial.glob("model*.safetensors*"):
-                old.unlink()
-        files, size = [[]], 0
-        state = self.state_dict()
-        for name, p in state.items():
-            if files[-1] and size + p.numel() * dtype.itemsize > shard_bytes:
-                files, size = [*files, []], 0
-            files[-1].append(name)
-            size += p.numel() * dtype.itemsize
-        file_names = ["model.safetensors"] if len(files) == 1 else [
-            f"model-{i:05}-of-{len(files):05}.safetensors" for i in range(1, len(files) + 1)]
-        for file, names in zip(file_names, files):
-            tensors = {}
-            for name in names:
-                p = state[name].full_tensor() if hasattr(state[name], "full_tensor") else state[name]
-                if writes:
-                    tensors[name] = p.to("cpu", dtype).contiguous()
-            if writes:
-                save_file(tensors, partial / file, metadata={"format": "pt"})
-        if writes:
-            if len(files) > 1:
-                places = {name: file for file, names in zip(file_names, files) for name in names}
-                size = sum(p.numel() for p in state.values()) * dtype.itemsize
-                index = {"metadata": {"total_size": size}, "weight_map": places}
-                (partial / "model.safetensors.index.json").write_text(json.dumps(index, indent=2) + "\n")
-            if tokenizer_file.parent != partial:
-                shutil.copyfile(tokenizer_file, partial / tokenizer_file.name)
-            config = json.dumps({"model_type": "alignvlm", **asdict(self.config)}, indent=2)
-            (partial / "config.json").write_text(config + "\n")
-            for file in file_names:         # save_file lets nobody but its owner read them
-                shutil.copymode(partial / "config.json", partial / file)
-            old = folder.with_name(folder.name + ".old")
-            shutil.rmtree(old, ignore_errors=True)
-            if folder.exists():
-                os.rename(folder, old)      # a kill at any moment leaves one complete folder, here or in .old
-            os.rename(partial, folder)
-            shutil.rmtree(old, ignore_errors=True)
-        if dist.is_initialized():
-            dist.barrier()
+        save(self, {"model_type": "alignvlm", **asdict(self.config)}, Path(folder), Path(tokenizer_file), dtype,
+             shard_bytes)
 
     @torch.inference_mode()
     def generate(self, prompts: list[Tensor], pixels: list[Tensor], stop: set[int], max_new_tokens: int = 256,
@@ -576,27 +405,7 @@ def read_config(folder: Path) -> AlignVLMConfig:
     settings = Settings(folder / "config.json")
     settings.only("model_type", "alignvlm")
     config = AlignVLMConfig(saved_config(SigLIPConfig, settings.section("vision")),
-                            saved_config(LlamaConfig, settings.section("llm")))
+                            saved_config(LlamaConfig, settings.section("llm"), tie_embeddings=(False, True)))
     if "connector" in settings.values:      # else from before there was a choice: Align
-        config.connector = saved_config(ConnectorConfig, settings.section("connector"))
+        config.connector = saved_config(ConnectorConfig, settings.section("connector"), kind=CONNECTORS)
     return config
-
-
-def saved_config(kind: type, settings: Settings):
-    """A part's configuration from its section of config.json. Raises CheckpointError for a wrong one."""
-    names = {f.name: type(f.default) for f in fields(kind)}
-    for key in settings.values.keys() - names.keys():
-        raise settings.error(key, "is not a known setting")
-    for key, number in names.items():
-        value = settings.values.get(key)
-        if key == "tie_embeddings":
-            settings.only(key, False, True)
-        elif key == "kind":
-            settings.only(key, *CONNECTORS)
-        elif key == "feature_layer":
-            n = settings.number("n_layers")
-            if value is not None and value not in range(-n - 1, n + 1):
-                raise settings.error(key, f"is {value!r}, of an encoder with {n} layers")
-        elif key != "image_mean" or not isinstance(value, int | float):        # a mean may be 0
-            settings.number(key, kind=number)
-    return kind(**settings.values)

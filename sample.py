@@ -29,15 +29,16 @@ from PIL import Image
 from torch import Tensor
 from tqdm import tqdm
 
-from connector import AlignTopK, choose_words, spread
 from data import READ, Example, TextError, Tokenizer, Turn, encode_chat, prepare
-from eval import answer, default_model
+from eval import answer
 from model import IMAGE, AlignVLM, KVCache, Llama
+from paper.align_vocab import choose_align_vocab, use_align_vocab
 from paper.words import explain
-from vision import CheckpointError, InputError, Settings, read_image, tile
+from plumbing.runs import default_model
+from plumbing.weights import InputError
+from vision import read_image, tile
 
-ALIGN_VOCAB = "align_vocab.json"    # in a model's folder: the words that the connector can do with
-BATCH = 16                          # pages that are asked about together
+BATCH = 16      # pages that are asked about together
 
 
 def image_files(paths: list[str]) -> list[Path]:
@@ -67,6 +68,17 @@ def chat(llm: Llama, tokenizer: Tokenizer, prompt: str, **generation) -> Iterato
         yield [tokenizer.decode(ids)]
 
 
+def answer_each(model: AlignVLM, tokenizer: Tokenizer, files: list[Path], prompts: list[str], what: str,
+                **generation) -> Iterator[str]:
+    """The answer to each prompt about the image of its own, BATCH at a time, beside a bar that says `what`."""
+    with tqdm(total=len(files), desc=what) as bar:
+        for first in range(0, len(files), BATCH):
+            images = [read_image(file) for file in files[first:first + BATCH]]
+            *_, texts = answer(model, tokenizer, images, prompts[first:first + BATCH], **generation)
+            yield from texts
+            bar.update(len(images))
+
+
 def read_questions(path: Path) -> list[dict]:
     """The rows of a JSONL file with an image, relative to the file, and a prompt in each. Raises InputError."""
     rows = []
@@ -91,30 +103,21 @@ def answer_file(model: AlignVLM, tokenizer: Tokenizer, args, **generation) -> No
     rows = read_questions(Path(args.questions))
     if Path(args.answers).is_dir():
         raise InputError(f"--answers {args.answers}: a folder, not a file")
+    files, prompts = [Path(args.questions).parent / row["image"] for row in rows], [row["prompt"] for row in rows]
     partial = Path(args.answers + ".partial")
-    with partial.open("w", encoding="utf-8") as out, tqdm(total=len(rows), desc="questions") as bar:
-        for first in range(0, len(rows), BATCH):
-            batch = rows[first:first + BATCH]
-            images = [read_image(Path(args.questions).parent / row["image"]) for row in batch]
-            prompts = [row["prompt"] for row in batch]
-            *_, predictions = answer(model, tokenizer, images, prompts, args.max_tiles, **generation)
-            for row, prediction in zip(batch, predictions):
-                out.write(json.dumps({**row, "prediction": prediction}) + "\n")
-            bar.update(len(batch))
+    with partial.open("w", encoding="utf-8") as out:
+        predictions = answer_each(model, tokenizer, files, prompts, "questions", max_tiles=args.max_tiles, **generation)
+        for prediction, row in zip(predictions, rows):
+            out.write(json.dumps({**row, "prediction": prediction}) + "\n")
     os.replace(partial, args.answers)
 
 
 def answer_folder(model: AlignVLM, tokenizer: Tokenizer, files: list[Path], prompt: str, max_tiles: int,
                   **generation) -> None:
     """Ask the same about each image by itself: a line `name: answer` for each, in which a line's end is a slash."""
-    with tqdm(total=len(files), desc="pages") as bar:
-        for first in range(0, len(files), BATCH):
-            batch = files[first:first + BATCH]
-            images = [read_image(file) for file in batch]
-            *_, answers = answer(model, tokenizer, images, [prompt] * len(batch), max_tiles, **generation)
-            for file, text in zip(batch, answers):
-                bar.write(f"{file.name}: {' / '.join(text.splitlines())}")
-            bar.update(len(batch))
+    texts = answer_each(model, tokenizer, files, [prompt] * len(files), "pages", max_tiles=max_tiles, **generation)
+    for text, file in zip(texts, files):
+        tqdm.write(f"{file.name}: {' / '.join(text.splitlines())}")
 
 
 def explain_files(model: AlignVLM, tokenizer: Tokenizer, files: list[Path], out: Path, max_tiles: int) -> None:
@@ -194,46 +197,6 @@ def speed(llm: Llama, start: float, times: list[float]) -> str:
         read = sum(p.nbytes for p in llm.layers.parameters()) + llm.head.nbytes
         line += f", then {rate:.1f} tokens/s ({read * rate / 1e9:.1f} GB/s)"
     return line
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# --align-vocab
-
-
-@torch.inference_mode()
-def choose_align_vocab(model: AlignVLM, folder: Path, pixels: list[Tensor], K: int) -> dict:
-    """Choose the K words that carry P_vocab on some pages, tiles (T, 3, S, S) of each, for use_align_vocab.
-
-    Writes them to ALIGN_VOCAB in the model's folder, with what they change in F' (connector.choose_words), and returns
-    the latter. Raises InputError if the vocabulary has no K words.
-    """
-    E_text = model.llm.embed_tokens.weight
-    if not 1 <= K <= len(E_text):
-        raise InputError(f"{K} words to keep: the vocabulary has {len(E_text)}")
-    pages = [model.vision(page.to(E_text.device, E_text.dtype)).flatten(0, 1) for page in pixels]   # F (T * N, d) each
-    words, deviation = choose_words(model.connector, pages, E_text, K)
-    deviation = {"pages": len(pages), **deviation}
-    partial = folder / f"{ALIGN_VOCAB}.partial"
-    partial.write_text(json.dumps({**deviation, "words": words.tolist()}) + "\n")
-    os.replace(partial, folder / ALIGN_VOCAB)
-    return deviation
-
-
-def use_align_vocab(model: AlignVLM, folder: Path, K: int) -> None:
-    """From here on the connector mixes only the K words that choose_align_vocab stored in the folder: for inference.
-
-    Raises CheckpointError if it holds none, others than K, or no ids of this vocabulary.
-    """
-    if not (folder / ALIGN_VOCAB).exists():
-        raise CheckpointError(f"{folder / ALIGN_VOCAB}: no such file: no words have been chosen for this model yet")
-    settings = Settings(folder / ALIGN_VOCAB)
-    words, V = settings.values.get("words"), model.config.llm.vocab_size
-    if not isinstance(words, list) or not all(type(i) is int and 0 <= i < V for i in words):
-        raise settings.error("words", f"is not a list of word ids from 0 to {V - 1}")
-    if len(words) != K or len(set(words)) != K:
-        raise settings.error("words", f"holds {len(set(words))} words, not {K}: choose them anew")
-    W2 = model.connector.W2.weight
-    model.connector = AlignTopK(model.connector, torch.tensor(words, device=W2.device), *spread(W2))
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -17,35 +17,33 @@ import math
 import os
 import re
 import signal
-import sys
 import threading
-import time
-import traceback
 from collections import Counter
-from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field, replace
 from datetime import timedelta
 from pathlib import Path
 
 import torch
 import torch.distributed as dist
-from safetensors import SafetensorError
 from torch import Tensor
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.utils.checkpoint import checkpoint
 from torch.utils.data import DataLoader, Dataset
-from tqdm import tqdm
 
-from bench import mfu, peak_memory, plan, plot, step_flops
-from data import BAD_KINDS, Bad, Documents, Position, Sample, Tokenizer, Turn, deal, encode_chat, fill_rows, pack
-from eval import (States, begin, check_recipe, drop_states, held_out_scores, is_complete, meet, newest_state, open_log,
-                  origin, recorded, report, roll_call, stage_before, start_processes, whole)
 from connector import CONNECTORS, ConnectorConfig
+from data import Sample, Tokenizer, Turn, encode_chat, fill_rows, pack
+from eval import held_out_scores, report
 from model import ALIGNVLM_PRESETS, IGNORE, IMAGE, LLAMA_PRESETS, AlignVLM, AlignVLMConfig, read_config, read_llama
+from plumbing.costs import plan, step_flops
+from plumbing.logs import StepLog, plot
+from plumbing.processes import ignore_signals, roll_call, run_main, start_processes, whole
+from plumbing.runs import begin, check_recipe, is_complete, origin, recorded, stage_before
+from plumbing.states import States, drop_states, newest_state
+from plumbing.streams import BAD_KINDS, Documents, Position, check_holes, deal, meet, steps_of, without_holes
+from plumbing.weights import InputError
 from toy.looks import LOOKS
-from toy.pages import ToyDocuments
-from vision import InputError
+from toy.pages import ToyDocuments, write_toy_tokenizer
 
 EVAL_SAMPLES = 64               # held-out samples of --eval-every
 STOP = threading.Event()        # SIGTERM or SIGINT has come: finish the step, save, leave
@@ -228,58 +226,13 @@ class Progress:
     holes: Counter = field(default_factory=dict)        # bad samples by kind, and how many were seen
     skipped: int = 0                                    # steps whose loss or gradient was not finite
 
-
-def without_holes(samples: list[Sample | Bad], documents: Documents, holes: Counter) -> list[Sample]:
-    """The good ones of this rank's samples. Bad ones of all ranks are counted by kind; the first of a kind is shown."""
-    bad = [s for s in samples if isinstance(s, Bad)]
-    for first in {s.kind: s for s in reversed(bad) if not holes[s.kind]}.values():
-        why = " ".join(first.why.split())[:200]
-        tqdm.write(f"bad sample, {first.kind}: {documents.where(first)}: {why}", file=sys.stderr)
-    counts = torch.tensor([len(samples), *(sum(s.kind == kind for s in bad) for kind in BAD_KINDS)])
-    dist.all_reduce(counts)
-    holes.update(dict(zip(["seen", *BAD_KINDS], counts.tolist())))
-    return [s for s in samples if not isinstance(s, Bad)]
-
-
-def check_holes(holes: Counter, max_bad: float) -> None:
-    """Raise InputError if more than a share of max_bad of the samples seen was bad."""
-    bad = {kind: holes[kind] for kind in BAD_KINDS if holes[kind]}
-    if sum(bad.values()) > max_bad * holes["seen"]:
-        table = "".join(f"\n{n:10,}  {kind}" for kind, n in bad.items())
-        raise InputError(f"{sum(bad.values()):,} of {holes['seen']:,} samples were bad, more than --max-bad {max_bad}:"
-                         + table)
-
-
-def steps_of(loader) -> Iterator[tuple[list, Position]]:
-    """What the loader brings, step by step: samples (or holes) of this rank, and the Position after them."""
-    samples = []
-    for item in loader:
-        if isinstance(item, Position):
-            yield samples, item
-            samples = []
-        else:
-            samples.append(item)
+    def record(self) -> dict:
+        """What goes with a training state, as JSON."""
+        return {**vars(self), "position": vars(self.position)}
 
 
 # ---------------------------------------------------------------------------------------------------------------------
 # One stage
-
-
-def check_blamed(blamed: list[list[str]], step: int) -> None:
-    """Raise InputError, on all ranks, after ten skipped steps in a row; blamed: this rank's suspects of each."""
-    if len(blamed) < 10:
-        return
-    everyone = [None] * dist.get_world_size()
-    dist.all_gather_object(everyone, blamed)
-    keys = dict.fromkeys(key for mine in everyone for step_keys in mine for key in step_keys)
-    raise InputError(f"ten steps in a row, up to {step}, had a loss or gradient that is not finite: lower --lr, or "
-                     f"look at these samples: {', '.join([*keys][:100])}" + ", ..." * (len(keys) > 100))
-
-
-def ignore_signals(*_) -> None:
-    """A cluster's SIGTERM, or Ctrl-C, reaches the loading processes too, whose samples the last step still needs."""
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
 
 
 @torch.no_grad()
@@ -331,71 +284,36 @@ def train_stage(stage: int, recipe: Recipe, model: AlignVLM, tokenizer: Tokenize
     ahead = max(2, recipe.batch_size // (world * args.workers)) if args.workers else None       # about a step
     loader = DataLoader(documents, batch_size=None, sampler=order, num_workers=args.workers, prefetch_factor=ahead,
                         worker_init_fn=ignore_signals)
-    file = open_log(folder / "log.jsonl" if rank == 0 else Path(os.devnull))
-
-    def log(**row) -> None:
-        file.write(json.dumps({"stage": stage, **row}) + "\n")
 
     def is_over() -> bool:
         return p.step >= args.steps if args.steps else p.position.epoch >= recipe.epochs
 
-    def settle() -> None:
-        """Judge and log the step before: a GPU has sent its numbers while the host was busy with the next."""
-        nonlocal start
-        if not under_way:
-            return
-        row, counts, keys, numbers, sent = under_way.pop()
-        if sent:
-            sent.synchronize()
-        seconds, start = time.perf_counter() - start, time.perf_counter()
-        loss, norm, *losses = [None, None] if numbers is None else numbers.tolist()
-        if loss is not None and not (math.isfinite(loss) and math.isfinite(norm)):
-            suspects = [key for row_keys, n in zip(keys, losses) if not math.isfinite(n) for key in row_keys]
-            blamed.append(suspects or sum(keys, []))
-            p.skipped, loss, norm = p.skipped + 1, None, None
-        else:
-            blamed.clear()
-        check_blamed(blamed, row["step"])
-        speed, flops = (counts["tokens"] - counts["blank"]) / seconds, step_flops(config, recipe.trainable, counts)
-        log(**row, loss=loss, grad_norm=norm, tokens_per_s=speed, images_per_s=counts["images"] / seconds,
-            padding=counts["blank"] / max(1, counts["tokens"]), peak_memory=peak_memory(device),
-            flops_per_s=flops / seconds, mfu=mfu(flops / seconds / world, device), skipped=p.skipped)
-        bar.update()
-        bar.set_postfix_str(f"loss {math.nan if loss is None else loss:.3f}, lr {row['lr']:.1e}, {speed:,.0f} tokens/s",
-                            refresh=False)
-
-    if file.tell():
-        log(resumed=p.step, processes=world)
-    under_way, blamed, start = [], [], time.perf_counter()
-    with tqdm(desc=f"stage {stage}", total=recipe.steps, initial=p.step, disable=rank > 0, mininterval=1) as bar:
+    flops = functools.partial(step_flops, config, recipe.trainable)
+    with StepLog(folder / "log.jsonl", stage, recipe.steps, p, device, flops) as log:
         steps = steps_of(loader)
         while not is_over():
             samples, position = next(steps)
             if meet(position, STOP.is_set() or p.step >= (args.max_steps or math.inf)):
-                settle()
-                states.save(p.step, {**vars(p), "position": vars(p.position)})
+                log.settle()
+                states.save(p.step, p.record())
                 break
             rows = fill_rows(without_holes(samples, documents, p.holes), recipe.row_tokens)
             if p.holes["seen"] >= 1000 or position.epoch > p.position.epoch:
                 check_holes(p.holes, args.max_bad)
             lr = learning_rate(p.step, recipe)
             numbers, sent, counts = take_step(model, optimizer, rows, lr, recipe.clip, device)
-            settle()
-            row = dict(step=p.step, epoch=p.position.epoch, lr=lr,
-                       bad={kind: p.holes[kind] for kind in BAD_KINDS if p.holes[kind]})
-            under_way.append((row, counts, [[s.key for s in row] for row in rows], numbers, sent))
-            if sent is None:        # on a CPU nothing is under way any more
-                settle()
+            bad = {kind: p.holes[kind] for kind in BAD_KINDS if p.holes[kind]}
+            log.step(dict(step=p.step, epoch=p.position.epoch, lr=lr, bad=bad), counts,
+                     [[s.key for s in row] for row in rows], numbers, sent)
             p.step, p.position = p.step + 1, position
             states.finish(wait=False)
             if is_over() or p.step % args.save_every == 0:
-                settle()
-                if is_over() or not blamed:
-                    states.save(p.step, {**vars(p), "position": vars(p.position)})
+                log.settle()
+                if is_over() or not log.blamed:
+                    states.save(p.step, p.record())
             if args.eval_every and p.step % args.eval_every == 0:
-                settle()
-                log(step=p.step - 1, **evaluate(stage, model, tokenizer, held_out, recipe, args, device))
-                start = time.perf_counter()
+                log.settle()
+                log.write(step=p.step - 1, **evaluate(stage, model, tokenizer, held_out, recipe, args, device))
         states.finish()
     return is_over()
 
@@ -517,8 +435,8 @@ def choose_preset(args) -> str:
     return sizes.get((llm.hidden_size, llm.n_layers), "llama-3.2-1b")
 
 
-def run_stage(stage: int, args, device: torch.device, restarted: bool) -> bool:
-    """Build, train and export one stage, unless that is done. Returns whether it is complete."""
+def recipe_of(stage: int, args) -> Recipe:
+    """The preset's recipe for a stage, with what the flags say instead. Raises InputError."""
     given = {name: getattr(args, name) for name in ("steps", "batch_size", "row_tokens", "max_length", "epochs", "lr")}
     recipe = replace(RECIPES[args.preset][stage], **{k: v for k, v in given.items() if v is not None})
     if args.lr_scale:
@@ -526,7 +444,12 @@ def run_stage(stage: int, args, device: torch.device, restarted: bool) -> bool:
         recipe.trainable = tuple(name for name in ALL if args.lr_scale.get(name, name in recipe.trainable))
         if not recipe.trainable:
             raise InputError(f"--lr-scale leaves nothing to train in stage {stage}")
-    launch = os.environ.get("TORCHELASTIC_RUN_ID")
+    return recipe
+
+
+def run_stage(stage: int, args, device: torch.device, restarted: bool) -> bool:
+    """Build, train and export one stage, unless that is done. Returns whether it is complete."""
+    recipe, launch = recipe_of(stage, args), os.environ.get("TORCHELASTIC_RUN_ID")
     start = args.llm if stage == 1 and args.llm else stage_before(stage, args.out)
     folder, partial, main_rank = args.out / f"stage{stage}", args.out / f"stage{stage}.partial", dist.get_rank() == 0
     # What torchrun restarts goes on with what this launch has begun, whatever the command says.
@@ -552,7 +475,9 @@ def run_stage(stage: int, args, device: torch.device, restarted: bool) -> bool:
     source = start if stage > 0 else partial
     model = build(stage, start, recipe, connector, args, device)
     tokenizer = Tokenizer(source, model.config.llm.vocab_size) if stage > 0 else None
-    path = [begin(stage, partial, record, model, resume, args.keep) if main_rank else None]
+    path = [begin(partial, record, model, resume, args.keep) if main_rank else None]
+    if stage == 0 and main_rank:
+        write_toy_tokenizer(partial / "tokenizer.model")
     dist.broadcast_object_list(path)
     tokenizer = tokenizer or Tokenizer(source, model.config.llm.vocab_size)
     if not train_stage(stage, recipe, model, tokenizer, path[0], args, device):
@@ -595,9 +520,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except Exception as error:
-        ours = isinstance(error, (InputError, OSError, SafetensorError))        # OSError: a disk is full
-        print(f"train.py: {error}" if ours else traceback.format_exc(), file=sys.stderr, flush=True)
-        os._exit(2 if ours else 1)      # at once: a state's writer may be waiting for a rank that has died
+    run_main(main)

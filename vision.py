@@ -7,18 +7,12 @@ vision transformer (https://arxiv.org/abs/2303.15343) turns it into N feature ve
     pixels = tile(read_image("page.png"), config)      # (T, 3, 384, 384)
     F = SigLIP.from_pretrained("siglip-so400m-patch14-384")(pixels)       # (T, 729, 1152)
 
-The parameter names are those of the released checkpoints (transformers' SiglipVisionModel), without any prefix. As
-the first file in the order of imports it also holds what reads weights from disk, for the other parts too.
+The parameter names are those of the released checkpoints (transformers' SiglipVisionModel), without any prefix.
 """
-import json
-import math
 import os
-import pickle
-import re
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import reduce
 from pathlib import Path
 from struct import error as struct_error
 
@@ -26,8 +20,10 @@ import numpy as np
 import torch
 import torch.nn.functional as nnf      # F is the paper's name for the features
 from PIL import Image, ImageOps
-from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
+
+from plumbing import released
+from plumbing.weights import InputError, Weights, load
 
 MAX_PIXELS = 100_000_000  # a page of 10,000 x 10,000; beyond that a small file could fill the memory
 
@@ -147,9 +143,9 @@ class SigLIP(nn.Module):
     @classmethod
     def from_pretrained(cls, folder: str | Path, dtype: torch.dtype | None = None, device="cpu",
                         shard: Callable[[nn.Module], None] | None = None) -> "SigLIP":
-        """The vision tower of a folder in hub format (see read_siglip); dtype None keeps the stored one.
+        """The vision tower of a folder in hub format; dtype None keeps the stored one.
 
-        shard: see load. Raises CheckpointError, one line that names the file and the key.
+        shard: see plumbing/weights.py's load. Raises CheckpointError, one line that names the file and the key.
         """
         config, weights = read_siglip(Path(folder))
         return load(lambda: cls(config), {"": weights}, dtype, device, shard)
@@ -168,234 +164,10 @@ class SigLIP(nn.Module):
                 p.normal_(std=p[0].numel() ** -0.5)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Weights on disk
-
-
-class InputError(ValueError):
-    """Bad input: the message is one line that says what is wrong and what to do. The commands exit with status 2."""
-
-
-class CheckpointError(InputError):
-    """A model folder that cannot be used; the message is one line that names the file and the key."""
-
-
-class Settings:
-    """The settings in a JSON file or in one of its sections; every complaint about one names the file and the key."""
-
-    def __init__(self, path: Path, values: dict | None = None, section: str = ""):
-        self.path, self.section_name = path, section
-        self.values = read_json(path) if values is None else values
-
-    def error(self, key: str, reason: str) -> CheckpointError:
-        return CheckpointError(f"{self.path}: {self.section_name}{key} {reason}")
-
-    def number(self, key: str, default: float | None = None, kind: type = int) -> int | float:
-        """A positive number; null is the same as absent, and without a default an error."""
-        value = self.values.get(key)
-        value = default if value is None else value
-        if value is None:
-            raise self.error(key, "is missing")
-        if isinstance(value, bool) or not isinstance(value, (int, kind)) or not 0 < value < math.inf:
-            raise self.error(key, f"is {value!r}, not a positive {'integer' if kind is int else 'number'}")
-        return kind(value)
-
-    def only(self, key: str, *implemented):
-        """The value of a setting, which must be among the implemented ones; None stands for an absent one."""
-        value = self.values.get(key)
-        if value not in implemented:
-            names = " or ".join(json.dumps(name) for name in implemented if name is not None)
-            raise self.error(key, f"is {json.dumps(value)}: not implemented" + (f", only {names} is" if names else ""))
-        return value
-
-    def section(self, key: str) -> "Settings":
-        values = self.values.get(key)
-        if not isinstance(values, dict | None):
-            raise self.error(key, "is not an object")
-        return Settings(self.path, values or {}, f"{self.section_name}{key}.")
-
-
-def read_json(path: Path) -> dict:
-    try:
-        values = json.loads(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise CheckpointError(f"{path}: {error.strerror or error}; is {path.parent} a model folder?") from None
-    except (ValueError, RecursionError) as error:       # bytes that are no UTF-8, text that is no JSON
-        raise CheckpointError(f"{path}: not JSON ({error})") from None
-    if not isinstance(values, dict):
-        raise CheckpointError(f"{path}: not a JSON object")
-    return values
-
-
-@dataclass
-class Stored:
-    """A tensor in a file: rows(start, stop) reads that part of it, and nothing is read before."""
-    path: Path
-    shape: tuple[int, ...]
-    dtype: torch.dtype | None               # None: not a floating-point one
-    rows: Callable[[int, int], Tensor]
-
-    def equals(self, other: "Stored | None") -> bool:
-        """Whether another matrix is the same, without reading more than it takes to tell."""
-        return other is not None and self.shape == other.shape and self.dtype == other.dtype and all(
-            torch.equal(self.rows(i, i + 4096), other.rows(i, i + 4096)) for i in range(0, self.shape[0], 4096))
-
-
-@dataclass
-class Weights:
-    """The tensors of a folder, and how the parameters of a module are called there."""
-    path: Path                              # the file that lists the tensors
-    tensors: dict[str, Stored]
-    key: Callable[[str], str] = str         # a parameter's name -> its tensor's
-    ignored: str = "$^"                     # a pattern: tensors that the module has no use for
-
-    def part(self, name: str) -> "Weights":
-        """Those of one submodule of a folder that holds a model of ours."""
-        return Weights(self.path, self.tensors, lambda of_part: f"{name}.{of_part}", rf"(?!{name}\.).*")
-
-    def check(self, module: nn.Module) -> list[torch.dtype]:
-        """The dtypes of the module's tensors. Raises CheckpointError if one is missing, unexpected or mis-shaped."""
-        expected = {self.key(name): tuple(p.shape) for name, p in module.named_parameters()}
-        for key in expected:
-            if key not in self.tensors:
-                raise CheckpointError(f"{self.path}: no tensor {key}, which the configuration asks for")
-        for key, stored in self.tensors.items():
-            if key not in expected:
-                if not re.fullmatch(self.ignored, key):
-                    raise CheckpointError(f"{stored.path}: unexpected tensor {key}, no part of the configuration")
-            elif stored.dtype is None:
-                raise CheckpointError(f"{stored.path}: {key} does not hold floating-point numbers: quantised?")
-            elif stored.shape != expected[key]:
-                raise CheckpointError(f"{stored.path}: {key} has shape {list(stored.shape)}, "
-                                      f"the configuration asks for {list(expected[key])}")
-        return [self.tensors[key].dtype for key in expected]
-
-    @torch.no_grad()
-    def fill(self, module: nn.Module) -> None:
-        """Copy the tensors into the module's parameters, block by block; of a sharded one only this rank's rows."""
-        for name, p in module.named_parameters():
-            stored = self.tensors[self.key(name)]
-            here, first = own_rows(p)
-            step = max(1, BLOCK_BYTES // (p.element_size() * math.prod(p.shape[1:])))
-            for start in range(0, len(here), step):
-                block = here[start:start + step]
-                block.copy_(stored.rows(first + start, first + start + len(block)))
-
-
-def own_rows(p: nn.Parameter) -> tuple[Tensor, int]:
-    """The part of a parameter that this rank holds and its first row: all of it, unless FSDP2 has sharded it."""
-    if not hasattr(p, "to_local"):
-        return p, 0
-    mesh = p.device_mesh        # its last dimension shards, one before it replicates
-    chunk = -(-p.shape[0] // mesh.size(-1))             # dim 0 in equal chunks, the last ones shorter or empty
-    return p.to_local(), mesh.get_coordinate()[-1] * chunk
-
-
-def load(build: Callable[[], nn.Module], parts: dict[str, Weights], dtype: torch.dtype | None, device,
-         shard: Callable[[nn.Module], None] | None = None) -> nn.Module:
-    """Build a module on the meta device and read its parts' weights into place; there is never a second copy.
-
-    parts: submodule -> its weights ("" is the module itself). dtype None keeps the stored one. shard: what cuts the
-    module among ranks (FSDP2's fully_shard) before it has memory, so that no rank holds or reads more than its part.
-    """
-    with torch.device("meta"):
-        module = build()
-    dtypes = [dtype for name, weights in parts.items() for dtype in weights.check(module.get_submodule(name))]
-    module.to(dtype or reduce(torch.promote_types, dtypes))
-    if shard is not None:
-        shard(module)
-    module.to_empty(device=device)
-    for name, weights in parts.items():
-        weights.fill(module.get_submodule(name))
-    return module
-
-
-BLOCK_BYTES = 32 * 2 ** 20
-FLOATS = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
-
-
-def open_safetensors(path: Path):
-    """A file is mapped for as long as a block is copied: pages that were touched count as memory until then."""
-    try:
-        return safe_open(path, "pt")
-    except FileNotFoundError:
-        raise CheckpointError(f"{path}: no such file") from None
-    except (SafetensorError, OSError) as error:
-        raise CheckpointError(f"{path}: not a complete safetensors file ({' '.join(str(error).split())})") from None
-
-
-def open_pickle(path: Path) -> dict[str, Tensor]:
-    """A file of Meta's, mapped into memory; nothing that it holds is executed."""
-    try:
-        tensors = torch.load(path, map_location="cpu", mmap=True, weights_only=True)
-    except FileNotFoundError:
-        raise CheckpointError(f"{path}: no such file") from None
-    except pickle.UnpicklingError as error:
-        what = re.search(r"(?:GLOBAL|global|class|function) (\S+)", str(error))
-        raise CheckpointError(f"{path}: holds {what[1] if what else 'something'} where only tensors may be") from None
-    except Exception as error:      # a damaged archive shows itself in many ways
-        raise CheckpointError(f"{path}: not a complete file of tensors ({str(error).splitlines()[0]})") from None
-    if not isinstance(tensors, dict):
-        raise CheckpointError(f"{path}: holds a {type(tensors).__name__}, not tensors by name")
-    for key, tensor in tensors.items():
-        if not isinstance(key, str) or not isinstance(tensor, Tensor) or tensor.layout != torch.strided:
-            raise CheckpointError(f"{path}: {key} is not a tensor")
-    return tensors
-
-
-def read_safetensors(folder: Path) -> Weights:
-    """The tensors of model.safetensors, or of the shards that model.safetensors.index.json names."""
-    path = folder / "model.safetensors"
-    index = folder / "model.safetensors.index.json"
-    if path.exists() or not index.exists():
-        files = {path.name: None}
-    else:
-        path, places = index, read_json(index).get("weight_map")
-        if not isinstance(places, dict) or not places or not all(isinstance(file, str) for file in places.values()):
-            raise CheckpointError(f"{index}: weight_map is not an object of tensors and their files")
-        files = {file: {key for key in places if places[key] == file} for file in sorted(set(places.values()))}
-    tensors = {}
-    for file, promised in files.items():
-        if Path(file).name != file:
-            raise CheckpointError(f"{index}: weight_map names {file!r}, which is not a file of this folder")
-        with open_safetensors(folder / file) as opened:
-            keys = set(opened.keys())
-            for key in sorted(keys ^ (keys if promised is None else promised)):
-                raise CheckpointError(f"{folder / file}: " + (f"{key} is not in {index.name}" if key in keys else
-                                                              f"no tensor {key}, which {index.name} places here"))
-            for key in keys:
-                part = opened.get_slice(key)
-                tensors[key] = Stored(folder / file, tuple(part.get_shape()), FLOATS.get(part.get_dtype()),
-                                      lambda start, stop, file=folder / file, key=key: rows_of(file, key, start, stop))
-    return Weights(path, tensors)
-
-
-def rows_of(path: Path, key: str, start: int, stop: int) -> Tensor:
-    with open_safetensors(path) as opened:
-        return opened.get_slice(key)[start:stop]
-
-
 def read_siglip(folder: Path) -> tuple[SigLIPConfig, Weights]:
-    """A folder in hub format, of both towers or the vision tower alone -> its architecture and where its weights are.
-
-    What a configuration leaves out means base-patch16-224's value: so the hub writes them.
-    """
-    settings = Settings(folder / "config.json")
-    settings.only("quantization_config", None)
-    if settings.only("model_type", "siglip", "siglip_vision_model") == "siglip":
-        settings = settings.section("vision_config")
-    settings.only("hidden_act", None, "gelu_pytorch_tanh")
-    settings.only("num_channels", None, 3)
-    config = SigLIPConfig(settings.number("hidden_size", 768), settings.number("num_hidden_layers", 12),
-                          settings.number("num_attention_heads", 12), settings.number("intermediate_size", 3072),
-                          settings.number("image_size", 224), settings.number("patch_size", 16),
-                          settings.number("layer_norm_eps", 1e-6, float))
-    if config.hidden_size % config.n_heads:
-        raise settings.error("num_attention_heads", f"is {config.n_heads}, which does not divide {config.hidden_size}")
-    weights = read_safetensors(folder)
-    prefix = "vision_model." if any(key.startswith("vision_model.") for key in weights.tensors) else ""
-    unused = rf"text_model\..*|logit_scale|logit_bias|{prefix}head\..*|.*\.position_ids"    # the pooling head too
-    return config, Weights(weights.path, weights.tensors, lambda name: prefix + name, unused)
+    """A folder in hub format, of both towers or the vision tower alone -> its architecture, where its weights are."""
+    config, weights = released.siglip(folder)
+    return SigLIPConfig(**config), weights
 
 
 # ---------------------------------------------------------------------------------------------------------------------

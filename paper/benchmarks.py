@@ -23,11 +23,13 @@ from pathlib import Path
 
 from PIL import Image
 
-from data import MAX_RECORD, VCR_PROMPT, BadSample, parquet_example, read_parquet, split_images
+from data import BadSample
 from model import IMAGE
+from plumbing.formats import MAX_RECORD, VCR_PROMPT, parquet_example, read_parquet, split_images
+from plumbing.weights import InputError
 from toy.looks import LOOKS, draw
 from toy.pages import held_out_documents
-from vision import ImageError, InputError, read_image
+from vision import ImageError, read_image
 
 # In the order of Table 1, each with what its files are called, in lower-case letters and digits.
 FILE_NAMES = {"DocVQA": "docvqa", "InfoVQA": "infovqa|infographicsvqa", "DeepForm": "deepform", "KLC": "klc|kleister",

@@ -21,12 +21,13 @@ import torch.nn.functional as nnf
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from bench import read_log
 from data import Tokenizer
-from eval import IN_THE_BOX
 from model import AlignVLM
+from plumbing.logs import read_log
+from plumbing.runs import IN_THE_BOX
+from plumbing.weights import InputError
 from toy.pages import KINDS, draw, drawn_page, eye_chart, plain_text
-from vision import InputError, tile
+from vision import tile
 
 ROOT = Path(__file__).resolve().parent.parent
 CONNECTORS = ["align", "mlp", "perceiver", "ovis"]

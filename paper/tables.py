@@ -3,7 +3,13 @@
 The paper's figures: Table 1 (ALIGN of the three sizes), Table 2 (the connectors on Llama-3.2-3B) and Table 3 (noise) of
 arXiv 2502.01341; VCR and the cosine distances are in its second version only.
 """
+import json
 import math
+from pathlib import Path
+
+from paper.metrics import METRICS
+from paper.predictions import read_predictions, write_text
+from plumbing.weights import InputError
 
 from paper.benchmarks import TOY_LOOKS
 
@@ -71,3 +77,40 @@ def noise_table(noise: dict[str, list[dict]], scores: dict[str, float], model: s
             rows.append([f"**{model}**", name, f"{run['sigma']:.3g}", f"{run['std_F']:.3g}", relative, scores[name],
                          run["score"], scores[name] - run["score"], f"{run['cosine_distance']:.4f}"])
     return markdown(header, rows)
+
+
+def headline(scores: dict[str, float]) -> float:
+    """A benchmark's first score, the one in the tables, in %."""
+    return 100 * next(iter(scores.values()))
+
+
+def show(results: dict, out: Path | None) -> None:
+    """Print the tables, and write them and all scores to OUT/table.md and OUT/scores.json."""
+    scores = {name: headline(s) for name, s in results["scores"].items()}
+    text = score_tables(scores, results["model"])
+    if results["noise"]:
+        text += "\n" + noise_table(results["noise"], scores, results["model"])
+    for name, s in results["scores"].items():
+        print(f"{name}: {' '.join(f'{key}={value:.4f}' for key, value in s.items())}")
+    print("\n" + text, end="")
+    if out:
+        out.mkdir(parents=True, exist_ok=True)
+        write_text(out / "table.md", text)
+        write_text(out / "scores.json", json.dumps(results, indent=2) + "\n")
+
+
+def score_files(specs: list[str], out: Path | None) -> None:
+    """--score: files of predictions, called BENCHMARK.jsonl or given as BENCHMARK=FILE."""
+    results = {"model": "these predictions", "scores": {}, "noise": {}}
+    for spec in specs:
+        name, _, path = spec.rpartition("=") if not Path(spec).exists() else ("", "", spec)
+        name = name or Path(path).name.split(".")[0]
+        if name not in METRICS:
+            raise InputError(f"{spec}: no benchmark {name}: say NAME={path}, with one of {', '.join(METRICS)}")
+        if name in results["scores"]:
+            raise InputError(f"{spec}: a second file for {name}: score one at a time")
+        try:
+            results["scores"][name] = METRICS[name](read_predictions(Path(path)))
+        except KeyError as error:
+            raise InputError(f"{path}: a row's split is {error}, which {name} does not have") from None
+    show(results, out)

@@ -20,7 +20,8 @@ from tqdm import tqdm
 from connector import AlignTopK, blocks, spread
 from data import Tokenizer
 from model import AlignVLM
-from vision import InputError, SigLIPConfig, on_canvas, tile, tile_boxes
+from plumbing.weights import InputError
+from vision import SigLIPConfig, on_canvas, tile, tile_boxes
 
 CELL = 52                       # the side of a patch in the picture, in pixels: a word of some ten letters fits in
 MAX_PIXELS = 60_000_000         # of a picture; larger pages are drawn with smaller patches
@@ -343,3 +344,12 @@ def draw_report(figure, report: dict, p: np.ndarray, blank: np.ndarray, points: 
                 title=f"{report['components']} axes of the 99 %: {report['variance_along_theirs']:.0%} of all variance "
                       f"(at best {report['variance_along_its_own']:.0%})")
     scatter.legend(frameon=False)
+
+
+def summary_line(words: dict, out: Path) -> str:
+    """What --vocab found, in a sentence."""
+    likeliest, blank = words["likeliest"][0], words["blank"][0] if words["blank"] else {"word": "-", "patches": 0.0}
+    return (f"{words['words_for_90']:,} of {words['words']:,} words hold 90 % of the probability, "
+            f"{words['words_for_99']:,} hold 99 %; the likeliest, {likeliest['word']}, has "
+            f"{likeliest['probability']:.3f}; "
+            f"{blank['patches']:.1%} of the blank patches become {blank['word']}: {out}/vocab.png and vocab.json")

@@ -56,7 +56,7 @@ else:
     import torch.distributed as dist
 
     from model import AlignVLM, Llama
-    from eval import start_processes
+    from plumbing.processes import start_processes
     from train import fully_shard, shard
 
     device, _ = start_processes()

@@ -14,10 +14,10 @@ import torch.distributed as dist
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
-from bench import memory
 from data import Sample
-from eval import start_processes
 from model import ALIGNVLM_PRESETS, IMAGE, AlignVLM, AlignVLMConfig, LlamaConfig
+from plumbing.costs import memory
+from plumbing.processes import start_processes
 from train import RECIPES, optimizer_of, shard, take_step
 from vision import SigLIPConfig
 

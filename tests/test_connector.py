@@ -7,10 +7,11 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import connector
 from conftest import close, randomise
-from connector import Align, AlignTopK, Mixture, blocks, choose_words, spread
-from sample import ALIGN_VOCAB, choose_align_vocab, use_align_vocab
+from connector import Align, AlignTopK, Mixture, blocks, spread
+from paper.align_vocab import ALIGN_VOCAB, choose_align_vocab, choose_words, use_align_vocab
+from plumbing.weights import CheckpointError, InputError
 from model import IMAGE, AlignVLM, AlignVLMConfig, LlamaConfig
-from vision import CheckpointError, InputError, SigLIPConfig
+from vision import SigLIPConfig
 
 # (leading dimensions, d, D, V). No d of 1 or D of 2: a LayerNorm's output is then +-1 and F's gradient pure rounding.
 SHAPES = [((2, 4), 8, 16, 32), ((3, 5), 7, 11, 13), ((1, 1), 3, 4, 5), ((), 6, 5, 29), ((2, 3, 2), 9, 4, 101),

@@ -25,17 +25,19 @@ sys.path[:0] = [str(Path(__file__).parent), str(Path(__file__).parent.parent)]
 
 import connector as connector_py
 import sample as sample_py
-from bench import memory, step_flops
 from conftest import ROOT, close, n_parameters, randomise, run, torchrun
 from connector import CONNECTORS, MLP, Align, ConnectorConfig, Ovis, Perceiver, new_connector
 from data import Sample, Tokenizer
-from eval import answer, start_processes
+from eval import answer
 from model import ALIGNVLM_PRESETS, IMAGE, AlignVLM, AlignVLMConfig, LlamaConfig, read_config
 from paper.connectors import NOISE, patch_words
 from paper.connectors import table as race_table
+from plumbing.costs import memory, step_flops
+from plumbing.processes import start_processes
+from plumbing.weights import CheckpointError, InputError
 from toy.pages import draw, eye_chart, write_toy_tokenizer
 from train import RECIPES, connector_of, optimizer_of, shard, take_step
-from vision import CheckpointError, InputError, SigLIPConfig
+from vision import SigLIPConfig
 
 OTHERS = [kind for kind in CONNECTORS if kind != "align"]
 SMALL = ConnectorConfig(table_size=37, n_latents=5, depth=2, n_heads=4, n_kv_heads=2, head_dim=6)

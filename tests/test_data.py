@@ -8,9 +8,10 @@ import torch
 from PIL import Image, ImageFilter
 
 from conftest import alone, run, start
-from data import IGNORE, IMAGE, Example, Tokenizer, Turn, encode_chat, pack, prepare, split_images
-from eval import edit_distance
+from data import IGNORE, IMAGE, Example, Tokenizer, Turn, encode_chat, pack, prepare
 from model import LLAMA_PRESETS
+from paper.metrics import edit_distance
+from plumbing.formats import split_images
 from toy.looks import CELL, LOOKS, draw, glyph
 from toy.pages import (KINDS, Page, ToyDocuments, drawn_page, eye_chart, held_out_documents, plain_text,
                        write_toy_tokenizer)

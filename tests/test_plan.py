@@ -7,9 +7,10 @@ import torch
 from PIL import Image
 from torch.utils.flop_counter import FlopCounterMode
 
-from bench import read_log, step_flops
 from conftest import ROOT, run, torchrun
 from model import ALIGNVLM_PRESETS, IMAGE, AlignVLM, AlignVLMConfig, LlamaConfig
+from plumbing.costs import step_flops
+from plumbing.logs import read_log
 from vision import SigLIPConfig
 
 ODD = AlignVLMConfig(SigLIPConfig(48, 3, 4, 80, 32, 8, 1e-6),

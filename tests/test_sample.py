@@ -8,12 +8,12 @@ import pytest
 import torch
 from PIL import Image
 
-import eval as eval_py
 import sample as sample_py
 from conftest import randomise, sample
 from data import Tokenizer
 from eval import answer
 from model import ALIGNVLM_PRESETS, IMAGE, AlignVLM, KVCache, Llama, LlamaConfig
+from plumbing import runs
 from toy.pages import draw, held_out_documents, write_toy_tokenizer
 
 
@@ -162,7 +162,7 @@ def test_explain(folder, pages, tmp_path):
 
 def test_without_a_trained_model_the_one_in_the_box_is_taken(folder, pages, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(eval_py, "IN_THE_BOX", tmp_path / "box")
+    monkeypatch.setattr(runs, "IN_THE_BOX", tmp_path / "box")
     ask = "--image", pages / "05.png", "--max-new-tokens", 2
     assert "python train.py" in sample(*ask, code=2).stderr
     (tmp_path / "box").mkdir()

@@ -1,4 +1,4 @@
-"""data.py's data sets: the released formats written here, read back, packed, resumed, damaged, and trained on."""
+"""plumbing/formats.py and streams.py: the released formats written here, read back, resumed, damaged, trained on."""
 import contextlib
 import io
 import itertools
@@ -27,15 +27,16 @@ import torch.nn.functional as nnf
 from PIL import Image
 from torch.utils.data import DataLoader
 
-import data
 import train as train_py
 from conftest import ROOT, alone, close, randomise, run, torchrun
-from data import (BAD_KINDS, IGNORE, IMAGE, READ, VCR_PROMPT, Bad, BadSample, DataSet, Documents, Example, Position,
-                  Sample, Tokenizer, Turn, deal, fill_rows, pack, prepare)
+from data import IGNORE, IMAGE, READ, BadSample, Example, Sample, Tokenizer, Turn, fill_rows, pack, prepare
 from model import ALIGNVLM_PRESETS, AlignVLM
+from plumbing import streams
+from plumbing.formats import VCR_PROMPT
+from plumbing.streams import BAD_KINDS, Bad, DataSet, Documents, Position, deal, steps_of
+from plumbing.weights import InputError
 from toy.pages import draw, held_out_documents, write_toy_tokenizer
-from train import steps_of
-from vision import SIGLIP_PRESETS, InputError
+from vision import SIGLIP_PRESETS
 
 TOY = SIGLIP_PRESETS["toy"]
 N = 12                                                                  # samples of a data set, where one will do
@@ -235,7 +236,7 @@ def test_each_format_is_read_to_the_letter(written, name):
 @pytest.mark.parametrize("name", ["LLaVA", "LLaVA, indented", "MS-Swift", "DocDownstream"])
 @pytest.mark.parametrize("block", [64, 700])
 def test_records_that_straddle_blocks_come_once(written, monkeypatch, name, block):
-    monkeypatch.setattr(data, "BLOCK", block)
+    monkeypatch.setattr(streams, "BLOCK", block)
     path, expected = written[name]
     examples, kinds = read_all(path)
     check_examples(examples, expected)
@@ -516,8 +517,8 @@ def write_texts(folder, name, n):
 @pytest.fixture
 def small_groups(monkeypatch):
     """Shards of a few lines and groups of a few shards, so that both borders matter."""
-    monkeypatch.setattr(data, "BLOCK", 400)
-    monkeypatch.setattr(data, "GROUP", 15)
+    monkeypatch.setattr(streams, "BLOCK", 400)
+    monkeypatch.setattr(streams, "GROUP", 15)
 
 
 def texts(path, tokenizer, seed=0):
@@ -618,9 +619,9 @@ sys.path.insert(0, root)
 import itertools
 import torch
 from torch.utils.data import DataLoader
-from data import Documents, Position, Tokenizer, deal
+from data import Tokenizer
+from plumbing.streams import Documents, Position, deal, steps_of
 from toy.pages import write_toy_tokenizer
-from train import steps_of
 from vision import SIGLIP_PRESETS
 torch.set_num_threads(1)
 write_toy_tokenizer(__import__("pathlib").Path(path).parent / "tokenizer.model")
@@ -1077,7 +1078,8 @@ def test_bombs_cost_no_memory(tmp_path):
     script = PEAK + """
 import sys
 sys.path.insert(0, sys.argv[1])
-from data import BadSample, DataSet
+from data import BadSample
+from plumbing.streams import DataSet
 from vision import ImageError
 grown = {}
 for path in sys.argv[2:]:

@@ -8,11 +8,12 @@ import pytest
 import regex
 from tokenizers import Tokenizer as Reference
 
-from data import CHAT_FORMATS, LLAMA3_PATTERN, TextError, Tokenizer, Turn, encode_chat
+from data import CHAT_FORMATS, TextError, Tokenizer, Turn, encode_chat
 from model import IGNORE
+from plumbing.tokenizers import LLAMA3_PATTERN
+from plumbing.weights import CheckpointError
 from released import fetched, llama3_tokenizer, smollm2, write_tokenizer_json
 from toy.pages import write_toy_tokenizer
-from vision import CheckpointError
 
 SCRIPTS = ["The quick brown fox's don't we'll I'VE", "Größe naïve Ελληνικά Привет мир", "日本語のテキスト 中文字符 한국어",
            "हिन्दी में ไทย עברית العربية",

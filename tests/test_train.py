@@ -97,8 +97,8 @@ def test_impossible_flags_are_one_line(tmp_path, flags):
 
 def test_stage_1_takes_the_llm_in_the_box_or_else_pretrains_it_and_stage_3_says_what_is_missing(trained, tmp_path):
     with_box = """if True:
-        import eval, pathlib, sys, train
-        eval.IN_THE_BOX = pathlib.Path(sys.argv.pop(1))
+        import pathlib, plumbing.runs, sys, train
+        plumbing.runs.IN_THE_BOX = pathlib.Path(sys.argv.pop(1))
         train.main()
     """
     for name, box in [("none", tmp_path / "nowhere"), ("one", trained[0])]:

@@ -16,9 +16,10 @@ import sample
 from conftest import alone, close, randomise, run, torchrun
 from data import Tokenizer, Turn, encode_chat
 from model import LLAMA_PRESETS, AlignVLM, Llama, read_llama
+from plumbing.weights import CheckpointError
 from released import change_tensors, edit, fetched, random_state, smollm2, truncate, write_meta
 from toy.pages import write_toy_tokenizer
-from vision import SIGLIP_PRESETS, CheckpointError, SigLIP, SigLIPConfig, read_siglip
+from vision import SIGLIP_PRESETS, SigLIP, SigLIPConfig, read_siglip
 
 ROPE = {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
         "original_max_position_embeddings": 64}
@@ -139,7 +140,7 @@ def test_a_sharded_matrix_is_read_by_parts(llama_folders, monkeypatch):
     """Blocks of a few rows that fit neither heads nor shards give the same weights."""
     folder, _ = llama_folders
     reference = Llama.from_pretrained(folder / "hub").state_dict()
-    monkeypatch.setattr("vision.BLOCK_BYTES", 5 * 24 * 4)
+    monkeypatch.setattr("plumbing.weights.BLOCK_BYTES", 5 * 24 * 4)
     for form in ("sharded", "meta2"):
         state = Llama.from_pretrained(folder / form).state_dict()
         assert all(torch.equal(p, reference[name]) for name, p in state.items())

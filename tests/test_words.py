@@ -15,8 +15,9 @@ from connector import AlignTopK, spread
 from data import Tokenizer
 from model import ALIGNVLM_PRESETS, AlignVLM
 from paper import words
+from plumbing.weights import InputError
 from toy.pages import write_toy_tokenizer
-from vision import InputError, SigLIPConfig, tile, tile_boxes
+from vision import SigLIPConfig, tile, tile_boxes
 
 ODD = SigLIPConfig(image_size=100, patch_size=14)      # 7 patches a side, and 2 pixels that no patch sees
 

@@ -2,8 +2,8 @@
 
     python data.py --draw 20 --look hard pages/
 
-The text and its place, a character a patch, are those of `toy/pages.py` in every look. (A patch becomes one word, and the
-toy's words are single characters: two of them in one patch, as in a proportional font, are beyond this toy.)
+The text and its place, a character a patch, are those of `toy/pages.py` in every look. (A patch becomes one word, and
+the toy's words are single characters: two of them in one patch, as in a proportional font, are beyond this toy.)
 """
 import functools
 import io

@@ -16,8 +16,9 @@ from pathlib import Path
 
 from torch.utils.data import Dataset
 
-from data import READ, Example, Position, Sample, Tokenizer, Turn, prepare
+from data import READ, Example, Sample, Tokenizer, Turn, prepare
 from model import IGNORE, IMAGE
+from plumbing.streams import Position
 from toy.looks import CELL, LOOKS, draw
 from vision import SigLIPConfig, tile_boxes
 
