@@ -127,6 +127,18 @@ def test_every_look_keeps_size_and_place(look):
         assert draw(Page(page.kind, page.columns, page.rows), look).size == image.size      # without a word
 
 
+def test_hard_pages_come_in_over_the_second_quarter_of_stage_1(tmp_path):
+    write_toy_tokenizer(tmp_path / "tokenizer.model")
+    tokenizer, n = Tokenizer(tmp_path), 60
+    clean, hard = (ToyDocuments(1, n, 0, tokenizer, TOY, look=look) for look in ("clean", "hard"))
+    same = [torch.equal(clean[i].pixels, hard[i].pixels) for i in range(n)]
+    assert all(same[:15]) and 0 < sum(same[15:30]) < 15 and not any(same[30:])
+    assert all(torch.equal(clean[i].tokens, hard[i].tokens) for i in range(n))
+    for stage, split in [(2, "train"), (3, "train"), (1, "held-out"), (2, "held-out")]:
+        clean, hard = (ToyDocuments(stage, n, 0, tokenizer, TOY, split, look=look)[0] for look in ("clean", "hard"))
+        assert torch.equal(clean.tokens, hard.tokens) and not torch.equal(clean.pixels, hard.pixels)
+
+
 def test_plain_text_is_what_the_patches_show():
     rng = random.Random(0)
     for page in [drawn_page(rng, kind, large, "train") for kind in KINDS for large in (False, True)] + [eye_chart(rng)]:

@@ -1,6 +1,7 @@
 """How a toy page can look: the hard pages of the model in the box, and pages that no toy was ever trained on.
 
     python data.py --draw 20 --look hard pages/
+    python -m toy.looks assets/looks.png                # the same five pages in every look
 
 The text and its place, a character a patch, are those of `toy/pages.py` in every look. (A patch becomes one word, and
 the toy's words are single characters: two of them in one patch, as in a proportional font, are beyond this toy.)
@@ -88,11 +89,11 @@ def printed(ink: np.ndarray, paper: float, black: float, noise: float, seed: int
 
 
 def hard(page: "Page", rng: random.Random) -> Image.Image:
-    """Five sizes of an upright, bold or slanted face, off the grid by up to two pixels, turned by up to a degree and a
-    half, grey paper and ink, light noise."""
+    """Five sizes of an upright, bold or slanted face, off the grid by up to two pixels, turned by up to a degree, grey
+    paper and ink, light noise."""
     size, bold, slant = rng.randint(10, 14), rng.random() < 0.4, rng.choice([0, 0, 0.2])
     ink = typeset(page, rng, lambda character: styled_glyph(character, size, bold, slant), shift=1, jitter=1)
-    ink = turned(ink, rng.uniform(-1.5, 1.5))
+    ink = turned(ink, rng.uniform(-1, 1))
     return printed(ink, rng.uniform(210, 255), rng.uniform(0, 90), rng.uniform(0, 12), rng.getrandbits(32))
 
 
@@ -132,3 +133,22 @@ def as_jpeg(image: Image.Image, quality: int) -> Image.Image:
 
 
 LOOKS = {"clean": clean, "hard": hard, "bitmap": bitmap, "scan": scan, "photo": photo}
+
+
+def sheet(pages: list["Page"], gap: int = 10) -> Image.Image:
+    """A row of pages in each look, twice as large as they are."""
+    width, height = sum(page.columns for page in pages) * CELL, max(page.rows for page in pages) * CELL
+    image = Image.new("RGB", (width + gap * (len(pages) + 1), (height + gap) * len(LOOKS) + gap), (120, 120, 120))
+    for row, look in enumerate(LOOKS):
+        x = gap
+        for page in pages:
+            image.paste(draw(page, look), (x, gap + row * (height + gap)))
+            x += page.columns * CELL + gap
+    return image.resize((2 * image.width, 2 * image.height), Image.Resampling.NEAREST)
+
+
+if __name__ == "__main__":
+    import sys
+
+    from toy.pages import held_out_documents
+    sheet([page for page, _, _ in held_out_documents(20, 0)[5:10]]).save(sys.argv[1])

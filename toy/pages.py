@@ -281,15 +281,16 @@ def document_lesson(rng: random.Random, progress: float, split: str) -> tuple[Pa
 
 
 def instruction_lesson(rng: random.Random, progress: float, split: str) -> tuple[Page, list[tuple[str, str]]]:
-    """Stage 3: to answer, and not to forget reading."""
-    page = drawn_page(rng, rng.choice(KINDS + ["table"]), rng.random() < 0.5, split)
-    return page, reading_and_questions(rng, page, read=0.35, ask=0.3)
+    """Stage 3: to answer, most of all from tables, where row and column must be found, and not to forget reading."""
+    page = drawn_page(rng, rng.choice(KINDS + 3 * ["table"]), rng.random() < 0.5, split)
+    return page, reading_and_questions(rng, page, read=0.25, ask=0.4, most=6)
 
 
-def reading_and_questions(rng: random.Random, page: Page, read: float, ask: float) -> list[tuple[str, str]]:
-    """The page read aloud (a share of `read`), up to three of its questions (`ask`), or, in the rest, one after the
-    other: several turns cost its image once. Not the other way round: that taught less of reading at once."""
-    kind, asked = rng.random(), rng.sample(page.questions, min(3, len(page.questions)))
+def reading_and_questions(rng: random.Random, page: Page, read: float, ask: float,
+                          most: int = 3) -> list[tuple[str, str]]:
+    """The page read aloud (a share of `read`), some of its questions (`ask`), or, in the rest, one after the other:
+    several turns cost its image once. Not the other way round: that taught less of reading at once."""
+    kind, asked = rng.random(), rng.sample(page.questions, min(most, len(page.questions)))
     return ([(READ, page.text)] if kind < 1 - ask else []) + (asked if kind >= read else [])
 
 
@@ -319,7 +320,9 @@ class ToyDocuments(Dataset):
         rng = random.Random(f"{self.seed}/{self.stage}/{index}")
         progress = index / self.n if self.split == "train" else 1.0
         page, asks = LESSONS[self.stage](rng, progress, self.split)
-        images = [draw(page, self.look)] if self.stage > 0 else []
+        # Stage 1 begins with clean pages; the others come in over its second quarter.
+        look = "clean" if self.stage == 1 and rng.random() > 4 * progress - 1 else self.look
+        images = [draw(page, look)] if self.stage > 0 else []
         first = IMAGE if self.stage > 0 else self.as_text(rng, page, progress)
         turns = []
         for i, (prompt, gold) in enumerate(asks):
