@@ -31,7 +31,7 @@ from vision import tile
 
 ROOT = Path(__file__).resolve().parent.parent
 CONNECTORS = ["align", "mlp", "perceiver", "ovis"]
-STEPS = {1: 60, 2: 40, 3: 150}              # by stage
+STEPS = {1: 120, 2: 100, 3: 250}             # by stage
 BATCH = 16                                  # pages a step
 EVERY = 50                                  # steps of stage 3 between looks at the held-out questions
 NOISE = [0.25, 0.5, 1.0, 2.0]               # standard deviations of F

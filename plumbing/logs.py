@@ -120,7 +120,7 @@ def plot(paths: list[Path], out: Path) -> None:
         from matplotlib.figure import Figure
     except ImportError:
         raise InputError("--plot needs `pip install matplotlib`") from None
-    logs = [log for path in paths for log in (sorted(path.glob("**/log.jsonl")) if path.is_dir() else [path])]
+    logs = [log for path in paths for log in (sorted(path.glob("**/*log.jsonl")) if path.is_dir() else [path])]
     if not logs:
         raise InputError(f"--plot {' '.join(map(str, paths))}: no log.jsonl there")
     figure = Figure(figsize=(10, 7), layout="constrained")
@@ -129,7 +129,7 @@ def plot(paths: list[Path], out: Path) -> None:
         rows = read_log(log)
         steps = [row for row in rows if "loss" in row]
         [line] = loss.plot([r["step"] for r in steps], [math.nan if r["loss"] is None else r["loss"] for r in steps],
-                           linewidth=0.8, label=str(log.parent))
+                           linewidth=0.8, label=str(log.parent if log.name == "log.jsonl" else log))
         held_out = [row for row in rows if "held_out_loss" in row]
         loss.plot([r["step"] for r in held_out], [r["held_out_loss"] for r in held_out], "o--", color=line.get_color())
         speed.plot([r["step"] for r in steps], [r["tokens_per_s"] for r in steps], linewidth=0.8)
