@@ -77,8 +77,8 @@ TOY = dict(batch_size=16, row_tokens=8192, warmup=0.03, final_lr=0.1, eps=1e-5)
 RECIPES = {
     "toy": {0: Recipe(("llm",), lr=1.5e-3, steps=3000, **TOY),
             1: Recipe(ALL, lr=1e-3, steps=200, lr_scale={"llm": 0.05}, **{**TOY, "warmup": 0.1}),
-            2: Recipe(ALL, lr=1e-3, steps=400, **TOY),
-            3: Recipe(LATE, lr=5e-4, steps=1000, **{**TOY, "final_lr": 0.0})},
+            2: Recipe(ALL, lr=1e-3, steps=300, **TOY),
+            3: Recipe(LATE, lr=5e-4, steps=900, **{**TOY, "final_lr": 0.0})},
     "llama-3.2-1b": {1: Recipe(ALL), 2: Recipe(ALL, lr=5e-5, max_length=2048),
                      3: Recipe(LATE, lr=5e-5, max_length=2048, epochs=5)},
     "llama-3.2-3b": {1: Recipe(ALL), 2: Recipe(ALL, batch_size=256, lr=5e-5, max_length=2048),

@@ -281,9 +281,11 @@ def document_lesson(rng: random.Random, progress: float, split: str) -> tuple[Pa
 
 
 def instruction_lesson(rng: random.Random, progress: float, split: str) -> tuple[Page, list[tuple[str, str]]]:
-    """Stage 3: to answer, most of all from tables, where row and column must be found, and not to forget reading."""
-    page = drawn_page(rng, rng.choice(KINDS + 3 * ["table"]), rng.random() < 0.5, split)
-    return page, reading_and_questions(rng, page, read=0.25, ask=0.4, most=6)
+    """Stage 3: to answer, and not to forget reading. Large tables, where row and column must be found across tiles, are
+    asked about most."""
+    kind = rng.choice(KINDS + ["table"])
+    page = drawn_page(rng, kind, rng.random() < (0.8 if kind == "table" else 0.5), split)
+    return page, reading_and_questions(rng, page, read=0.35, ask=0.3, most=6)
 
 
 def reading_and_questions(rng: random.Random, page: Page, read: float, ask: float,
