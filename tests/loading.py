@@ -45,7 +45,8 @@ if what in ("load", "time"):
     from model import Llama
     if what == "load":
         model = Llama.from_pretrained(paths[0], torch.bfloat16)
-        print(json.dumps({"peak": peak() - IMPORTED, "bytes": sum(p.numel() * p.element_size() for p in model.parameters())}))
+        size = sum(p.numel() * p.element_size() for p in model.parameters())
+        print(json.dumps({"peak": peak() - IMPORTED, "bytes": size}))
     else:
         ours, theirs = [], []
         for _ in range(2):      # turn by turn, and the best of each: a busy machine slows down both
@@ -57,10 +58,11 @@ else:
 
     from model import AlignVLM, Llama
     from plumbing.processes import start_processes
-    from train import fully_shard, shard
-
+    
     device, _ = start_processes()
     if what == "ranks":
+        from torch.distributed.fsdp import fully_shard
+
         def shard_llama(model: Llama) -> None:
             for module in [*model.layers, model]:
                 fully_shard(module)
@@ -70,6 +72,8 @@ else:
         (Path(paths[1]) / str(dist.get_rank())).write_text(json.dumps({"peak": peak() - IMPORTED, "bytes": own}))
         dist.barrier()
     else:
+        from train import shard
+
         torch.manual_seed(0)
         model = AlignVLM.from_backbones(paths[0], paths[1], torch.float32, device, lambda model: shard(model, device))
         model.save_pretrained(paths[2], Path(paths[1]) / "tokenizer.model", torch.float32)
