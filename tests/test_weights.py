@@ -111,7 +111,7 @@ def llama_folders(request, tmp_path_factory):
     folder, tied = tmp_path_factory.mktemp("llama"), request.param
     # Meta's files cannot say the factor nor the original length: what they mean is 32 or 8, and 8192.
     rope = {**ROPE, "rope_theta": 10_000.0, "factor": 32.0 if tied else 8.0, "original_max_position_embeddings": 8192}
-    config = their_config(tied, intermediate_size=64, rope_parameters=rope, num_hidden_layers=11)  # names with 2 digits
+    config = their_config(tied, intermediate_size=64, rope_parameters=rope)
     theirs = randomise(LlamaForCausalLM(config)).eval()
     theirs.save_pretrained(folder / "hub")
     theirs.save_pretrained(folder / "sharded", max_shard_size="20KB")
@@ -538,8 +538,8 @@ def write_1b(folder: Path, n_layers: int, holes: bool = False) -> None:
 
 
 def test_1b_in_every_format_equals_transformers(tmp_path, all_threads):
-    """Three of the layers: what a layer's number does to its name is seen in test_llama_folders, and the full number's
-    names and shapes below and in test_model.py."""
+    """Three of its layers, at all its widths; the full number is read below, and its names and shapes are compared in
+    test_model.py."""
     write_1b(tmp_path, n_layers=3)
     hub = Llama.from_pretrained(tmp_path / "hub").eval()
     meta = Llama.from_pretrained(tmp_path / "meta").eval()
