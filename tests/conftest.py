@@ -3,6 +3,7 @@ import atexit
 import contextlib
 import functools
 import io
+import json
 import os
 import shutil
 import subprocess
@@ -13,12 +14,14 @@ import types
 import unittest.mock
 from pathlib import Path
 
+import pytest
 import torch
 
 from forks import SOCKET, Forked
 
 ROOT = Path(__file__).resolve().parent.parent
-ENV = {**os.environ, "OMP_NUM_THREADS": "1"}        # of the processes that tests start
+# Of the processes that tests start; torch.compile would start one more Python, for a compiler on each core.
+ENV = {**os.environ, "OMP_NUM_THREADS": "1", "TORCHINDUCTOR_COMPILE_THREADS": "1"}
 sys.path.insert(0, str(ROOT))
 torch.set_num_threads(1)    # the tensors are tiny: on a busy machine threads that wait for each other cost 10 times more
 
@@ -88,6 +91,24 @@ def sample(*options, code=0, typed=""):
             status = exit.code
     assert status == code, err.getvalue()
     return types.SimpleNamespace(stdout=out.getvalue(), stderr=err.getvalue())
+
+
+def rows(folder: Path) -> list[dict]:
+    """The log of a stage."""
+    return [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
+
+
+def losses(folder: Path) -> list[float | None]:
+    """By step; of a step that was done twice, the last."""
+    return list({row["step"]: row["loss"] for row in rows(folder) if "loss" in row}.values())
+
+
+@pytest.fixture(scope="session")
+def stage1(tmp_path_factory):
+    """The toy after two steps of stage 1: where trainings of stage 2 may start."""
+    out = tmp_path_factory.mktemp("stage1")
+    run("train.py", "--stage", 1, "--steps", 2, "--batch-size", 4, "--out", out)
+    return out / "stage1"
 
 
 @torch.no_grad()

@@ -1,4 +1,4 @@
-"""train.py itself, which also saves the gradients of its first step: started by test_survival.py.
+"""train.py itself, which also saves the gradients of its first step: started by test_ranks.py.
 
     torchrun --nproc_per_node N tests/first_gradients.py OUT.safetensors [train.py's flags]
 """

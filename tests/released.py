@@ -194,6 +194,18 @@ def random_state(shapes: dict, dtype=torch.bfloat16) -> dict:
     return state
 
 
+def write_safetensors_of_holes(state: dict, file: Path, metadata: dict) -> None:
+    """A complete safetensors file of these names and shapes, in bf16, of whose tensors nothing was ever written."""
+    header, end = {"__metadata__": metadata}, 0
+    for name, p in state.items():
+        start, end = end, end + p.nbytes
+        header[name] = {"dtype": "BF16", "shape": list(p.shape), "data_offsets": [start, end]}
+    text = json.dumps(header).encode()
+    with open(file, "wb") as opened:
+        opened.write(len(text).to_bytes(8, "little") + text)
+        opened.truncate(8 + len(text) + end)
+
+
 def edit(file: Path, **changes) -> None:
     """Change settings of a JSON file; None removes one."""
     values = {**json.loads(file.read_text()), **changes}

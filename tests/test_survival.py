@@ -1,10 +1,8 @@
-"""Training however it is cut among processes, and whatever happens to it."""
+"""Training whatever happens to it: kills, signals, stalls, a full disk, bad steps; and how it goes on."""
 import json
 import os
 import shutil
 import signal
-import socket
-import subprocess
 import time
 
 import pytest
@@ -12,23 +10,7 @@ import torch
 from safetensors.torch import load_file
 
 import kill
-from conftest import ROOT, alone, launcher, run, start, torchrun
-
-
-def rows(folder):
-    return [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
-
-
-def losses(folder):
-    """By step; of a step that was done twice, the last."""
-    return list({row["step"]: row["loss"] for row in rows(folder) if "loss" in row}.values())
-
-
-@pytest.fixture(scope="module")
-def stage1(tmp_path_factory):
-    out = tmp_path_factory.mktemp("survival") / "first"
-    run("train.py", "--stage", 1, "--steps", 2, "--batch-size", 4, "--out", out)
-    return out / "stage1"
+from conftest import launcher, losses, rows, run, start, torchrun
 
 
 @pytest.fixture
@@ -41,6 +23,15 @@ def train(out, *more):
     return ["train.py", "--stage", 2, "--steps", 12, "--batch-size", 4, "--save-every", 3, "--out", out, *more]
 
 
+@pytest.fixture(scope="module")
+def undisturbed(stage1, tmp_path_factory):
+    """The losses of train() on two processes."""
+    out = tmp_path_factory.mktemp("undisturbed")
+    (out / "stage1").symlink_to(stage1)
+    torchrun(2, *train(out))
+    return losses(out / "stage2")
+
+
 def wait_for(path, process, seconds=60):
     until = time.time() + seconds
     while not path.exists():
@@ -48,66 +39,17 @@ def wait_for(path, process, seconds=60):
         time.sleep(0.02)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# However it is cut
-
-
-@pytest.fixture(scope="module")
-def whole(stage1, tmp_path_factory):
-    """One process, 20 steps of 5 samples, which no number of ranks divides."""
-    return cut(stage1, tmp_path_factory.mktemp("whole"), 1)
-
-
-def cut(stage1, work, processes, *more):
-    (work / "stage1").symlink_to(stage1)
-    command = [ROOT / "tests" / "first_gradients.py", work / "first.safetensors", "--stage", 2, "--steps", 20,
-               "--batch-size", 5, "--out", work, *more]
-    if processes == "2x2":
-        with socket.socket() as free:
-            free.bind(("127.0.0.1", 0))
-            port = free.getsockname()[1]
-        agents = [start("-m", "torch.distributed.run", "--nnodes", 2, "--node-rank", i, "--nproc_per_node", 2,
-                        "--master-addr", "127.0.0.1", "--master-port", port, *command) for i in range(2)]
-        for agent in agents:
-            error = agent.communicate(timeout=240)[1]
-            assert agent.returncode == 0, error
-    else:
-        torchrun(processes, *command)
-    return load_file(work / "first.safetensors"), losses(work / "stage2")
-
-
-@pytest.mark.parametrize("processes, more", [
-    (2, []), (4, []), ("2x2", []), (4, ["--shard-size", 2]), (1, ["--row-tokens", 300]), (2, ["--recompute"]),
-    (1, ["--compile"])], ids=["2", "4", "2 nodes x 2", "2 x 2 hybrid", "accumulated", "recompute", "compile"])
-def test_the_same_gradients_and_losses(stage1, whole, tmp_path, processes, more):
-    """Gradients of the first step within 1e-6 of their largest (1e-5 compiled), losses within 1e-5 (1e-4)."""
-    slack = 10 if "--compile" in more else 1
-    gradients, these = cut(stage1, tmp_path, processes, *more)
-    largest = max(g.abs().max() for g in whole[0].values())
-    assert gradients.keys() == whole[0].keys() and largest > 0
-    assert max((gradients[name] - whole[0][name]).abs().max() for name in gradients) <= 1e-6 * slack * largest
-    assert len(these) == 20 and len(set(these)) == 20
-    assert these == pytest.approx(whole[1], rel=1e-5 * slack)
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Whatever happens
-
-
 def test_killed_and_resumed_is_as_if_nothing_had_happened():
     """The short form of tests/kill.py: bit for bit."""
-    kill.kill_and_compare(3, 1, 16, seed=0, start=start)
+    kill.kill_and_compare(3, 1, 12, seed=4, start=start)
 
 
-def test_another_number_of_processes_goes_on(out, stage1, tmp_path_factory):
+def test_another_number_of_processes_goes_on(out, undisturbed):
     torchrun(2, *train(out, "--max-steps", 5))
     assert not (out / "stage2").exists()
     run(*train(out))
-    whole = tmp_path_factory.mktemp("whole")
-    (whole / "stage1").symlink_to(stage1)
-    run(*train(whole))
     assert [row["resumed"] for row in rows(out / "stage2") if "resumed" in row] == [5]
-    assert losses(out / "stage2") == pytest.approx(losses(whole / "stage2"), rel=1e-5)
+    assert losses(out / "stage2") == pytest.approx(undisturbed, rel=1e-5)
     assert not [*(out / "stage2").glob("step-*")]
 
 
@@ -125,35 +67,24 @@ def test_a_signal_saves_and_exits_0(out, number):
     assert step == len(losses(out / "stage2.partial")) and str(state) in printed
 
 
-def test_torchrun_restarts_what_died(out, stage1, tmp_path_factory):
-    process = alone(*launcher(2), "--max-restarts", 1, *train(out, "--steps", 20))
-    wait_for(out / "stage2.partial" / "step-00000006", process)
-    ranks = subprocess.run(["pgrep", "-P", str(process.pid), "-f", "train.py"], capture_output=True, text=True)
-    os.kill(int(ranks.stdout.split()[1]), signal.SIGKILL)
-    error = process.communicate(timeout=200)[1]
-    assert process.returncode == 0, error
-    resumed = [row["resumed"] for row in rows(out / "stage2") if "resumed" in row]
-    assert len(resumed) == 1 and resumed[0] >= 6
-    whole = tmp_path_factory.mktemp("whole")
-    (whole / "stage1").symlink_to(stage1)
-    torchrun(2, *train(whole, "--steps", 20))
-    assert losses(out / "stage2") == losses(whole / "stage2")
+def test_torchrun_restarts_what_died(out, undisturbed):
+    """Rank 1 dies in the step after the eighth; the state of six may still have been on its way to the disk."""
+    run(*launcher(2), "--max-restarts", 1, "tests/struck.py", "KILL", 8, out / "struck", *train(out)[1:])
+    assert (out / "struck").exists()
+    assert [row["resumed"] for row in rows(out / "stage2") if "resumed" in row] in ([3], [6])
+    assert losses(out / "stage2") == undisturbed
 
 
 def test_a_stalled_rank_is_named(out):
-    process = alone(*launcher(2), *train(out, "--steps", 400, "--timeout", 10))
-    wait_for(out / "stage2.partial" / "step-00000003", process)
-    for rank in subprocess.run(["pgrep", "-P", str(process.pid), "-f", "train.py"], capture_output=True, text=True).stdout.split():
-        if b"LOCAL_RANK=1\0" in open(f"/proc/{rank}/environ", "rb").read():
-            os.kill(int(rank), signal.SIGSTOP)
-            stalled = int(rank)
-    said = []
-    for line in process.stderr:
-        said.append(line)
-        if "train.py: a rank has stalled" in line:
-            os.kill(stalled, signal.SIGCONT)        # or torchrun waits 30 s before it kills
-    assert process.wait() != 0
-    assert any("train.py: a rank has stalled" in line and "Ranks 1 " in line for line in said), "".join(said)
+    process = start(*launcher(2), "tests/struck.py", "STOP", 3, out / "struck", *train(out, "--timeout", 5)[1:])
+    until = time.time() + 120
+    while b": a rank has stalled" not in os.pread(process.stderr.fileno(), 10 ** 6, 0):
+        assert process.poll() is None and time.time() < until, process.communicate()[1]
+        time.sleep(0.05)
+    os.kill(int((out / "struck").read_text()), signal.SIGCONT)      # or torchrun waits 30 s before it kills
+    error = process.communicate(timeout=60)[1]
+    assert process.returncode != 0
+    assert any(": a rank has stalled" in line and "Ranks 1 " in line for line in error.splitlines()), error
 
 
 def test_a_full_disk_keeps_the_last_good_state(out):
