@@ -306,7 +306,7 @@ def train_stage(stage: int, recipe: Recipe, model: AlignVLM, tokenizer: Tokenize
             log.step(dict(step=p.step, epoch=p.position.epoch, lr=lr, bad=bad), counts,
                      [[s.key for s in row] for row in rows], numbers, sent)
             p.step, p.position = p.step + 1, position
-            states.finish(wait=False)
+            states.finish(wait=bool(log.blamed))        # before ten bad steps the last good state is in its place
             if is_over() or p.step % args.save_every == 0:
                 log.settle()
                 if is_over() or not log.blamed:
