@@ -31,10 +31,10 @@ from vision import tile
 
 ROOT = Path(__file__).resolve().parent.parent
 CONNECTORS = ["align", "mlp", "perceiver", "ovis"]
-STEPS = {1: 120, 2: 100, 3: 250}             # by stage
+STEPS = {1: 80, 2: 60, 3: 100}              # by stage
 BATCH = 16                                  # pages a step
-EVERY = 50                                  # steps of stage 3 between looks at the held-out questions
-NOISE = [0.25, 0.5, 1.0, 2.0]               # standard deviations of F
+EVERY = 25                                  # steps of stage 3 between looks at the held-out questions
+NOISE = [0.5, 1.0, 2.0]                     # standard deviations of F
 PAPER = {"align": (58.81, -1.67), "mlp": (53.06, -25.54), "perceiver": (50.68, None), "ovis": (54.72, None)}
 
 
