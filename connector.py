@@ -22,7 +22,7 @@ from torch.autograd.function import once_differentiable
 from plumbing.weights import own_rows
 
 BLOCK_BYTES = 256 * 2 ** 20     # what is V-wide of a block of tokens: one matrix (n, V) forward, two backward
-CACHE_BYTES = 4 * 2 ** 20       # a few of its rows in fp32: what is done element by element is done in the cache
+CACHE_BYTES = 2 * 2 ** 20       # a few of its rows in fp32: what is done element by element is done in the cache
 
 
 class Align(nn.Module):
