@@ -143,9 +143,7 @@ def their_siglip(ours: SigLIP) -> nn.Module:
 
 def random_vlm(args, dtype: torch.dtype) -> AlignVLM:
     model = AlignVLM(ALIGNVLM_PRESETS[args.preset] if args.preset else SMALL)
-    for part in (model.vision, model.llm):
-        part.init_weights()
-    model.connector.init_weights(model.llm.head)
+    model.init_weights()
     return model.to(DEVICE, dtype)
 
 
@@ -264,11 +262,11 @@ def train(args) -> Iterator[dict]:
     keep_heap()
     dtype, rng, (B, T) = BF16 if GPU else FP32, random.Random(0), (2, 10) if args.preset else (8, 1)
     model = random_vlm(args, dtype)
-    config, N = model.config, T * model.config.tile_tokens
+    config, n = model.config, T * model.config.tile_tokens
     texts = [torch.randint(config.llm.vocab_size, (rng.randint(40, 96),)) for _ in range(B)]
     pixels = torch.randn(B * T, 3, config.vision.image_size, config.vision.image_size, device=DEVICE, dtype=dtype)
-    samples = [torch.cat([torch.full((N,), IMAGE), text]) for text in texts]
-    labels = [torch.cat([torch.full((N - 1,), IGNORE), text, torch.tensor([IGNORE])]) for text in texts]
+    samples = [torch.cat([torch.full((n,), IMAGE), text]) for text in texts]
+    labels = [torch.cat([torch.full((n - 1,), IGNORE), text, torch.tensor([IGNORE])]) for text in texts]
     tokens, labels = torch.cat(samples)[None], torch.cat(labels)[None]             # (1, L), on the CPU as in train.py
     lengths, supervised = [len(s) for s in samples], sum(map(len, texts))
 
@@ -291,8 +289,8 @@ def train(args) -> Iterator[dict]:
 
         def their_loss() -> Tensor:
             E_text = llama.get_input_embeddings().weight
-            F_align = align.p_vocab(siglip(pixels).last_hidden_state) @ E_text     # (B * T, N / T, D)
-            x = torch.cat([F_align.view(B, N, -1), nnf.embedding(words, E_text)], dim=1)
+            F_align = align.p_vocab(siglip(pixels).last_hidden_state) @ E_text     # (B * T, n / T, D)
+            x = torch.cat([F_align.view(B, n, -1), nnf.embedding(words, E_text)], dim=1)
             logits = llama(inputs_embeds=x, logits_to_keep=words.shape[1] + 1, use_cache=False).logits[:, :-1]
             return nnf.cross_entropy(logits.float().flatten(0, 1), targets.flatten())
 
@@ -351,7 +349,7 @@ def answer(args) -> Iterator[dict]:
         model.connector = connector
         list(model.generate([tokens], [pixels], set(), 32))
 
-    yield row("answer-mlp", *alternate(lambda: generate(align), lambda: generate(mlp), args.repeats))
+    yield row("answer-align-vs-mlp", *alternate(lambda: generate(align), lambda: generate(mlp), args.repeats))
 
 
 def load(args) -> Iterator[dict]:

@@ -9,7 +9,8 @@ never negative and sum to one, so F' lies inside the convex hull of the rows of 
 P_vocab of a page of 10 tiles is 7,290 x 128,256 numbers. `Align.p_vocab` makes them, to be read and looked at; the
 model runs `Mixture`, which makes a block of tokens of them at a time and keeps none for the backward pass.
 
-At the end are the three connectors that the paper compares Align with (Table 2): MLP, Perceiver and Ovis.
+`AlignTopK` is Align with K of the words. At the end are the three connectors that the paper compares Align with (Table
+2): MLP, Perceiver and Ovis.
 """
 import math
 from dataclasses import dataclass
@@ -21,8 +22,8 @@ from torch.autograd.function import once_differentiable
 
 from plumbing.weights import own_rows
 
-BLOCK_BYTES = 256 * 2 ** 20     # what is V-wide of a block of tokens: one matrix (n, V) forward, two backward
-CACHE_BYTES = 2 * 2 ** 20       # a few of its rows in fp32: what is done element by element is done in the cache
+BLOCK_BYTES = 256 * 2 ** 20     # for the V-wide matrices of one block of tokens: one (n, V) forward, two backward
+CACHE_BYTES = 2 * 2 ** 20       # for a block's rows that are worked on at a time in fp32: they fit a CPU's cache
 
 
 class Align(nn.Module):
@@ -42,7 +43,7 @@ class Align(nn.Module):
     @torch.no_grad()
     def init_weights(self, lm_head: Tensor) -> None:
         """W2 starts as a copy of the LLM's head (V, D), "recycling" its semantics (section 3.2), then is its own."""
-        draw(self.W1.weight, self.W1.in_features ** -0.5)
+        fill_normal(self.W1.weight, self.W1.in_features ** -0.5)
         self.W2.weight.copy_(lm_head)
         for norm in (self.norm_D, self.norm_V):
             norm.reset_parameters()
@@ -56,18 +57,135 @@ class Align(nn.Module):
     def forward(self, F: Tensor, E_text: Tensor) -> Tensor:
         """F (..., d), E_text (V, D), the LLM's live input embedding -> F' (..., D), equation 2.
 
-        In value and in every gradient this is `self.p_vocab(F) @ E_text`, a row of P_vocab for each feature.
+        The paper's P_vocab has a column for each feature, ours a row: P_vocab^T E_text is P_vocab @ E_text here. In
+        value and in every gradient this is `self.p_vocab(F) @ E_text`.
         """
         h = self.norm_D(self.W1(F))                # (..., D)
         norm = self.norm_V
         return Mixture.apply(h, self.W2.weight, norm.weight, norm.bias, E_text, norm.eps)       # (..., D)
 
 
-def draw(p: nn.Parameter, std: float) -> None:
+def fill_normal(p: nn.Parameter, std: float) -> None:
     """Fill p from N(0, std^2): each rank draws all of it and keeps its part, so that their number changes nothing."""
     numbers = torch.empty(p.shape).normal_(std=std)
     here, first = own_rows(p)
     here.copy_(numbers[first:first + len(here)])
+
+
+class Mixture(torch.autograd.Function):
+    """h (..., D) -> F' = softmax(LayerNorm(h W2^T)) E_text (..., D): exact, and in blocks of n tokens.
+
+    A row for each token: z = h W2^T,   u = LayerNorm(z),   P = softmax(u),   F' = P E_text
+    (For Ovis h is F, W2 is (K, d) and E_text its own table (K, D).)
+
+    Nothing that this makes is kept: backward makes z, u and P again, which is seven products with a (V, D) matrix where
+    autograd does six and keeps P. LayerNorm and softmax are never less than fp32.
+    """
+
+    @staticmethod
+    def forward(ctx, h: Tensor, W2: Tensor, weight: Tensor, bias: Tensor, E_text: Tensor, eps: float) -> Tensor:
+        ctx.save_for_backward(h, W2, weight, bias, E_text)
+        ctx.eps = eps
+        F_align = h.new_empty(*h.shape[:-1], E_text.shape[1])                   # (..., D)
+        h, out = h.reshape(-1, h.shape[-1]), F_align.view(-1, E_text.shape[1])  # (n_tokens, D)
+        n_tokens, V = len(h), len(W2)
+        wide = torch.promote_types(h.dtype, torch.float32)
+        w, b = weight.to(wide), bias.to(wide)                                   # (V,)
+        parts = blocks(n_tokens, V * h.element_size())
+        buffer = h.new_empty(parts[0].stop, V)
+        for block in parts:
+            P = buffer[:block.stop - block.start]                               # (n, V)
+            times(h[block], W2, out=P)                                          # z, which P will replace
+            for r in few_rows(P):
+                P[r], _, _ = mixture_of(P[r].to(wide), w, b, eps)               # equation 1
+            torch.mm(P, E_text, out=out[block])                                 # equation 2
+        return F_align
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, g: Tensor) -> tuple[Tensor | None, ...]:
+        """g = dL/dF' (..., D) -> dL/d of each input. With da for dL/da, and the sum over a row's V words:
+
+            dE_text = P^T g,   dP = g E_text^T                                   from F' = P E_text
+            du = P (dP - sum(P dP))                                              the softmax
+            dz, dweight, dbias                                                   the LayerNorm's, PyTorch's own
+            dW2 = dz^T h,   dh = dz W2                                           from z = h W2^T
+        """
+        h, W2, weight, bias, E_text = ctx.saved_tensors
+        need_h, need_W2, need_weight, need_bias, need_E_text, _ = ctx.needs_input_grad
+        shape = h.shape
+        h, g = (x.reshape(-1, x.shape[-1]) for x in (h, g))                     # (n_tokens, D)
+        n_tokens, V = len(h), len(W2)
+        wide = torch.promote_types(h.dtype, torch.float32)
+        w, b = weight.to(wide), bias.to(wide)                                   # (V,)
+        dh = torch.empty_like(h)                                                # (n_tokens, D)
+        dW2, dE_text = (torch.empty_like(W) if need else None for W, need in [(W2, need_W2), (E_text, need_E_text)])
+        dw, db = torch.zeros_like(w), torch.zeros_like(b)
+        needs_dz = need_h or need_W2, need_weight, need_bias
+        parts = blocks(n_tokens, 2 * V * h.element_size())
+        buffers = h.new_empty(2, parts[0].stop, V)
+        for block in parts:
+            z, P = buffers[:, :block.stop - block.start]                        # (n, V) each
+            before = float(block.start > 0)         # beta: the first block's product replaces what the memory held
+            times(h[block], W2, out=z)
+            if need_E_text:
+                for r in few_rows(z):
+                    P[r], _, _ = mixture_of(z[r].to(wide), w, b, ctx.eps)
+                dE_text.addmm_(P.T, g[block], beta=before)
+            if not any(needs_dz):
+                continue
+            dP = times(g[block], E_text, out=P)                                 # over P: its rows are soon made again
+            for r in few_rows(z):
+                z_r, dP_r = z[r].to(wide), dP[r].to(wide)                       # (few, V) each
+                p, mean, rstd = mixture_of(z_r, w, b, ctx.eps)
+                du = dP_r.sub_((p * dP_r).sum(-1, keepdim=True)).mul_(p)
+                dz, dw_r, db_r = torch.ops.aten.native_layer_norm_backward(du, z_r, (V,), mean, rstd, w, b, needs_dz)
+                if need_weight:
+                    dw += dw_r
+                if need_bias:
+                    db += db_r
+                if dz is not None:
+                    z[r] = dz
+            if need_W2:
+                dW2.addmm_(z.T, h[block], beta=before)                          # z is dz by now
+            if need_h:
+                torch.mm(z, W2, out=dh[block])
+        return dh.view(shape) if need_h else None, dW2, dw.to(weight.dtype), db.to(bias.dtype), dE_text, None
+
+
+def mixture_of(z: Tensor, w: Tensor, b: Tensor, eps: float) -> tuple[Tensor, Tensor, Tensor]:
+    """z (few, V) -> P_vocab = softmax(LayerNorm(z)) (few, V), and what its backward needs: z's mean and 1 / std."""
+    u, mean, rstd = torch.native_layer_norm(z, w.shape, w, b, eps)
+    return u.softmax(-1), mean, rstd
+
+
+def times(a: Tensor, W: Tensor, out: Tensor) -> Tensor:
+    """out (n, V) = a W^T of a (n, D) and W (V, D). On a CPU in pieces of W: for few rows MKL is 3 % faster so."""
+    words = 2048 if a.is_cpu else len(W)
+    for piece, part in zip(W.split(words), out.split(words, dim=1)):
+        torch.mm(a, piece.T, out=part)
+    return out
+
+
+def blocks(n_tokens: int, bytes_per_token: int) -> list[slice]:
+    """n_tokens in equal blocks (the last may be shorter) of at most BLOCK_BYTES.
+
+    Their length is a multiple of 16, with which matrix products are a tenth faster than with an odd number.
+    """
+    most = max(BLOCK_BYTES // bytes_per_token // 16, 1)                         # in sixteens
+    count = max(math.ceil(n_tokens / (16 * most)), 1)                                  # one block, empty, of no tokens
+    n = 16 * math.ceil(n_tokens / count / 16)
+    return [slice(i * n, min((i + 1) * n, n_tokens)) for i in range(count)]
+
+
+def few_rows(matrix: Tensor) -> list[slice]:
+    """The rows of a block's matrix (n, V), a few at a time."""
+    few = max((CACHE_BYTES if matrix.is_cpu else BLOCK_BYTES // 4) // (4 * matrix.shape[1]), 1)
+    return [slice(i, i + few) for i in range(0, len(matrix), few)]
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Align with K of the words, for inference (the paper's second version); paper/align_vocab.py chooses them
 
 
 class AlignTopK(nn.Module):
@@ -118,118 +236,6 @@ def spread(W2: Tensor) -> tuple[Tensor, Tensor]:
     return m, C
 
 
-class Mixture(torch.autograd.Function):
-    """h (..., D) -> F' = softmax(LayerNorm(h W2^T)) E_text (..., D): exact, and in blocks of n tokens.
-
-    A row for each token: z = h W2^T,   u = LayerNorm(z),   P = softmax(u),   F' = P E_text
-    (For Ovis h is F, W2 is (K, d) and E_text its own table (K, D).)
-
-    Nothing that this makes is kept: backward makes z, u and P again, which is seven products with a (V, D) matrix where
-    autograd does six and keeps P. LayerNorm and softmax are never less than fp32.
-    """
-
-    @staticmethod
-    def forward(ctx, h: Tensor, W2: Tensor, weight: Tensor, bias: Tensor, E_text: Tensor, eps: float) -> Tensor:
-        ctx.save_for_backward(h, W2, weight, bias, E_text)
-        ctx.eps = eps
-        F_align = h.new_empty(*h.shape[:-1], E_text.shape[1])                   # (..., D)
-        h, out = h.reshape(-1, h.shape[-1]), F_align.view(-1, E_text.shape[1])  # (N, D)
-        N, V = len(h), len(W2)
-        wide = torch.promote_types(h.dtype, torch.float32)
-        w, b = weight.to(wide), bias.to(wide)                                   # (V,)
-        parts = blocks(N, V * h.element_size())
-        buffer = h.new_empty(parts[0].stop, V)
-        for block in parts:
-            P = buffer[:block.stop - block.start]                               # (n, V)
-            times(h[block], W2, out=P)                                          # z, which P will replace
-            for r in few_rows(P):
-                P[r], _, _ = mixture_of(P[r].to(wide), w, b, eps)               # equation 1
-            torch.mm(P, E_text, out=out[block])                                 # equation 2
-        return F_align
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx, g: Tensor) -> tuple[Tensor | None, ...]:
-        """g = dL/dF' (..., D) -> dL/d of each input. With da for dL/da, and the sum over a row's V words:
-
-            dE_text = P^T g,   dP = g E_text^T                                   from F' = P E_text
-            du = P (dP - sum(P dP))                                              the softmax
-            dz, dweight, dbias                                                   the LayerNorm's, PyTorch's own
-            dW2 = dz^T h,   dh = dz W2                                           from z = h W2^T
-        """
-        h, W2, weight, bias, E_text = ctx.saved_tensors
-        need_h, need_W2, need_weight, need_bias, need_E_text, _ = ctx.needs_input_grad
-        shape = h.shape
-        h, g = (x.reshape(-1, x.shape[-1]) for x in (h, g))                     # (N, D)
-        N, V = len(h), len(W2)
-        wide = torch.promote_types(h.dtype, torch.float32)
-        w, b = weight.to(wide), bias.to(wide)                                   # (V,)
-        dh = torch.empty_like(h)                                                # (N, D)
-        dW2, dE_text = (torch.empty_like(W) if need else None for W, need in [(W2, need_W2), (E_text, need_E_text)])
-        dw, db = torch.zeros_like(w), torch.zeros_like(b)
-        needs_dz = need_h or need_W2, need_weight, need_bias
-        parts = blocks(N, 2 * V * h.element_size())
-        buffers = h.new_empty(2, parts[0].stop, V)
-        for block in parts:
-            z, P = buffers[:, :block.stop - block.start]                        # (n, V) each
-            before = float(block.start > 0)         # beta: the first block's product replaces what the memory held
-            times(h[block], W2, out=z)
-            if need_E_text:
-                for r in few_rows(z):
-                    P[r], _, _ = mixture_of(z[r].to(wide), w, b, ctx.eps)
-                dE_text.addmm_(P.T, g[block], beta=before)
-            if not any(needs_dz):
-                continue
-            dP = times(g[block], E_text, out=P)                                 # over P: its rows are soon made again
-            for r in few_rows(z):
-                z_r, dP_r = z[r].to(wide), dP[r].to(wide)                       # (few, V) each
-                p, mean, rstd = mixture_of(z_r, w, b, ctx.eps)
-                du = dP_r.sub_((p * dP_r).sum(-1, keepdim=True)).mul_(p)
-                dz, dw_r, db_r = torch.ops.aten.native_layer_norm_backward(du, z_r, (V,), mean, rstd, w, b, needs_dz)
-                if need_weight:
-                    dw += dw_r
-                if need_bias:
-                    db += db_r
-                if dz is not None:
-                    z[r] = dz
-            if need_W2:
-                dW2.addmm_(z.T, h[block], beta=before)                          # z is dz by now
-            if need_h:
-                torch.mm(z, W2, out=dh[block])
-        return dh.view(shape) if need_h else None, dW2, dw.to(weight.dtype), db.to(bias.dtype), dE_text, None
-
-
-def mixture_of(z: Tensor, w: Tensor, b: Tensor, eps: float) -> tuple[Tensor, Tensor, Tensor]:
-    """z (few, V) -> P_vocab = softmax(LayerNorm(z)) (few, V), and what its backward needs: z's mean and 1 / std."""
-    u, mean, rstd = torch.native_layer_norm(z, w.shape, w, b, eps)
-    return u.softmax(-1), mean, rstd
-
-
-def times(a: Tensor, W: Tensor, out: Tensor) -> Tensor:
-    """out (n, V) = a W^T of a (n, D) and W (V, D). On a CPU in pieces of W: for few rows MKL is 3 % faster so."""
-    words = 2048 if a.is_cpu else len(W)
-    for piece, part in zip(W.split(words), out.split(words, dim=1)):
-        torch.mm(a, piece.T, out=part)
-    return out
-
-
-def blocks(N: int, bytes_per_token: int) -> list[slice]:
-    """N tokens in equal blocks (the last may be shorter) of at most BLOCK_BYTES.
-
-    Their length is a multiple of 16, with which matrix products are a tenth faster than with an odd number.
-    """
-    most = max(BLOCK_BYTES // bytes_per_token // 16, 1)                         # in sixteens
-    count = max(math.ceil(N / (16 * most)), 1)                                  # one block, empty, of no tokens
-    n = 16 * math.ceil(N / count / 16)
-    return [slice(i * n, min((i + 1) * n, N)) for i in range(count)]
-
-
-def few_rows(matrix: Tensor) -> list[slice]:
-    """The rows of a block's matrix (n, V), a few at a time."""
-    few = max((CACHE_BYTES if matrix.is_cpu else BLOCK_BYTES // 4) // (4 * matrix.shape[1]), 1)
-    return [slice(i, i + few) for i in range(0, len(matrix), few)]
-
-
 # ---------------------------------------------------------------------------------------------------------------------
 # The paper's other connectors: they too read F and write embeddings of size D, but know nothing of the LLM's words
 
@@ -273,7 +279,7 @@ class FromScratch(nn.Module):
         """Matrices keep their input's variance; latents and table are N(0, 1), as in Flamingo and Ovis."""
         for name, p in self.named_parameters():
             if p.ndim > 1:
-                draw(p, 1.0 if name in ("latents", "table") else p.shape[-1] ** -0.5)
+                fill_normal(p, 1.0 if name in ("latents", "table") else p.shape[-1] ** -0.5)
             else:
                 p.fill_(0.0 if name.endswith("bias") else 1.0)
 

@@ -2,9 +2,9 @@
 
     python data.py --draw 20 --seed 1 pages/     # look at the data first: 20 held-out pages and questions.jsonl
 
-A sample is one packed stretch of tokens: begin-of-text, the user's header, IMAGE at the place of every visual token,
-the prompt, the assistant's header, the answer. Only answers and their end-of-turn token are supervised. The toy's
-examples come from toy/pages.py, those of --data from plumbing/streams.py.
+A sample is one sequence of tokens: begin-of-text, the user's header, IMAGE at the place of every visual token,
+the prompt, the assistant's header, the answer; pack() joins several into a row. Only answers and their end-of-turn
+token are supervised. The toy's examples come from toy/pages.py, those of --data from plumbing/streams.py.
 """
 import math
 import re
@@ -21,7 +21,7 @@ from plumbing.tokenizers import read_tokenizer_json, read_tokenizer_model
 from plumbing.weights import CheckpointError, InputError
 from vision import SigLIPConfig, tile, tile_boxes
 
-READ = "read the page"          # the prompt of stage 2, where no other is given
+READ = "read the page"          # asks for a page read aloud: the toy's stage 2, and sample.py without --prompt
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Tokenizer
@@ -145,7 +145,7 @@ class Sample:
 
 
 class BadSample(Exception):
-    """An example that nothing can be learnt from: its kind, one of BAD_KINDS, and what is wrong with it."""
+    """An example that nothing can be learnt from: its kind (plumbing/streams.py, BAD_KINDS), and what is wrong."""
 
 
 def encode_chat(turns: list[Turn], tokenizer: Tokenizer, visual_tokens: list[int]) -> tuple[Tensor, Tensor]:

@@ -43,7 +43,8 @@ from vision import tile, tile_boxes
 
 def answer(model: AlignVLM, tokenizer: Tokenizer, images: list[Image.Image | list[Image.Image]], prompts: list[str],
            max_tiles: int = 9, **generation) -> Iterator[list[str]]:
-    """Answer each (image or images, prompt) as one batch; yields what is there after every token, last the whole.
+    """Answer each (image or images, prompt) as one batch; yields the answers so far after every token,
+    and once more at the end.
 
     generation: what AlignVLM.generate takes (max_new_tokens, temperature, top_p, seed). An empty prompt asks for a
     caption: the user's turn is the image alone, as in stage 1.

@@ -1,6 +1,7 @@
 """F' and text -> answer: the Llama decoder, and AlignVLM, which puts the three parts together (paper section 3.1).
 
-    H_input = concat(F'_align, E_text(x)),  E_text(x) = [E_text(x_1), ..., E_text(x_M)]     equation 3
+    E_text(x) = [E_text(x_1), ..., E_text(x_M)]         equation 3
+    H_input = concat(F'_align, E_text(x))               without a number in the paper, just above equation 3
 
     model = AlignVLM.from_backbones("siglip-so400m-patch14-384", "Llama-3.2-1B")    # two downloaded folders
     loss = model(tokens, labels, pixels, lengths)                   # one packed row of samples
@@ -89,7 +90,7 @@ class KVCache:
 
     def __init__(self, config: LlamaConfig, batch: int, length: int, device, dtype, prefix: "KVCache | None" = None):
         self.start = prefix.reach if prefix else 0      # every row begins with the one row that the prefix holds
-        self.reach = self.start + length    # attention reads so many places: all, or on a CPU as many as are filled
+        self.reach = self.start + length    # attention reads this many places: all, or on a CPU only the filled ones
         shape = batch, config.n_kv_heads, self.reach, config.head_dim
         self.k, self.v = ([torch.zeros(shape, device=device, dtype=dtype) for _ in range(config.n_layers)]
                           for _ in range(2))
@@ -130,6 +131,7 @@ class Attention(nn.Module):
         return [*rotate(qk, cos, sin).split([self.n_heads, v.shape[1]], dim=1), v]
 
     def forward(self, x: Tensor, cos: Tensor, sin: Tensor, lengths, cache, positions, mask) -> Tensor:
+        """x (B, L, D) -> (B, L, D); cos and sin from rope(); the rest as in Llama.hidden, which makes the mask."""
         q, k, v = self.qkv(x, cos, sin)
         if cache is not None:
             past_k, past_v = cache.write(self.layer, positions, k, v)
@@ -167,11 +169,14 @@ class Layer(nn.Module):
         self.mlp = SwiGLU(config.hidden_size, config.intermediate_size, config.hidden_size)
 
     def forward(self, x: Tensor, *context) -> Tensor:
+        """x (B, L, D) -> (B, L, D); context: what Attention.forward takes besides."""
         x = x + self.self_attn(self.input_layernorm(x), *context)
         return x + self.mlp(self.post_attention_layernorm(x))
 
 
 class Llama(nn.Module):
+    """The decoder. Training, prefill and decoding share `hidden`; the head is applied where logits are needed."""
+
     def __init__(self, config: LlamaConfig):
         super().__init__()
         self.config = config
@@ -192,6 +197,7 @@ class Llama(nn.Module):
 
         lengths: the row (B = 1) holds samples of these lengths, packed; each is read by itself, from position 0.
         cache, positions (B, L): keep keys and values there; L = 1 continues, a longer x starts at position cache.start.
+        last: only with a cache, when it is first filled; positions are then the same in every row.
         """
         if positions is None:
             positions = torch.cat([torch.arange(n, device=x.device) for n in lengths or [x.shape[1]]])[None]
@@ -205,11 +211,11 @@ class Llama(nn.Module):
             _, k, v = top.self_attn.qkv(top.input_layernorm(x), cos, sin)
             cache.write(top.self_attn.layer, positions, k, v)
             x, positions, mask = x[cache.rows, last - cache.start], last, cache.mask(last)      # (B, 1, D)
-            cos, sin = (angle[0, 0, last - cache.start][:, None] for angle in (cos, sin))
+            cos, sin = (angle[0, 0, last - cache.start][:, None] for angle in (cos, sin))       # (B, 1, 1, head_dim)
         return self.norm(top(x, cos, sin, lengths, cache, positions, mask))
 
     def forward(self, tokens: Tensor | None = None, embeddings: Tensor | None = None) -> Tensor:
-        """tokens (B, L) int64, or embeddings (B, L, D) -> logits (B, L, V)."""
+        """tokens (B, L) int64, or embeddings (B, L, D) -> all logits (B, L, V), which the model itself never needs."""
         x = self.embed_tokens(tokens) if embeddings is None else embeddings
         return nnf.linear(self.hidden(x), self.head)
 
@@ -310,6 +316,12 @@ class AlignVLM(nn.Module):
                                        config.llm.vocab_size)
         self.llm = Llama(config.llm)
 
+    def init_weights(self) -> None:
+        """Weights for training from scratch; W2 starts as a copy of this LLM's head."""
+        self.vision.init_weights()
+        self.llm.init_weights()
+        self.connector.init_weights(self.llm.head)
+
     def embed(self, tokens: Tensor, pixels: Tensor) -> Tensor:
         """tokens (B, L) with IMAGE at T * n places, pixels (T, 3, S, S) -> H_input (B, L, D).
 
@@ -321,11 +333,12 @@ class AlignVLM(nn.Module):
         if image.sum() != n:
             raise ValueError(f"{int(image.sum())} image positions for {n} visual tokens")
         words = tokens.masked_fill(image, 0).to(E_text.device, non_blocking=True)
-        H = nnf.embedding(words, E_text)                                           # (B, L, D), equation 3
+        H = nnf.embedding(words, E_text)                                           # (B, L, D), equation 3: E_text(x)
         if n == 0:      # on all ranks or on none, else FSDP waits
             return H
         F = self.vision(pixels)                                                    # (T, N, d)
         F_align = self.connector(F, E_text).flatten(0, 1)                          # (T * n, D), equations 1 and 2
+        # H_input = concat(F'_align, E_text(x)), not end to end: each visual token goes where its image stands
         places = image.flatten().nonzero()[:, 0].to(E_text.device, non_blocking=True)       # (T * n,), of B * L
         return H.flatten(0, 1).index_copy(0, places, F_align.to(H.dtype)).view_as(H)
 

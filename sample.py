@@ -61,7 +61,11 @@ def image_files(paths: list[str]) -> list[Path]:
 
 def chat(llm: Llama, tokenizer: Tokenizer, prompt: str, **generation) -> Iterator[list[str]]:
     """The bare LLM's answer to a prompt, so far, after every token."""
-    tokens, _ = encode_chat([Turn("user", [prompt])], tokenizer, [])
+    return go_on(llm, tokenizer, encode_chat([Turn("user", [prompt])], tokenizer, [])[0], **generation)
+
+
+def go_on(llm: Llama, tokenizer: Tokenizer, tokens: Tensor, **generation) -> Iterator[list[str]]:
+    """What the LLM writes after tokens (L,), so far, after every token."""
     x, ids = llm.embed_tokens(tokens[None].to(llm.embed_tokens.weight.device)), []          # (1, L, D)
     for [token] in llm.generate(x, [len(tokens)], tokenizer.stop, **generation):
         ids.append(token)
@@ -144,11 +148,8 @@ class Conversation:
     def ask(self, prompt: str, **generation) -> Iterator[list[str]]:
         """The answer so far, after every token, as `answer` gives it. Raises TextError."""
         tokens, _ = encode_chat([Turn("user", [*self.images, prompt])], self.tokenizer, [1] * len(self.images))
-        tokens, ids = tokens[after_images(tokens):], []                         # (L,)
-        x = self.model.llm.embed_tokens(tokens[None].to(self.read.rows.device))            # (1, L, D)
-        for [token] in self.model.llm.generate(x, [len(tokens)], self.tokenizer.stop, prefix=self.read, **generation):
-            ids.append(token)
-            yield [self.tokenizer.decode(ids)]
+        tokens = tokens[after_images(tokens):]                                  # (L,)
+        yield from go_on(self.model.llm, self.tokenizer, tokens, prefix=self.read, **generation)
 
 
 def after_images(tokens: Tensor) -> int:

@@ -1,13 +1,14 @@
 """Train AlignVLM's three stages: captions, documents, instructions (paper section 3.3).
 
     python train.py                                     # the toy: all stages, on a laptop, in ten minutes
-    python train.py --stage 1                           # one of them; it starts from the last one's checkpoint
+    python train.py --stage 1                           # one of them; it starts from the stage before's folder
     torchrun --nproc_per_node 8 train.py --stage 1 --vision siglip-so400m-patch14-384 --llm Llama-3.2-1B --out out/1b \\
         --data cc12m/                                   # on 8 GPUs, from two folders with released weights
 
 Stage 0 stands for what a released LLM brings along: the toy's own LLM learns to read pages as plain text, before it
-meets an image (toy/stage0 in the box has). Every stage writes a folder OUT/stageN, from which the next one and
-sample.py start. The same command goes on where it was interrupted, and does not train again what is complete.
+meets an image (the one in the box, toy/stage0, has done so already). Every stage writes a folder OUT/stageN, from which
+the next one and sample.py start. The same command goes on where it was interrupted, and does not train again what is
+complete.
 """
 import argparse
 import functools
@@ -51,7 +52,8 @@ STOP = threading.Event()        # SIGTERM or SIGINT has come: finish the step, s
 
 @dataclass
 class Recipe:
-    """What one stage trains, and how. The first block is the paper's (appendix A.1), the second MS-Swift's defaults."""
+    """What one stage trains, and how. The first block is the paper's (appendix A.1; row_tokens is ours), the second
+    MS-Swift's defaults, the third ours."""
     trainable: tuple[str, ...]
     batch_size: int = 512               # samples a step, over all ranks
     lr: float = 1e-5
@@ -142,7 +144,7 @@ def optimizer_of(model: AlignVLM, recipe: Recipe) -> torch.optim.Optimizer:
 # One step
 
 
-def in_step(rows: list[list[Sample]], config: AlignVLMConfig) -> tuple[list[list[Sample]], Counter]:
+def match_ranks(rows: list[list[Sample]], config: AlignVLMConfig) -> tuple[list[list[Sample]], Counter]:
     """The rows of this rank, so that all ranks call the same modules equally often: under FSDP they wait otherwise.
 
     A rank with fewer rows than another gets blank ones, and a row without an image a blank tile if any rank has one.
@@ -178,10 +180,10 @@ def accumulate_gradients(model: AlignVLM, rows: list[list[Sample]],
                          device: torch.device) -> tuple[Tensor | None, Counter, list[Tensor]]:
     """Gradients of the mean loss over all supervised tokens of a step, on all ranks, however it is split into rows.
 
-    Returns that loss (nats per token; None, and no gradients, if there is nothing to learn from), in_step's counts, and
-    the sums of this rank's rows. The losses stay on the device.
+    Returns that loss (nats per token; None, and no gradients, if there is nothing to learn from), match_ranks' counts,
+    and the sums of this rank's rows. The losses stay on the device.
     """
-    rows, counts = in_step(rows, model.config)
+    rows, counts = match_ranks(rows, model.config)
     if counts["supervised"] == 0 or counts["tiles"] == 0 and not model.llm.norm.weight.requires_grad:
         return None, counts, []     # text passes the LLM alone
     losses = []
@@ -201,7 +203,7 @@ def take_step(model: AlignVLM, optimizer: torch.optim.Optimizer, rows: list[list
 
     The device decides that, and the host does not wait for it. Returns the loss, the gradient's norm and the losses of
     this rank's rows in one tensor (None if there was nothing to learn from), which the host has after the event that
-    comes with it, if one does; and in_step's counts.
+    comes with it, if one does; and match_ranks' counts.
     """
     loss, counts, losses = accumulate_gradients(model, rows, device)
     if loss is None:
@@ -222,13 +224,17 @@ def take_step(model: AlignVLM, optimizer: torch.optim.Optimizer, rows: list[list
 class Progress:
     """How far a stage has come."""
     step: int = 0
-    position: Position = field(default_factory=dict)
-    holes: Counter = field(default_factory=dict)        # bad samples by kind, and how many were seen
+    position: Position = field(default_factory=Position)
+    holes: Counter = field(default_factory=Counter)        # bad samples by kind, and how many were seen
     skipped: int = 0                                    # steps whose loss or gradient was not finite
 
     def record(self) -> dict:
         """What goes with a training state, as JSON."""
         return {**vars(self), "position": vars(self.position)}
+
+    @classmethod
+    def of(cls, record: dict) -> "Progress":
+        return cls(**{**record, "position": Position(**record["position"]), "holes": Counter(record["holes"])})
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -241,7 +247,8 @@ def evaluate(stage: int, model: AlignVLM, tokenizer: Tokenizer, held_out: Datase
     """The held-out loss (nats per supervised token, all ranks'); from stage 2 on also how the toy reads and answers."""
     references = itertools.islice((r for r, _ in held_out.draws(Position()) if r is not None), EVAL_SAMPLES)
     samples = map(held_out.__getitem__, itertools.islice(references, dist.get_rank(), None, dist.get_world_size()))
-    rows, counts = in_step(fill_rows([s for s in samples if isinstance(s, Sample)], recipe.row_tokens), model.config)
+    rows = fill_rows([s for s in samples if isinstance(s, Sample)], recipe.row_tokens)
+    rows, counts = match_ranks(rows, model.config)
     total = sum((row_loss(model, row, device) for row in rows), torch.zeros((), device=device))
     dist.all_reduce(total)
     scores = {"held_out_loss": total.item() / max(1, counts["supervised"])}
@@ -277,8 +284,7 @@ def train_stage(stage: int, recipe: Recipe, model: AlignVLM, tokenizer: Tokenize
     optimizer = optimizer_of(model, recipe)
     documents, held_out = samples_of(stage, recipe, tokenizer, config, args)
     states = States(folder, model, optimizer, args.keep, args.timeout)
-    p = Progress(**states.load(path)) if path else Progress()
-    p.position, p.holes = Position(**p.position), Counter(p.holes)
+    p = Progress.of(states.load(path)) if path else Progress()
 
     order = deal(documents.draws(p.position), recipe.batch_size, rank, world)
     ahead = max(2, recipe.batch_size // (world * args.workers)) if args.workers else None       # about a step
@@ -292,7 +298,8 @@ def train_stage(stage: int, recipe: Recipe, model: AlignVLM, tokenizer: Tokenize
     with StepLog(folder / "log.jsonl", stage, recipe.steps, p, device, flops) as log:
         steps = steps_of(loader)
         while not is_over():
-            samples, position = next(steps)
+            samples, position = next(steps)     # this rank's share of a step, and the place in the data after it
+            # All ranks: are we at the same place, and was anyone asked to stop?
             if meet(position, STOP.is_set() or p.step >= (args.max_steps or math.inf)):
                 log.settle()
                 states.save(p.step, p.record())
@@ -322,9 +329,9 @@ def connector_of(stage: int, folder: Path, args) -> ConnectorConfig:
     """What the flags ask for in stage 1, then what the folder has. Raises InputError if they ask for another."""
     if stage <= 1:
         sizes = ALIGNVLM_PRESETS["llama-3.2-1b" if args.llm else "toy"].connector
-        return replace(sizes, **args.connector if stage == 1 else {})
+        return replace(sizes, **args.connector_settings if stage == 1 else {})
     connector = read_config(folder).connector
-    if replace(connector, **args.connector) != connector:
+    if replace(connector, **args.connector_settings) != connector:
         raise InputError(f"{folder} has the connector {connector.kind}: another, or another table, begins with stage 1")
     return connector
 
@@ -332,21 +339,20 @@ def connector_of(stage: int, folder: Path, args) -> ConnectorConfig:
 def build(stage: int, start: Path, recipe: Recipe, connector: ConnectorConfig, args, device: torch.device) -> AlignVLM:
     """The model as a stage starts, in fp32 and sharded: from released weights, from the folder `start`, or for the
     toy's first stage from scratch. Sharding comes before reading, so that a rank reads no more than its part."""
-    def prepare(model: AlignVLM) -> None:
+    def freeze_and_shard(model: AlignVLM) -> None:
         for name, module in model.named_children():
             module.requires_grad_(name in recipe.trainable)
         shard(model, device, args.shard_size, args.recompute, args.compile)
 
     torch.manual_seed(args.seed)
     if stage == 1 and args.llm:
-        return AlignVLM.from_backbones(args.vision, args.llm, torch.float32, device, prepare, connector)
+        return AlignVLM.from_backbones(args.vision, args.llm, torch.float32, device, freeze_and_shard, connector)
     if stage > 0:
-        return AlignVLM.from_pretrained(start, torch.float32, device, prepare, connector if stage == 1 else None)
+        connector = connector if stage == 1 else None       # later stages keep what the folder has
+        return AlignVLM.from_pretrained(start, torch.float32, device, freeze_and_shard, connector)
     model = AlignVLM(ALIGNVLM_PRESETS["toy"])
-    model.vision.init_weights()
-    model.llm.init_weights()
-    model.connector.init_weights(model.llm.head)
-    prepare(model.to(device))
+    model.init_weights()
+    freeze_and_shard(model.to(device))
     return model
 
 
@@ -419,7 +425,8 @@ def parse_args() -> argparse.Namespace:
             (args.table_size and args.connector != "ovis", "--table-size is for --connector ovis")]:
         if impossible:
             parser.error(why)
-    args.connector = {key: value for key, value in [("kind", args.connector), ("table_size", args.table_size)] if value}
+    flags = {"kind": args.connector, "table_size": args.table_size}
+    args.connector_settings = {key: value for key, value in flags.items() if value}
     args.lr_scale = {scale[1]: float(scale[2]) for scale in scales}
     args.timeout = timedelta(seconds=args.timeout)
     return args
@@ -474,6 +481,7 @@ def run_stage(stage: int, args, device: torch.device, restarted: bool) -> bool:
     # A tokenizer goes with its LLM: the released one's, or that of the folder from which the stage starts.
     source = start if stage > 0 else partial
     model = build(stage, start, recipe, connector, args, device)
+    # Read before begin(), so that a folder without a usable one leaves nothing behind; stage 0 writes its own below.
     tokenizer = Tokenizer(source, model.config.llm.vocab_size) if stage > 0 else None
     path = [begin(partial, record, model, resume, args.keep) if main_rank else None]
     if stage == 0 and main_rank:

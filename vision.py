@@ -1,4 +1,4 @@
-"""Page -> tiles -> features F: the first station of AlignVLM (paper section 3.1, part 1).
+"""Page -> tiles -> features F: stations 1 and 2 of the README (paper section 3.1, part 1).
 
 A page is cut into at most 9 tiles by Ovis' coverage ratio, each tile is resized onto an S x S canvas, and a SigLIP
 vision transformer (https://arxiv.org/abs/2303.15343) turns it into N feature vectors of size d, one per patch.
@@ -102,6 +102,7 @@ class MLP(nn.Module):
         self.fc2 = nn.Linear(config.intermediate_size, config.hidden_size)
 
     def forward(self, x: Tensor) -> Tensor:
+        """x (..., d) -> (..., d)."""
         return self.fc2(nnf.gelu(self.fc1(x), approximate="tanh"))
 
 
@@ -116,6 +117,7 @@ class Layer(nn.Module):
         self.mlp = MLP(config)
 
     def forward(self, x: Tensor) -> Tensor:
+        """x (T, N, d) -> (T, N, d)."""
         x = x + self.self_attn(self.layer_norm1(x))
         return x + self.mlp(self.layer_norm2(x))
 
@@ -128,13 +130,17 @@ class SigLIP(nn.Module):
         if config.feature_layer is not None and not -config.n_layers - 1 <= config.feature_layer <= config.n_layers:
             raise ValueError(f"feature_layer {config.feature_layer} of an encoder with {config.n_layers} layers")
         self.config = config
+        # How many layers run: feature_layer, counted from the end if negative, or all.
         self.depth = range(config.n_layers + 1)[-1 if config.feature_layer is None else config.feature_layer]
         self.embeddings = Embeddings(config)
         self.encoder = nn.ModuleDict({"layers": nn.ModuleList(Layer(config) for _ in range(config.n_layers))})
         self.post_layernorm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
 
     def forward(self, pixels: Tensor) -> Tensor:
-        """pixels (T, 3, S, S), normalised -> F (T, N, d), the features of section 3.1; same dtype."""
+        """pixels (T, 3, S, S), normalised -> F (T, N, d): F_t = VisionEncoder(P_t) of every tile; same dtype.
+
+        F = concat(F_1, ..., F_T) is F.flatten(0, 1) (T * N, d): AlignVLM.embed does it, after the connector.
+        """
         x = self.embeddings(pixels)                         # (T, N, d)
         for layer in self.encoder["layers"][:self.depth]:
             x = layer(x)                                    # (T, N, d)

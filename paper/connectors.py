@@ -21,16 +21,17 @@ import torch.nn.functional as nnf
 from torch import Tensor, nn
 from tqdm import tqdm
 
+from connector import CONNECTORS
 from data import Tokenizer
 from model import AlignVLM
 from plumbing.logs import read_log
 from plumbing.runs import IN_THE_BOX
 from plumbing.weights import InputError
-from toy.pages import KINDS, draw, drawn_page, eye_chart, plain_text
+from toy.looks import draw
+from toy.pages import KINDS, drawn_page, eye_chart, plain_text
 from vision import tile
 
 ROOT = Path(__file__).resolve().parent.parent
-CONNECTORS = ["align", "mlp", "perceiver", "ovis"]
 STEPS = {1: 80, 2: 60, 3: 100}              # by stage
 BATCH = 16                                  # pages a step
 EVERY = 25                                  # steps of stage 3 between looks at the held-out questions
@@ -101,7 +102,7 @@ def train_and_ask(kind: str, seed: int, backbones: Path, out: Path, documents: i
                            for rows in logs.values() for row in rows if "images_per_s" in row)}
 
 
-def spread(values: list[float]) -> str:
+def mean_and_range(values: list[float]) -> str:
     """Their mean, and from where to where they go."""
     mean = sum(values) / len(values)
     return f"{mean:.1f}" + (f" ({min(values):.1f} to {max(values):.1f})" if len(values) > 1 else "")
@@ -115,12 +116,13 @@ def table(runs: dict[str, list[dict]]) -> str:
               "paper: noise"]
     lines = [f"| {' | '.join(header)} |", "|---" * len(header) + "|"]
     for kind, some in runs.items():
-        noisy = [spread([run["noise"][i]["score"] for run in some]) for i in range(len(NOISE))]
+        noisy = [mean_and_range([run["noise"][i]["score"] for run in some]) for i in range(len(NOISE))]
         far = sum(run["noise"][-1]["cosine_distance"] for run in some) / len(some)
         reached = ", ".join("never" if run["samples_to_90"] is None else f"{run['samples_to_90']:,}" for run in some)
         average, loss = PAPER[kind]
-        lines.append(f"| {kind} | {spread([run['exact_match'] for run in some])} | {' | '.join(noisy)} | {far:.4f} | "
-                     f"{reached} | {some[0]['parameters']:,} | {spread([run['seconds'] for run in some])} | "
+        right = mean_and_range([run["exact_match"] for run in some])
+        lines.append(f"| {kind} | {right} | {' | '.join(noisy)} | {far:.4f} | "
+                     f"{reached} | {some[0]['parameters']:,} | {mean_and_range([run['seconds'] for run in some])} | "
                      f"{average} | {'' if loss is None else loss} |")
     return "\n".join(lines) + "\n"
 

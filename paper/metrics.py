@@ -1,4 +1,4 @@
-"""How the paper's benchmarks score an answer (section 4.1, Tables 1 and 2): one function per metric.
+"""How the paper's benchmarks score an answer (section 4, Tables 1 and 2): one function per metric.
 
 METRICS[benchmark](rows) takes rows with "prediction" (what the model wrote), "answers" (the golds, never empty),
 "question" and "split", and returns scores from 0 to 1 by name, the headline first: nan without rows. They have to

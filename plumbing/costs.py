@@ -22,7 +22,7 @@ SMALL_SAMPLES = {1: (558_000, 1, 64, 32), 2: (779_000, 5, 384, 256)}        # lo
 def step_flops(config: AlignVLMConfig, trainable: tuple[str, ...], counts: Counter) -> float:
     """Floating-point operations of a training step by the model's formula, recomputation not counted.
 
-    counts: train.in_step's. A token's product with a matrix of n numbers is 2 n; backward as much again for the
+    counts: train.match_ranks's. A token's product with a matrix of n numbers is 2 n; backward as much again for the
     weights' gradient, if they train, and for the input's, if anything before does.
     """
     v, l, c = config.vision, config.llm, config.connector
@@ -111,7 +111,8 @@ def plan(args, recipes: dict) -> None:
     config = copy.copy(ALIGNVLM_PRESETS.get(args.preset, ALIGNVLM_PRESETS["llama-3.2-1b"]))
     if args.llm:
         config = AlignVLMConfig(read_siglip(args.vision)[0], read_llama(args.llm)[0])
-    config.connector, ranks = replace(config.connector, **args.connector), min(args.shard_size or args.gpus, args.gpus)
+    config.connector = replace(config.connector, **args.connector_settings)
+    ranks = min(args.shard_size or args.gpus, args.gpus)
     for stage in [args.stage] if args.stage is not None else [stage for stage in recipes[args.preset] if stage > 0]:
         recipe = recipes[args.preset][stage]
         samples, tiles, text, answer = (SMALL_SAMPLES if args.preset == "low-resource" else SAMPLES)[stage]

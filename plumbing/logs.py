@@ -30,7 +30,7 @@ class StepLog:
 
     def __init__(self, path: Path, stage: int, n_steps: int, progress, device: torch.device,
                  flops: Callable[[Counter], float]):
-        """progress: a train.Progress, whose skipped steps are counted here; flops: of a step with in_step's counts."""
+        """progress: a train.Progress, whose skipped steps are counted here; flops: of a step with its counts."""
         self.stage, self.progress, self.device, self.flops = stage, progress, device, flops
         self.under_way, self.blamed = [], []        # the step that is not judged; the suspects of each skipped one
         self.file = open_log(path if dist.get_rank() == 0 else Path(os.devnull))

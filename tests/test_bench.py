@@ -14,7 +14,7 @@ ROWS = {
     "decode": ["decode-fp32", "decode-bf16", "decode-batch8"],
     "connector": ["connector-729", "connector-7290"],
     "load": ["load"],
-    "answer": ["answer-mlp"],
+    "answer": ["answer-align-vs-mlp"],
     "train": ["train"],
 }
 

@@ -63,7 +63,7 @@ class Page:
     @property
     def large(self) -> bool:
         """Whether it takes several tiles."""
-        return max(self.columns, self.rows) > 8
+        return max(self.columns, self.rows) > 8         # patches a side of the toy's tile
 
 
 def code(rng: random.Random, low: int, high: int) -> str:
@@ -312,6 +312,7 @@ class ToyDocuments(Dataset):
         self.seed = seed if split == "train" else f"{split}/{seed}"
 
     def draws(self, start: Position) -> Iterator[tuple[int | None, Position]]:
+        """As plumbing/streams.py's Documents.draws, for one epoch: the lessons in the order of their numbers."""
         for i in range(*(start.taken or [0]), self.n):
             yield i, Position(0, [i + 1])
         yield None, Position(1)
