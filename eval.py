@@ -30,7 +30,7 @@ from paper.benchmarks import Benchmark, open_benchmark
 from paper.metrics import METRICS, edit_distance
 from paper.noise import STD_PAGES, feature_std, noise_on
 from paper.predictions import begin_predictions, join_predictions
-from paper.tables import headline, score_files, show
+from paper.tables import check_scores, headline, score_files, show
 from paper.words import summary_line, vocab_report
 from plumbing.logs import open_log
 from plumbing.processes import roll_call, run_main, start_processes
@@ -219,7 +219,8 @@ def main() -> None:
         before = read_json(args.out / "scores.json")
         if before.get("weights") != results["weights"]:
             raise InputError(f"{args.out / 'scores.json'}: scores of another model: take another --out")
-        results |= {key: before[key] for key in ("scores", "noise") if isinstance(before.get(key), dict)}
+        check_scores(before, args.out / "scores.json")
+        results |= {key: before[key] for key in ("scores", "noise") if key in before}
     with roll_call(timeout):
         for benchmark in benchmarks:
             scores, noise = evaluate(model, tokenizer, benchmark, args)

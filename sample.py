@@ -39,6 +39,7 @@ from plumbing.weights import InputError
 from vision import read_image, tile
 
 BATCH = 16      # pages that are asked about together
+MAX_QUESTION = 4096             # tokens that --interactive takes in one question
 
 
 def image_files(paths: list[str]) -> list[Path]:
@@ -74,7 +75,12 @@ def go_on(llm: Llama, tokenizer: Tokenizer, tokens: Tensor, **generation) -> Ite
 
 def answer_each(model: AlignVLM, tokenizer: Tokenizer, files: list[Path], prompts: list[str], what: str,
                 **generation) -> Iterator[str]:
-    """The answer to each prompt about the image of its own, BATCH at a time, beside a bar that says `what`."""
+    """The answer to each prompt about the image of its own, BATCH at a time, beside a bar that says `what`.
+
+    Raises ImageError for one that cannot be read before it answers any.
+    """
+    for file in files:
+        read_image(file)
     with tqdm(total=len(files), desc=what) as bar:
         for first in range(0, len(files), BATCH):
             images = [read_image(file) for file in files[first:first + BATCH]]
@@ -94,10 +100,13 @@ def read_questions(path: Path) -> list[dict]:
                 if not all(isinstance(rows[-1][key], str) for key in ("image", "prompt")):
                     raise TypeError("both are strings")
                 if not (path.parent / rows[-1]["image"]).is_file():
-                    raise InputError(f"{path}, line {number}: no file {path.parent / rows[-1]['image']}")
+                    name = str(path.parent / rows[-1]["image"])[:200]
+                    raise InputError(f"{path}, line {number}: no file {name!r}")
     except UnicodeDecodeError:
         raise InputError(f"{path}: not UTF-8 text") from None
-    except (json.JSONDecodeError, KeyError, TypeError):
+    except InputError:
+        raise
+    except (ValueError, RecursionError, KeyError, TypeError):
         raise InputError(f'{path}, line {number}: not JSON with an "image" and a "prompt", both strings') from None
     return rows
 
@@ -105,15 +114,16 @@ def read_questions(path: Path) -> list[dict]:
 def answer_file(model: AlignVLM, tokenizer: Tokenizer, args, **generation) -> None:
     """The rows of --questions with a `prediction` in each; written beside --answers, then renamed."""
     rows = read_questions(Path(args.questions))
-    if Path(args.answers).is_dir():
-        raise InputError(f"--answers {args.answers}: a folder, not a file")
+    answers = Path(args.answers).resolve()
+    if answers.exists() and not answers.is_file():
+        raise InputError(f"--answers {args.answers}: a folder or a device, not a file")
     files, prompts = [Path(args.questions).parent / row["image"] for row in rows], [row["prompt"] for row in rows]
-    partial = Path(args.answers + ".partial")
+    partial = answers.with_name(answers.name + ".partial")
     with partial.open("w", encoding="utf-8") as out:
         predictions = answer_each(model, tokenizer, files, prompts, "questions", max_tiles=args.max_tiles, **generation)
         for prediction, row in zip(predictions, rows):
             out.write(json.dumps({**row, "prediction": prediction}) + "\n")
-    os.replace(partial, args.answers)
+    os.replace(partial, answers)
 
 
 def answer_folder(model: AlignVLM, tokenizer: Tokenizer, files: list[Path], prompt: str, max_tiles: int,
@@ -149,6 +159,8 @@ class Conversation:
         """The answer so far, after every token, as `answer` gives it. Raises TextError."""
         tokens, _ = encode_chat([Turn("user", [*self.images, prompt])], self.tokenizer, [1] * len(self.images))
         tokens = tokens[after_images(tokens):]                                  # (L,)
+        if len(tokens) > MAX_QUESTION:
+            raise TextError(f"a question of {len(tokens):,} tokens: at most {MAX_QUESTION:,}")
         yield from go_on(self.model.llm, self.tokenizer, tokens, prefix=self.read, **generation)
 
 

@@ -410,7 +410,7 @@ def parse_args() -> argparse.Namespace:
     args = parser.parse_args()
     for name in ("steps batch_size row_tokens max_length epochs lr max_tiles save_every keep max_steps eval_every "
                  "table_size shard_size timeout gpus gpu_memory mfu").split():
-        if getattr(args, name) is not None and not getattr(args, name) > 0:
+        if getattr(args, name) is not None and not 0 < getattr(args, name) < math.inf:
             parser.error(f"--{name.replace('_', '-')} is more than 0")
     args.workers = args.workers if args.workers is not None else min(4, os.cpu_count()) if args.data else 0
     scales = [re.fullmatch(r"(vision|connector|llm)=(\d*\.?\d+)", scale) for scale in args.lr_scale]
@@ -418,6 +418,7 @@ def parse_args() -> argparse.Namespace:
             (not all(scales), f"--lr-scale {' '.join(args.lr_scale)}: vision, connector or llm, =, and a share"),
             (min(args.workers, args.held_out, args.seed) < 0, "--workers, --held-out and --seed are at least 0"),
             (not 0 <= args.max_bad <= 1, "--max-bad is from 0 to 1"),
+            (args.data and args.look != "clean", "--look is of the toy's pages, not of --data"),
             (args.data and not args.stage, "--data is for one stage: add --stage 1, 2 or 3"),
             (args.data and args.eval_every and not args.eval_data, "--eval-every needs --eval-data beside --data"),
             (args.stage is None and args.resume not in ("auto", "never"), "--resume PATH is of a stage: add --stage"),
@@ -428,7 +429,7 @@ def parse_args() -> argparse.Namespace:
     flags = {"kind": args.connector, "table_size": args.table_size}
     args.connector_settings = {key: value for key, value in flags.items() if value}
     args.lr_scale = {scale[1]: float(scale[2]) for scale in scales}
-    args.timeout = timedelta(seconds=args.timeout)
+    args.timeout = timedelta(seconds=min(args.timeout, 1e8))
     return args
 
 

@@ -55,9 +55,9 @@ class Benchmark:
 
 def open_benchmark(spec: str) -> Benchmark:
     """NAME=PATH, PATH, a name of TOY_LOOKS, or one=N -> Benchmark, of which no image is read yet. Raises InputError."""
-    name, _, rest = spec.partition("=")
+    name, equals, rest = spec.partition("=")
     if name in TOY_LOOKS:
-        return toy_benchmark(name, rest or "200")
+        return toy_benchmark(name, rest if equals else "200")
     if Path(spec).exists() or not rest:
         name, path = name_of(spec), Path(spec)
     elif name in FILE_NAMES:
@@ -87,7 +87,8 @@ def name_of(path: str) -> str:
         for name, pattern in FILE_NAMES.items():
             if re.search(pattern, letters):
                 return name
-    raise InputError(f"{path}: its name tells no benchmark: say NAME={path}, with one of {', '.join(FILE_NAMES)}")
+    raise InputError(f"{path}: its name tells no benchmark: say NAME={path}, with one of {', '.join(FILE_NAMES)}, "
+                     f"or {', '.join(TOY_LOOKS)}")
 
 
 def row_of(index, question: str, answers: list[str], split: str | None = None) -> dict:
@@ -269,8 +270,8 @@ def parquet_benchmark(name: str, path: Path) -> Benchmark:
 
 def toy_benchmark(name: str, number: str) -> Benchmark:
     """The held-out documents that train.py reads at its end with --seed 0, with one question each."""
-    if not number.isascii() or not number.isdigit() or int(number) == 0:
-        raise InputError(f"{name}={number}: {name}=N takes a number of documents")
+    if not number.isascii() or not number.isdigit() or not 0 < int(number[:9]) <= 1_000_000:
+        raise InputError(f"{name}={number}: {name}=N takes a number of documents, at most 1,000,000")
     documents = held_out_documents(int(number), seed=0)
     rows = [row_of(i, prompt, [gold], page.kind) for i, (page, prompt, gold) in enumerate(documents)]
     return Benchmark(name, rows, [prompt for _, prompt, _ in documents],

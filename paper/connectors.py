@@ -75,7 +75,13 @@ def make_backbones(folder: Path, steps: int = 300) -> None:
 
 def run(*command) -> None:
     """One of the repository's commands; what it prints is shown. Raises InputError if it fails."""
-    if subprocess.run([sys.executable, *map(str, command)], cwd=ROOT).returncode:
+    process = subprocess.Popen([sys.executable, *map(str, command)], cwd=ROOT)
+    try:
+        status = process.wait()
+    except KeyboardInterrupt:
+        process.wait()              # it saves its state
+        raise
+    if status:
         raise InputError(f"`{' '.join(map(str, command))}` has failed: the same command goes on when that is mended")
 
 
@@ -87,6 +93,8 @@ def train_and_ask(kind: str, seed: int, backbones: Path, out: Path, documents: i
     for stage, steps in STEPS.items():
         run("train.py", "--stage", stage, "--connector", kind, "--seed", seed, "--steps", steps, "--batch-size", BATCH,
             "--out", out, "--eval-every", EVERY if stage == 3 else steps, "--held-out", 50)
+        if not (out / f"stage{stage}" / "config.json").exists():        # it was asked to stop
+            raise KeyboardInterrupt
     run("eval.py", "--checkpoint", out / "stage3", "--benchmark", f"toy={documents}", "--batch-size", 50,
         "--max-new-tokens", 24, "--noise-relative", *NOISE, "--out", out / "eval")
     results = json.loads((out / "eval" / "scores.json").read_text())
@@ -135,6 +143,9 @@ def main() -> None:
     add("--documents", type=int, default=100, help="held-out pages in the end (default: %(default)s)")
     add("--out", type=Path, default=Path("out/connectors"), help="default: %(default)s")
     args = parser.parse_args()
+    if min(args.seeds, args.documents) < 1:
+        parser.error("--seeds and --documents are at least 1")
+    args.out = args.out.resolve()
     make_backbones(args.out / "backbones")
     runs: dict[str, list[dict]] = {}
     for seed in range(args.seeds):          # a seed of each first: a table is there early
@@ -152,3 +163,5 @@ if __name__ == "__main__":
     except (InputError, OSError) as error:
         print(f"paper/connectors.py: {error}", file=sys.stderr)
         sys.exit(2)
+    except KeyboardInterrupt:
+        sys.exit(130)

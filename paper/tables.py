@@ -99,6 +99,18 @@ def show(results: dict, out: Path | None) -> None:
         write_text(out / "scores.json", json.dumps(results, indent=2) + "\n")
 
 
+def check_scores(results: dict, path: Path) -> None:
+    """Raise InputError unless a scores.json is as `show` writes it."""
+    number = lambda value: isinstance(value, (int, float))
+    scores, noise = results.get("scores", {}), results.get("noise", {})
+    keys = "sigma std_F cosine_distance score".split()
+    if not (isinstance(scores, dict) and isinstance(noise, dict) and noise.keys() <= scores.keys()
+            and all(isinstance(s, dict) and s and all(map(number, s.values())) for s in scores.values())
+            and all(isinstance(runs, list) and all(isinstance(run, dict) and all(number(run.get(key)) for key in keys)
+                                                   for run in runs) for runs in noise.values())):
+        raise InputError(f"{path}: not as eval.py writes it: delete it, or take another --out")
+
+
 def score_files(specs: list[str], out: Path | None) -> None:
     """--score: files of predictions, called BENCHMARK.jsonl or given as BENCHMARK=FILE."""
     results = {"model": "these predictions", "scores": {}, "noise": {}}

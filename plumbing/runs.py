@@ -13,7 +13,7 @@ from pathlib import Path
 from torch import nn
 
 from plumbing.states import check_room, newest_state
-from plumbing.weights import InputError
+from plumbing.weights import InputError, read_json
 
 IN_THE_BOX = Path(__file__).parent.parent / "toy"
 
@@ -51,11 +51,10 @@ def origin(folder: Path) -> int | None:
 
 
 def recorded(folder: Path, key: str, default=None):
-    """A setting of the recipe.json that a stage's folder has, if it has one."""
-    try:
-        return json.loads((folder / "recipe.json").read_text()).get(key, default)
-    except (OSError, ValueError):
+    """A setting of the recipe.json that a stage's folder has, if it has one. Raises InputError for a damaged file."""
+    if not (folder / "recipe.json").exists():
         return default
+    return read_json(folder / "recipe.json").get(key, default)
 
 
 def is_complete(stage: int, out: Path) -> bool:
@@ -67,7 +66,8 @@ def is_complete(stage: int, out: Path) -> bool:
 
 def check_recipe(folder: Path, recipe: dict, otherwise: str) -> None:
     """Raise InputError if a stage was trained, or begun, with another recipe than is asked for now."""
-    before = {key: recorded(folder, key, "align" if key == "connector" else value) for key, value in recipe.items()
+    first = {"connector": "align", "look": "clean"}         # before there was a choice
+    before = {key: recorded(folder, key, first.get(key, value)) for key, value in recipe.items()
               if key != "launch" and (key != "origin" or value is not None)}
     changed = [f"{key} {old}, not {recipe[key]}" for key, old in before.items() if old != recipe[key]]
     if changed:

@@ -6,6 +6,7 @@
 The text and its place, a character a patch, are those of `toy/pages.py` in every look. (A patch becomes one word, and
 the toy's words are single characters: two of them in one patch, as in a proportional font, are beyond this toy.)
 """
+import argparse
 import functools
 import io
 import random
@@ -148,7 +149,11 @@ def sheet(pages: list["Page"], gap: int = 10) -> Image.Image:
 
 
 if __name__ == "__main__":
-    import sys
-
     from toy.pages import held_out_documents
-    sheet([page for page, _, _ in held_out_documents(20, 0)[5:10]]).save(sys.argv[1])
+    parser = argparse.ArgumentParser(description="The same five pages in every look.")
+    parser.add_argument("out", help="a PNG")
+    args = parser.parse_args()
+    try:
+        sheet([page for page, _, _ in held_out_documents(20, 0)[5:10]]).save(args.out)
+    except (OSError, ValueError) as error:
+        parser.error(f"{args.out}: {error}")

@@ -365,16 +365,18 @@ def main() -> None:
     parser.add_argument("--look", choices=LOOKS, default="clean", help="how they look (default: %(default)s)")
     parser.add_argument("folder", type=Path, help="where the PNGs and questions.jsonl go; made if missing")
     args = parser.parse_args()
+    if args.draw < 1:
+        parser.error("--draw is at least 1")
+    rows = []
     try:
         args.folder.mkdir(parents=True, exist_ok=True)
+        for i, (page, prompt, gold) in enumerate(held_out_documents(args.draw, args.seed)):
+            name = f"{i:04}-{page.kind}.png"
+            draw(page, args.look).save(args.folder / name)
+            rows.append({"image": name, "prompt": prompt, "answer": gold, "kind": page.kind})
+        (args.folder / "questions.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     except OSError as error:
-        parser.error(f"{args.folder}: {error.strerror}")
-    rows = []
-    for i, (page, prompt, gold) in enumerate(held_out_documents(args.draw, args.seed)):
-        name = f"{i:04}-{page.kind}.png"
-        draw(page, args.look).save(args.folder / name)
-        rows.append({"image": name, "prompt": prompt, "answer": gold, "kind": page.kind})
-    (args.folder / "questions.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+        parser.error(f"{args.folder}: {error.strerror or error}")
     print(f"{len(rows)} pages and questions.jsonl in {args.folder}")
 
 
