@@ -336,7 +336,7 @@ def test_it_answers_and_has_no_words_to_choose(kind, tmp_path, capsys):
 
 def test_stages_choose_and_keep_it(tmp_path):
     """Stage 1 makes what is asked for; later stages have what is there, and refuse another."""
-    args = types.SimpleNamespace(llm=None, connector={"kind": "ovis", "table_size": 9})
+    args = types.SimpleNamespace(llm=None, connector_settings={"kind": "ovis", "table_size": 9})
     toy = ALIGNVLM_PRESETS["toy"].connector
     assert connector_of(0, tmp_path, args) == toy
     assert connector_of(1, tmp_path, args) == replace(toy, kind="ovis", table_size=9)
@@ -346,7 +346,7 @@ def test_stages_choose_and_keep_it(tmp_path):
     with pytest.raises(InputError, match="has the connector ovis"):
         connector_of(2, tmp_path / "m", args)
     for asked in ({}, {"kind": "ovis"}, {"kind": "ovis", "table_size": 37}):
-        assert connector_of(2, tmp_path / "m", types.SimpleNamespace(connector=asked)) == model.config.connector
+        assert connector_of(2, tmp_path / "m", types.SimpleNamespace(connector_settings=asked)) == model.config.connector
 
 
 def test_the_race_teaches_the_encoder_what_stands_in_each_patch():
