@@ -118,6 +118,7 @@ def answer_file(model: AlignVLM, tokenizer: Tokenizer, args, **generation) -> No
     if answers.exists() and not answers.is_file():
         raise InputError(f"--answers {args.answers}: a folder or a device, not a file")
     files, prompts = [Path(args.questions).parent / row["image"] for row in rows], [row["prompt"] for row in rows]
+    answers.parent.mkdir(parents=True, exist_ok=True)
     partial = answers.with_name(answers.name + ".partial")
     with partial.open("w", encoding="utf-8") as out:
         predictions = answer_each(model, tokenizer, files, prompts, "questions", max_tiles=args.max_tiles, **generation)
