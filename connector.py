@@ -173,7 +173,7 @@ def blocks(n_tokens: int, bytes_per_token: int) -> list[slice]:
     Their length is a multiple of 16, with which matrix products are a tenth faster than with an odd number.
     """
     most = max(BLOCK_BYTES // bytes_per_token // 16, 1)                         # in sixteens
-    count = max(math.ceil(n_tokens / (16 * most)), 1)                                  # one block, empty, of no tokens
+    count = max(math.ceil(n_tokens / (16 * most)), 1)                           # one block, empty, of no tokens
     n = 16 * math.ceil(n_tokens / count / 16)
     return [slice(i * n, min((i + 1) * n, n_tokens)) for i in range(count)]
 

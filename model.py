@@ -419,6 +419,11 @@ def read_config(folder: Path) -> AlignVLMConfig:
     settings.only("model_type", "alignvlm")
     config = AlignVLMConfig(saved_config(SigLIPConfig, settings.section("vision")),
                             saved_config(LlamaConfig, settings.section("llm"), tie_embeddings=(False, True)))
+    for name, part, of, parts in [("vision", config.vision, "hidden_size", "n_heads"),
+                                  ("llm", config.llm, "n_heads", "n_kv_heads")]:
+        whole, n = getattr(part, of), getattr(part, parts)
+        if whole % n:
+            raise settings.section(name).error(parts, f"{n} does not divide {of} {whole}")
     if "connector" in settings.values:      # else from before there was a choice: Align
         config.connector = saved_config(ConnectorConfig, settings.section("connector"), kind=CONNECTORS)
     return config

@@ -53,6 +53,8 @@ def image_files(paths: list[str]) -> list[Path]:
     files = sorted(file for file in folders[0].iterdir() if file.suffix.lower() in endings and file.is_file())
     if not files:
         raise InputError(f"{folders[0]}: no image in this folder")
+    for file in files:
+        read_image(file)            # a bad one is found before anything is answered
     return files
 
 
@@ -75,12 +77,7 @@ def go_on(llm: Llama, tokenizer: Tokenizer, tokens: Tensor, **generation) -> Ite
 
 def answer_each(model: AlignVLM, tokenizer: Tokenizer, files: list[Path], prompts: list[str], what: str,
                 **generation) -> Iterator[str]:
-    """The answer to each prompt about the image of its own, BATCH at a time, beside a bar that says `what`.
-
-    Raises ImageError for one that cannot be read before it answers any.
-    """
-    for file in files:
-        read_image(file)
+    """The answer to each prompt about the image of its own, BATCH at a time, beside a bar that says `what`."""
     with tqdm(total=len(files), desc=what) as bar:
         for first in range(0, len(files), BATCH):
             images = [read_image(file) for file in files[first:first + BATCH]]
@@ -102,6 +99,7 @@ def read_questions(path: Path) -> list[dict]:
                 if not (path.parent / rows[-1]["image"]).is_file():
                     name = str(path.parent / rows[-1]["image"])[:200]
                     raise InputError(f"{path}, line {number}: no file {name!r}")
+                read_image(path.parent / rows[-1]["image"])        # a bad one is found before anything is answered
     except UnicodeDecodeError:
         raise InputError(f"{path}: not UTF-8 text") from None
     except InputError:

@@ -225,7 +225,7 @@ class Progress:
     """How far a stage has come."""
     step: int = 0
     position: Position = field(default_factory=Position)
-    holes: Counter = field(default_factory=Counter)        # bad samples by kind, and how many were seen
+    holes: Counter = field(default_factory=Counter)     # bad samples by kind, and how many were seen
     skipped: int = 0                                    # steps whose loss or gradient was not finite
 
     def record(self) -> dict:
@@ -233,8 +233,12 @@ class Progress:
         return {**vars(self), "position": vars(self.position)}
 
     @classmethod
-    def of(cls, record: dict) -> "Progress":
-        return cls(**{**record, "position": Position(**record["position"]), "holes": Counter(record["holes"])})
+    def of(cls, record: dict, path: Path) -> "Progress":
+        """From the record of the training state at `path`. Raises InputError where it is damaged."""
+        try:
+            return cls(**{**record, "position": Position(**record["position"]), "holes": Counter(record["holes"])})
+        except (KeyError, TypeError) as error:
+            raise InputError(f"{path / 'progress.json'}: damaged ({error}): delete {path}") from None
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -284,7 +288,7 @@ def train_stage(stage: int, recipe: Recipe, model: AlignVLM, tokenizer: Tokenize
     optimizer = optimizer_of(model, recipe)
     documents, held_out = samples_of(stage, recipe, tokenizer, config, args)
     states = States(folder, model, optimizer, args.keep, args.timeout)
-    p = Progress.of(states.load(path)) if path else Progress()
+    p = Progress.of(states.load(path), path) if path else Progress()
 
     order = deal(documents.draws(p.position), recipe.batch_size, rank, world)
     ahead = max(2, recipe.batch_size // (world * args.workers)) if args.workers else None       # about a step
@@ -469,7 +473,7 @@ def run_stage(stage: int, args, device: torch.device, restarted: bool) -> bool:
         raise InputError(f"stage {stage} starts from stage {stage - 1}, and {args.out} has none: train that first")
     connector = connector_of(stage, folder if complete[0] else start, args)
     record = {"preset": args.preset, "seed": args.seed, "data": args.data if stage else None,
-              "look": args.look, "max_tiles": args.max_tiles,
+              "look": args.look if stage else "clean", "max_tiles": args.max_tiles,
               "connector": connector.kind, "table_size": connector.table_size,
               **asdict(recipe), "origin": origin(start), "launch": launch}
     record = json.loads(json.dumps(record))

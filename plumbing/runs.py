@@ -96,7 +96,8 @@ def begin(folder: Path, record: dict, model: nn.Module, resume: str, keep: int) 
             if path:
                 check_recipe(folder, record, "--resume never")
         check_room(folder, model, keep)
-        (folder / "recipe.json").write_text(json.dumps(record, indent=2) + "\n")
+        (folder / "recipe.json.partial").write_text(json.dumps(record, indent=2) + "\n")
+        (folder / "recipe.json.partial").rename(folder / "recipe.json")
         return path
     except OSError as error:
         raise InputError(f"--out {folder.parent}: {error.strerror}") from None

@@ -84,7 +84,7 @@ class States:
                            optim_state_dict=state["optimizer"])
             self.step = progress["step"]
             return progress
-        except (OSError, CheckpointException, ValueError, KeyError, RuntimeError) as error:
+        except (OSError, CheckpointException, ValueError, KeyError, TypeError, RuntimeError) as error:
             why = " ".join(str(error).split())[:300]
             raise InputError(f"{path}: not a complete training state of this stage ({why})") from None
 

@@ -67,6 +67,15 @@ def test_a_signal_saves_and_exits_0(out, number):
     assert step == len(losses(out / "stage2.partial")) and str(state) in printed
 
 
+@pytest.mark.parametrize("progress", ["[]", '{"step": 3}', '{"step": 3, "position": {"x": 1}, "holes": {}}'])
+def test_a_damaged_state_is_one_line_that_names_it(out, progress):
+    run(*train(out, "--max-steps", 3))
+    [state] = (out / "stage2.partial").glob("step-*")
+    (state / "progress.json").write_text(progress)
+    last = run(*train(out), code=2).stderr.splitlines()[-1]
+    assert last.startswith("train.py: ") and str(state) in last and (state / "progress.json").exists()
+
+
 def test_torchrun_restarts_what_died(out, undisturbed):
     """Rank 1 dies in the step after the eighth; the state of six may still have been on its way to the disk."""
     run(*launcher(2), "--max-restarts", 1, "tests/struck.py", "KILL", 8, out / "struck", *train(out)[1:])

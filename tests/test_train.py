@@ -1,5 +1,6 @@
 """train.py and sample.py end to end on small runs, as their users start them."""
 import json
+import os
 import re
 import shutil
 import unittest.mock
@@ -59,7 +60,7 @@ def test_each_stage_trains_its_modules_and_no_others(trained):
         before, after = states[stage - 1], states[stage]
         # W2 starts from the LM head, W1 and the norms from scratch, so stage 1's connector is compared with that.
         if stage == 1:
-            before = {**before, "connector.W2.weight": before["llm.embed_tokens.weight"]}
+            before = {**before, "connector.W2.weight": before["llm.lm_head.weight"]}
         changed = {name.split(".")[0] for name in after if not torch.equal(before[name], after[name])}
         assert changed == trainable, stage
 
@@ -77,6 +78,14 @@ def test_a_complete_stage_is_not_trained_again_unless_asked(trained, tmp_path):
     done = run("train.py", "--steps", 3, "--batch-size", 4, "--out", out, code=2)      # it is not what was asked for
     assert done.stderr.splitlines() == [f"train.py: {out / 'stage1'} was trained with steps 2, not 3: take another --out, "
                                         "or --retrain"]
+    assert "look clean, not scan" in run("train.py", *same, "--look", "scan", code=2).stderr
+    recipe = out / "stage1" / "recipe.json"
+    kept = recipe.read_text()
+    recipe.write_text(kept.replace('"look": "clean",', ""))         # from before there were looks
+    assert "look clean, not scan" in run("train.py", *same, "--look", "scan", code=2).stderr
+    recipe.write_text("[]")
+    assert run("train.py", *same, code=2).stderr.splitlines() == [f"train.py: {recipe}: not a JSON object"]
+    recipe.write_text(kept)
     run("train.py", *same, "--stage", 2, "--retrain")
     assert [a == b for a, b in zip(written(), before)] == [True, True, False, True]
     run("train.py", *same)                                  # stage 3 came from the old stage 2
@@ -86,10 +95,10 @@ def test_a_complete_stage_is_not_trained_again_unless_asked(trained, tmp_path):
     assert not (out / "stage0").exists()
 
 
-@pytest.mark.parametrize("flags", [["--steps", 0], ["--lr", -1], ["--lr", "nan"], ["--batch-size", 0], ["--row-tokens", -2],
+@pytest.mark.parametrize("flags", [["--steps", 0], ["--lr", -1], ["--lr", "nan"], ["--lr", "inf"], ["--batch-size", 0], ["--row-tokens", -2],
                                    ["--workers", -1], ["--held-out", -5], ["--preset", "llama-3.2-1b"],
                                    ["--lr-scale", "head=1"], ["--plan", "--preset", "low-resource", "--stage", 3],
-                                   ["--plan", "--stage", 0]])
+                                   ["--plan", "--stage", 0], ["--stage", 2, "--data", "x", "--look", "hard"]])
 def test_impossible_flags_are_one_line(tmp_path, flags):
     done = run("train.py", *flags, "--out", tmp_path / "out", code=2)
     assert "Traceback" not in done.stderr and not (tmp_path / "out").exists()
@@ -205,7 +214,15 @@ def test_questions_file(trained, tmp_path):
     answers = [json.loads(line) for line in (tmp_path / "a.jsonl").read_text().splitlines()]
     assert [{k: v for k, v in row.items() if k != "prediction"} for row in answers] == questions
     assert all(isinstance(row["prediction"], str) for row in answers) and not (tmp_path / "a.jsonl.partial").exists()
-    for bad in ["{", '{"image": 3, "prompt": "x"}', '{"image": "0000-invoice.png"}', '{"image": "gone.png", "prompt": "x"}', "[1]"]:
+    os.mkfifo(tmp_path / "pipe")
+    done = sample("--checkpoint", out / "stage3", "--questions", tmp_path / "questions.jsonl", "--answers", tmp_path / "pipe", code=2)
+    assert "pipe" in done.stderr and (tmp_path / "pipe").is_fifo()
+    with (tmp_path / "0003-form.png").open("r+b") as damaged:       # found before anything is answered
+        damaged.truncate(100)
+    done = sample("--checkpoint", out / "stage3", "--questions", tmp_path / "questions.jsonl", "--answers", tmp_path / "new" / "b.jsonl",
+                  code=2)
+    assert "0003-form.png" in done.stderr and not [*tmp_path.glob("new/*")]
+    for bad in ["[" * 100_000, "9" * 5000, "{", '{"image": 3, "prompt": "x"}', '{"image": "0000-invoice.png"}', '{"image": "gone.png", "prompt": "x"}', "[1]"]:
         (tmp_path / "bad.jsonl").write_text(bad + "\n")
         done = sample("--checkpoint", out / "stage3", "--questions", tmp_path / "bad.jsonl", "--answers", tmp_path / "a.jsonl",
                       code=2)
@@ -222,6 +239,8 @@ def test_bad_checkpoints_are_one_line_and_status_2(trained, tmp_path):
     for name, files in {"empty": {}, "config": {"config.json": b"{"}, "keys": {"config.json": b"{}"},
                         "no weights": {"config.json": config.encode()},
                         "truncated": {"config.json": config.encode(), "model.safetensors": weights[:1000]},
+                        "heads": {"config.json": config.replace('"n_heads": 4', '"n_heads": 7').encode(),
+                                  "model.safetensors": weights},
                         "shape": {"config.json": config.replace('"n_layers": 2', '"n_layers": 3').encode(),
                                   "model.safetensors": weights},
                         "no tokenizer": {"config.json": config.encode(), "model.safetensors": weights}}.items():
