@@ -26,7 +26,7 @@ from tqdm import tqdm
 
 from data import READ, Example, Tokenizer, Turn, prepare
 from model import IMAGE, AlignVLM
-from paper.benchmarks import Benchmark, open_benchmark
+from paper.benchmarks import TOYS, Benchmark, open_benchmark
 from paper.metrics import METRICS, edit_distance
 from paper.noise import STD_PAGES, feature_std, noise_on
 from paper.predictions import begin_predictions, join_predictions
@@ -37,7 +37,7 @@ from plumbing.processes import roll_call, run_main, start_processes
 from plumbing.runs import IN_THE_BOX, default_model
 from plumbing.weights import InputError, read_json
 from toy.looks import draw
-from toy.pages import held_out_documents
+from toy.pages import KINDS, PAGES, held_out_documents
 from vision import tile, tile_boxes
 
 
@@ -69,7 +69,7 @@ def held_out_scores(model: AlignVLM, tokenizer: Tokenizer, n: int, seed: int, lo
     Returns exact_match (of answers), cer (edit distance over reference characters) and n, of each kind of page, of
     pages of one and of several tiles, and last of all "held-out" ones.
     """
-    documents = held_out_documents(n, seed)
+    documents = held_out_documents(n, seed, list(PAGES) if look == "hard" else KINDS)      # what it has learnt
     right, errors, characters, count = (Counter() for _ in range(4))
     for first in tqdm(range(0, n, 50), desc="reading held-out pages"):
         some = documents[first:first + 50]
@@ -171,8 +171,8 @@ def parse_args() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
     add("--benchmark", nargs="+", default=["toy"], metavar="[NAME=]PATH", help="benchmarks as VLMEvalKit (TSV), "
-        "DocDownstream (JSONL) or VCR-wiki (parquet) have them; toy, toy-hard, toy-bitmap, toy-scan, toy-photo, or "
-        "toy=N: drawn documents (default: toy)")
+        "DocDownstream (JSONL) or VCR-wiki (parquet) have them; drawn documents, 200 or as many as one likes: "
+        f"{', '.join(TOYS)}, toy=N (default: toy)")
     add("--checkpoint", type=Path, help="model folder (default: the newest under out/, or else the one in the box)")
     add("--out", type=Path, help="where predictions, table.md and scores.json go (default: CHECKPOINT/eval, and "
         "out/box/eval for the model in the box)")

@@ -86,12 +86,17 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 
 
 class KVCache:
-    """Preallocated keys and values of every layer, (B, kv_heads, length, head_dim) each, written by position."""
+    """Preallocated keys and values of every layer, (B, kv_heads, length, head_dim) each, written by position.
+
+    dtype: what the model computes in. On a CPU the cache is in fp32 all the same, as `attend` is: else it would have to
+    be converted for every token.
+    """
 
     def __init__(self, config: LlamaConfig, batch: int, length: int, device, dtype, prefix: "KVCache | None" = None):
         self.start = prefix.reach if prefix else 0      # every row begins with the one row that the prefix holds
         self.reach = self.start + length    # attention reads this many places: all, or on a CPU only the filled ones
         shape = batch, config.n_kv_heads, self.reach, config.head_dim
+        dtype = torch.float32 if torch.device(device).type == "cpu" else dtype
         self.k, self.v = ([torch.zeros(shape, device=device, dtype=dtype) for _ in range(config.n_layers)]
                           for _ in range(2))
         self.rows = torch.arange(batch, device=device)[:, None]                    # (B, 1)
@@ -103,8 +108,8 @@ class KVCache:
 
     def write(self, layer: int, positions: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
         """Put k and v (B, kv_heads, L, head_dim) at positions (B, L) of a layer; returns what is within reach."""
-        self.k[layer][self.rows, :, positions] = k.transpose(1, 2)
-        self.v[layer][self.rows, :, positions] = v.transpose(1, 2)
+        for cached, new in (self.k[layer], k), (self.v[layer], v):
+            cached[self.rows, :, positions] = new.transpose(1, 2).to(cached.dtype)      # (B, L, kv_heads, head_dim)
         return self.k[layer][:, :, :self.reach], self.v[layer][:, :, :self.reach]
 
     def mask(self, positions: Tensor) -> Tensor:
@@ -146,8 +151,8 @@ class Attention(nn.Module):
 
 def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None, **kind) -> Tensor:
     """Scaled dot-product attention of q (B, heads, L, head_dim) over k and v (B, kv_heads, M, head_dim)."""
-    wide = q.is_cpu and q.shape[2] > 1      # there PyTorch takes 1.6 times as long in bf16 as in fp32
-    inputs = (x.float() if wide and x is not None else x for x in (q, k, v, mask))
+    # On a CPU in fp32: in bf16 PyTorch's attention takes longer there, for a token up to four times.
+    inputs = (x.float() if q.is_cpu and x is not None else x for x in (q, k, v, mask))
     return nnf.scaled_dot_product_attention(*inputs, enable_gqa=q.shape[1] != k.shape[1], **kind).to(q.dtype)
 
 

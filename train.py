@@ -384,7 +384,8 @@ def parse_args() -> argparse.Namespace:
     add("--data", nargs="+", metavar="PATH[:WEIGHT]", help="what --stage learns from: folders, files or globs of tar "
         "(img2dataset), parquet (BigDocs, VCR-wiki), JSONL or JSON (DocDownstream, MS-Swift, LLaVA); with weights the "
         "data sets are mixed in that ratio (default: the toy's drawn pages)")
-    add("--look", choices=LOOKS, default="clean", help="how the toy's pages are drawn (default: %(default)s)")
+    add("--look", choices=LOOKS, default="clean", help="how the toy's pages are drawn; hard ones have reports "
+        "of up to nine tiles among them in stage 3 (default: %(default)s)")
     add("--max-tiles", type=int, default=9, help="tiles a page is cut into at most (default: %(default)s)")
     add("--max-bad", type=float, default=0.01, help="share of bad samples above which training stops, judged from a "
         "thousand samples or an epoch on (default: %(default)s)")

@@ -3,8 +3,8 @@
     LMUData/DocVQA_VAL.tsv                  VLMEvalKit's TSV: DocVQA, InfoVQA, ChartQA, TextVQA, TableVQABench, VCR
     WTQ=DocDownstream-1.0/test/WikiTableQuestions_test.jsonl        DocDownstream's: DocVQA to ChartQA of Table 1
     VCR-easy=VCR-wiki-en-easy/data          VCR-wiki's parquet files: a folder, of which those of the test split count
-    toy, toy-hard=1000                      the toy's held-out documents, clean or in another look of toy/looks.py: 200,
-                                            or as many as one likes
+    toy, toy-hard=1000, toy-reports         the toy's held-out documents, clean or in another look of toy/looks.py, and
+                                            hard pages of four to nine tiles: 200, or as many as one likes
 
 NAME= may be left out where the name of the file, or of a folder above it, tells. A benchmark is read whole or not at
 all: a damaged row is an error, since scores over what is left would be those of another benchmark.
@@ -28,7 +28,7 @@ from model import IMAGE
 from plumbing.formats import MAX_RECORD, VCR_PROMPT, parquet_example, read_parquet, split_images
 from plumbing.weights import InputError
 from toy.looks import LOOKS, draw
-from toy.pages import held_out_documents
+from toy.pages import KINDS, held_out_documents
 from vision import ImageError, read_image
 
 # In the order of Table 1, each with what its files are called, in lower-case letters and digits.
@@ -37,7 +37,9 @@ FILE_NAMES = {"DocVQA": "docvqa", "InfoVQA": "infovqa|infographicsvqa", "DeepFor
               "TableVQABench": "tablevqa", "VCR-easy": "vcr.*easy", "VCR-hard": "vcr.*hard"}
 SHORT = "\nAnswer the question using a single word or phrase."      # VLMEvalKit's, word for word
 TABLE_VQA_SPLITS = ["fintabnetqa", "vtabfact", "vwtq", "vwtq_syn"]
-TOY_LOOKS = {"toy" if look == "clean" else f"toy-{look}": look for look in LOOKS}
+# The toy's: how their pages look, and of which kinds they are.
+TOYS = {**{"toy" if look == "clean" else f"toy-{look}": (look, KINDS) for look in LOOKS},
+        "toy-reports": ("hard", ["report"])}
 REFERENCE = 64          # characters: an `image` cell that has no more is the index of the row whose image it shares
 
 
@@ -54,16 +56,16 @@ class Benchmark:
 
 
 def open_benchmark(spec: str) -> Benchmark:
-    """NAME=PATH, PATH, a name of TOY_LOOKS, or one=N -> Benchmark, of which no image is read yet. Raises InputError."""
+    """NAME=PATH, PATH, a name of TOYS, or one=N -> Benchmark, of which no image is read yet. Raises InputError."""
     name, equals, rest = spec.partition("=")
-    if name in TOY_LOOKS:
+    if name in TOYS:
         return toy_benchmark(name, rest if equals else "200")
     if Path(spec).exists() or not rest:
         name, path = name_of(spec), Path(spec)
     elif name in FILE_NAMES:
         path = Path(rest)
     else:
-        raise InputError(f"{spec}: no benchmark is called {name}; there are {', '.join([*FILE_NAMES, *TOY_LOOKS])}")
+        raise InputError(f"{spec}: no benchmark is called {name}; there are {', '.join([*FILE_NAMES, *TOYS])}")
     try:
         if path.suffix == ".tsv":
             benchmark = tsv_benchmark(name, path)
@@ -88,7 +90,7 @@ def name_of(path: str) -> str:
             if re.search(pattern, letters):
                 return name
     raise InputError(f"{path}: its name tells no benchmark: say NAME={path}, with one of {', '.join(FILE_NAMES)}, "
-                     f"or {', '.join(TOY_LOOKS)}")
+                     f"or {', '.join(TOYS)}")
 
 
 def row_of(index, question: str, answers: list[str], split: str | None = None) -> dict:
@@ -272,7 +274,8 @@ def toy_benchmark(name: str, number: str) -> Benchmark:
     """The held-out documents that train.py reads at its end with --seed 0, with one question each."""
     if not number.isascii() or not number.isdigit() or not 0 < int(number[:9]) <= 1_000_000:
         raise InputError(f"{name}={number}: {name}=N takes a number of documents, at most 1,000,000")
-    documents = held_out_documents(int(number), seed=0)
+    look, kinds = TOYS[name]
+    documents = held_out_documents(int(number), seed=0, kinds=kinds)
     rows = [row_of(i, prompt, [gold], page.kind) for i, (page, prompt, gold) in enumerate(documents)]
     return Benchmark(name, rows, [prompt for _, prompt, _ in documents],
-                     lambda i: [draw(documents[i][0], TOY_LOOKS[name])])
+                     lambda i: [draw(documents[i][0], look)])

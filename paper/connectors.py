@@ -4,9 +4,10 @@
     python -m paper.connectors --connectors align mlp --seeds 1
 
 The paper starts from a released SigLIP and a released Llama. The toy's LLM is the one in the box; its encoder is first
-taught to name the character in every patch through a linear layer that is then thrown away, which favours none of the
-four. After that each connector goes through the three stages of train.py, and eval.py asks it about pages that it has
-not seen, without and with noise on the features F. What is done already is not done again: the same command goes on.
+taught to name the character in every patch through a linear layer that is then thrown away (Align without LayerNorms,
+and so in its favour). After that each connector goes through the three stages of train.py, and eval.py asks it about
+pages that it has not seen, without and with noise on the features F. What is done already is not done again: the same
+command goes on.
 """
 import argparse
 import json
@@ -110,10 +111,10 @@ def train_and_ask(kind: str, seed: int, backbones: Path, out: Path, documents: i
                            for rows in logs.values() for row in rows if "images_per_s" in row)}
 
 
-def mean_and_range(values: list[float]) -> str:
+def mean_and_range(values: list[float], digits: int = 1) -> str:
     """Their mean, and from where to where they go."""
-    mean = sum(values) / len(values)
-    return f"{mean:.1f}" + (f" ({min(values):.1f} to {max(values):.1f})" if len(values) > 1 else "")
+    mean, low, high = (f"{x:.{digits}f}" for x in (sum(values) / len(values), min(values), max(values)))
+    return mean if low == high else f"{mean} ({low} to {high})"
 
 
 def table(runs: dict[str, list[dict]]) -> str:
@@ -130,7 +131,7 @@ def table(runs: dict[str, list[dict]]) -> str:
         average, loss = PAPER[kind]
         right = mean_and_range([run["exact_match"] for run in some])
         lines.append(f"| {kind} | {right} | {' | '.join(noisy)} | {far:.4f} | "
-                     f"{reached} | {some[0]['parameters']:,} | {mean_and_range([run['seconds'] for run in some])} | "
+                     f"{reached} | {some[0]['parameters']:,} | {mean_and_range([run['seconds'] for run in some], 0)} | "
                      f"{average} | {'' if loss is None else loss} |")
     return "\n".join(lines) + "\n"
 

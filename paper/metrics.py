@@ -11,7 +11,7 @@ import unicodedata
 from collections.abc import Callable
 from difflib import SequenceMatcher
 
-from paper.benchmarks import TOY_LOOKS
+from paper.benchmarks import TOYS
 
 
 def mean(scores: list[float]) -> float:
@@ -252,5 +252,5 @@ METRICS: dict[str, Callable[[list[dict]], dict[str, float]]] = {
     "DocVQA": averaged("anls", anls), "InfoVQA": averaged("anls", anls), "DeepForm": key_value_f1, "KLC": key_value_f1,
     "WTQ": averaged("accuracy", denotation), "TabFact": averaged("accuracy", tabfact), "ChartQA": chartqa,
     "TextVQA": averaged("vqa_accuracy", vqa_accuracy), "TableVQABench": table_vqa, "VCR-easy": vcr, "VCR-hard": vcr,
-    **dict.fromkeys(TOY_LOOKS, averaged("exact_match", exact_match)),
+    **dict.fromkeys(TOYS, averaged("exact_match", exact_match)),
 }

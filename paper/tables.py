@@ -11,7 +11,7 @@ from paper.metrics import METRICS
 from paper.predictions import read_predictions, write_text
 from plumbing.weights import InputError
 
-from paper.benchmarks import TOY_LOOKS
+from paper.benchmarks import TOYS
 
 COLUMNS = {"DocVQA": "DocVQA val", "InfoVQA": "InfoVQA val", "DeepForm": "DeepForm test", "KLC": "KLC test",
            "WTQ": "WTQ test", "TabFact": "TabFact test", "ChartQA": "ChartQA test", "TextVQA": "TextVQA val",
@@ -58,7 +58,7 @@ def score_tables(scores: dict[str, float], model: str) -> str:
     if any(value is not None for value in vcr):
         rows = [[name, *values] for name, values in VCR.items()] + [[f"**{model}**", *vcr]]
         parts.append(markdown(["Model", "VCR easy, exact match", "VCR hard, exact match"], rows))
-    toys = [name for name in TOY_LOOKS if name in scores]
+    toys = [name for name in TOYS if name in scores]
     if toys:
         parts.append(markdown(["Model", *toys], [[f"**{model}**", *(scores[name] for name in toys)]]))
     return "\n".join(parts)

@@ -1,6 +1,8 @@
 """data.py: the tokenizer and chat format against hand-written expectations, the drawn documents against themselves."""
+import itertools
 import json
 import random
+from collections import Counter
 
 import numpy as np
 import pytest
@@ -94,8 +96,7 @@ def test_prepare_gives_every_tile_its_positions(tokenizer):
     assert tokens.shape == labels.shape == (1, sum(lengths)) and pixels.shape[0] == 4 and len(lengths) == 2
 
 
-@pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("large", [False, True])
+@pytest.mark.parametrize("kind, large", [*itertools.product(KINDS, (False, True)), ("report", True)])
 def test_drawn_pages(kind, large):
     rng = random.Random(f"{kind}{large}")
     for _ in range(50):
@@ -111,9 +112,24 @@ def test_drawn_pages(kind, large):
         assert sorted("".join(page.text.split())) == sorted("".join(word for _, _, word in page.words))
 
 
+def test_reports_take_up_to_nine_tiles_and_their_fields_stand_apart():
+    """What one reads aloud is what a reader of the cells sees: row by row, words where there is a gap."""
+    rng, tiles = random.Random(0), Counter()
+    for _ in range(100):
+        page = drawn_page(rng, "report", True, "train")
+        tiles[len(tile(draw(page), TOY)) - 1] += 1
+        cells = [[" "] * page.columns for _ in range(page.rows)]
+        for row, column, word in page.words:
+            cells[row][column:column + len(word)] = word
+            assert column // 8 == (column + len(word) - 1) // 8, f"{word} lies in two tiles"
+        assert page.text.split() == [word for row in cells for word in "".join(row).split()]
+    assert set(tiles) == {4, 6, 9} and min(tiles.values()) > 20
+
+
 @pytest.mark.parametrize("look", LOOKS)
 def test_every_look_keeps_size_and_place(look):
-    """Drawn the same each time; where it is darkest, specks apart, the clean page has ink within half a cell."""
+    """Drawn the same each time; where it is darkest, specks apart, the clean page has ink within half a cell,
+    of the same character unless they are set proportionally."""
     rng = random.Random(1)
     for page in [drawn_page(rng, kind, large, "train") for kind in KINDS for large in (False, True)]:
         image, plain = draw(page, look), draw(page)
@@ -134,14 +150,27 @@ def test_hard_pages_come_in_over_the_second_quarter_of_stage_1(tmp_path):
     same = [torch.equal(clean[i].pixels, hard[i].pixels) for i in range(n)]
     assert all(same[:15]) and 0 < sum(same[15:30]) < 15 and not any(same[30:])
     assert all(torch.equal(clean[i].tokens, hard[i].tokens) for i in range(n))
-    for stage, split in [(2, "train"), (3, "train"), (1, "held-out"), (2, "held-out")]:
-        clean, hard = (ToyDocuments(stage, n, 0, tokenizer, TOY, split, look=look)[0] for look in ("clean", "hard"))
-        assert torch.equal(clean.tokens, hard.tokens) and not torch.equal(clean.pixels, hard.pixels)
+
+
+def test_hard_pages_are_the_same_pages_but_for_stage_3_which_has_reports(tmp_path):
+    write_toy_tokenizer(tmp_path / "tokenizer.model")
+    tokenizer, n = Tokenizer(tmp_path), 60
+
+    def samples(stage, split, look):
+        documents = ToyDocuments(stage, n, 0, tokenizer, TOY, split, look=look)
+        return [documents[i] for i in range(n)]
+
+    for stage, split in [(1, "held-out"), (2, "train"), (2, "held-out")]:
+        for clean, hard in zip(samples(stage, split, "clean"), samples(stage, split, "hard")):
+            assert torch.equal(clean.tokens, hard.tokens) and not torch.equal(clean.pixels, hard.pixels)
+    for split in ("train", "held-out"):
+        clean, hard = (max(len(s.pixels) for s in samples(3, split, look)) for look in ("clean", "hard"))
+        assert clean <= 4 and hard == 10
 
 
 def test_plain_text_is_what_the_patches_show():
     rng = random.Random(0)
-    for page in [drawn_page(rng, kind, large, "train") for kind in KINDS for large in (False, True)] + [eye_chart(rng)]:
+    for page in [drawn_page(rng, kind, large, "train") for kind in [*KINDS, "report"] for large in (False, True)] + [eye_chart(rng)]:
         pixels = tile(draw(page), TOY)                                                      # (T, 3, 112, 112)
         patches = pixels.unfold(2, CELL, CELL).unfold(3, CELL, CELL)[:, 0].flatten(0, 2)    # (T * 64, CELL, CELL)
         text = plain_text(page, TOY)

@@ -193,6 +193,9 @@ def test_the_toys_documents_are_one_more_benchmark():
     assert [row["split"] for row in benchmark.rows[:2]] == ["invoice", "receipt"]
     assert same(benchmark.images(6)[0], draw(documents[6][0]))
     assert same(open_benchmark("toy-scan=7").images(6)[0], draw(documents[6][0], "scan"))
+    reports = open_benchmark("toy-reports=4")
+    assert {row["split"] for row in reports.rows} == {"report"} and min(reports.images(1)[0].size) > 112
+    assert same(reports.images(0)[0], draw(held_out_documents(4, 0, ["report"])[0][0], "hard"))
 
 
 def test_damaged_and_odd_files_are_one_line_that_names_them(tmp_path, docvqa, monkeypatch):

@@ -10,7 +10,8 @@ from paper.metrics import (METRICS, anls, denotation, edit_distance, exact_match
 HEADLINES = {"DocVQA": "anls", "InfoVQA": "anls", "DeepForm": "f1", "KLC": "f1", "WTQ": "accuracy",
              "TabFact": "accuracy", "ChartQA": "relaxed_accuracy", "TextVQA": "vqa_accuracy",
              "TableVQABench": "accuracy", "VCR-easy": "exact_match", "VCR-hard": "exact_match",
-             **dict.fromkeys(["toy", "toy-hard", "toy-bitmap", "toy-scan", "toy-photo"], "exact_match")}
+             **dict.fromkeys(["toy", "toy-hard", "toy-bitmap", "toy-proportional", "toy-scan", "toy-photo",
+                            "toy-reports"], "exact_match")}
 
 
 def row(prediction, *answers, split=None):

@@ -81,6 +81,7 @@ def test_logits_after_a_prefix_are_close_in_bf16():
             x = llm.embed_tokens(tokens)
             whole = llm.hidden(x)[:, 20:]
             read = KVCache(GQA, 1, 20, "cpu", dtype)
+            assert read.k[0].dtype == torch.float32        # on a CPU
             llm.hidden(x[:, :20], None, read, torch.arange(20)[None])
             after = llm.hidden(x[:, 20:], None, KVCache(GQA, 1, 10, "cpu", dtype, read), torch.arange(20, 30)[None])
         hidden[dtype] = (after - whole).abs().max() / whole.abs().max()

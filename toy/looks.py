@@ -3,8 +3,8 @@
     python data.py --draw 20 --look hard pages/
     python -m toy.looks assets/looks.png                # the same five pages in every look
 
-The text and its place, a character a patch, are those of `toy/pages.py` in every look. (A patch becomes one word, and
-the toy's words are single characters: two of them in one patch, as in a proportional font, are beyond this toy.)
+The text is that of `toy/pages.py` in every look, and so is its place, a character a patch, but in `proportional`. There
+a patch shows parts of several characters; it becomes one word, and the toy's words are single ones: beyond this toy.
 """
 import argparse
 import functools
@@ -103,6 +103,15 @@ def bitmap(page: "Page", rng: random.Random) -> Image.Image:
     return printed(typeset(page, rng, bitmap_glyph, 0, 0), 255, 0, 0, 0)
 
 
+def proportional(page: "Page", rng: random.Random) -> Image.Image:
+    """The toy's own font as it is meant to be set, each character as wide as it is: parts of two or more in a patch."""
+    image, font = Image.new("RGB", (page.columns * CELL, page.rows * CELL), "white"), ImageFont.load_default(CELL - 1)
+    pen = ImageDraw.Draw(image)
+    for row, column, word in page.words:
+        pen.text((column * CELL, row * CELL - 1), word, "black", font)
+    return image
+
+
 def scan(page: "Page", rng: random.Random) -> Image.Image:
     """As from a scanner: turned by two degrees, blurred, specks, a dark edge, and JPEG."""
     ink = turned(typeset(page, rng, lambda c: styled_glyph(c, CELL - 1, False, 0), 1, 0), rng.choice([-2, 2]))
@@ -133,7 +142,7 @@ def as_jpeg(image: Image.Image, quality: int) -> Image.Image:
     return Image.open(file).convert("RGB")
 
 
-LOOKS = {"clean": clean, "hard": hard, "bitmap": bitmap, "scan": scan, "photo": photo}
+LOOKS = {"clean": clean, "hard": hard, "bitmap": bitmap, "proportional": proportional, "scan": scan, "photo": photo}
 
 
 def sheet(pages: list["Page"], gap: int = 10) -> Image.Image:

@@ -1,4 +1,4 @@
-"""The toy's documents and lessons: five kinds of page, one character a cell, every value random.
+"""The toy's documents and lessons: six kinds of page, one character a cell, every value random.
 
     python data.py --draw 20 --seed 1 pages/     # look at the data first: 20 held-out pages and questions.jsonl
 
@@ -35,7 +35,7 @@ def write_toy_tokenizer(path: Path) -> None:
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# The toy's documents: five kinds of page, one character a cell, every value random
+# The toy's documents: six kinds of page, one character a cell, every value random
 
 SYMBOLS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ0123456789"
 LABELS = ["NO", "PO", "ID", "TO", "REF", "DUE", "TAX", "QTY", "TEL", "BOX", "DAY", "FOR", "VIA", "LOT", "ZIP"]
@@ -151,17 +151,46 @@ def table(rng: random.Random, large: bool) -> Page:
     """Rows by a random key; a small table has one column of values, a large one three."""
     page = Page("table", 16 if large else 8, 8)
     header = rng.sample([name for name in LABELS if len(name) == 3], 3 if large else 1)
-    rows = rows_of(rng, 8, 1, rng.randint(2, 3) if large else rng.randint(3, 4))
-    page.write(0, (0, "KEY"), *((4 * i, name) for i, name in enumerate(header, 1)))
+    grid(rng, page, 0, header, rows_of(rng, 8, 1, rng.randint(2, 3) if large else rng.randint(3, 4)))
+    return page
+
+
+def grid(rng: random.Random, page: Page, top: int, header: list[str], rows: list[int]) -> None:
+    """A line of names and, by a random key each, lines of values with their questions."""
+    page.write(top, (0, "KEY"), *((4 * i, name) for i, name in enumerate(header, 1)))
     for row, key in zip(rows, distinct_codes(rng, len(rows))):
         values = [code(rng, 3, 3) for _ in header]
         page.write(row, (0, key), *((4 * i, v) for i, v in enumerate(values, 1)))
         page.questions += [(f"what is {name} of {key}?", v) for name, v in zip(header, values)]
+
+
+def report(rng: random.Random, large: bool) -> Page:
+    """Always four to nine tiles: a name, fields in free places and, in half of the reports, a table below."""
+    page = Page("report", *rng.choice([(16, 16), (24, 16), (24, 24)]))
+    page.write(0, (8 * rng.randrange(page.columns // 8), code(rng, 4, 7)))
+    labels = rng.sample(LABELS, len(LABELS))
+    header = [name for name in labels if len(name) == 3][:page.columns // 4 - 1] if rng.random() < 0.5 else []
+    labels = [name for name in labels if name not in header]
+    below = rng.randint(3, 4) if header else 0          # lines of the table
+    for row in rows_of(rng, page.rows - below, 1, rng.randint(3, 5)):
+        words: list[tuple[int, str]] = []
+        lefts = sorted(rng.sample(range(0, page.columns, 8), rng.randint(1, 2)))
+        for left in lefts:                              # a field keeps to its tile, and off one that follows
+            label, width, gold = labels.pop(), 7 if left + 8 in lefts else 8, None
+            while gold is None or len(label) + 1 + len(gold) > width:
+                gold = value(rng, 7 - len(label))
+            column = left + rng.randint(0, width - len(label) - 1 - len(gold))
+            words += [(column, label), (column + len(label) + 1, gold)]
+            page.questions.append((f"what is {label}?", gold))
+        page.write(row, *words)
+    if header:
+        top = page.rows - below
+        grid(rng, page, top, header, list(range(top + 1, page.rows)))
     return page
 
 
-PAGES = {"invoice": invoice, "receipt": receipt, "letter": letter, "form": form, "table": table}
-KINDS = list(PAGES)
+PAGES = {"invoice": invoice, "receipt": receipt, "letter": letter, "form": form, "table": table, "report": report}
+KINDS = [kind for kind in PAGES if kind != "report"]       # what every toy learns; reports come with hard pages only
 
 
 def drawn_page(rng: random.Random, kind: str, large: bool, split: str) -> Page:
@@ -172,19 +201,21 @@ def drawn_page(rng: random.Random, kind: str, large: bool, split: str) -> Page:
             return page
 
 
-def held_out_documents(n: int, seed: int) -> list[tuple[Page, str, str]]:
+def held_out_documents(n: int, seed: int, kinds: list[str] = KINDS) -> list[tuple[Page, str, str]]:
     """n pages that no training run draws, with one question each: (page, prompt, answer). The kinds take turns, and
-    a third of the pages have several tiles."""
+    a third of the pages have several tiles (of reports all)."""
     documents = []
     for i in range(n):
         rng = random.Random(f"held-out/{seed}/{i}")
-        page = drawn_page(rng, KINDS[i % len(KINDS)], i // len(KINDS) % 3 == 0, "held-out")
+        page = drawn_page(rng, kinds[i % len(kinds)], i // len(kinds) % 3 == 0, "held-out")
         documents.append((page, *rng.choice(page.questions)))
     return documents
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# What the toy learns in each stage: (page, [(prompt, answer), ...]), from its beginning (progress 0) to its end (1)
+# What the toy learns in each stage, from its beginning (progress 0) to its end (1)
+
+Lesson = tuple[Page, list[tuple[str, str]]]     # (page, [(prompt, answer), ...])
 
 
 def sticker(rng: random.Random) -> Page:
@@ -252,7 +283,7 @@ def plain_text(page: Page, config: SigLIPConfig) -> str:
     return text
 
 
-def text_lesson(rng: random.Random, progress: float, split: str) -> tuple[Page, list[tuple[str, str]]]:
+def text_lesson(rng: random.Random, progress: float, split: str) -> Lesson:
     """Stage 0, plain text: to copy (dense pages, and charts all along), then to read and to look things up."""
     kind, charts = rng.random(), 0.3 - 0.2 * progress
     if kind < charts:
@@ -268,24 +299,34 @@ def text_lesson(rng: random.Random, progress: float, split: str) -> tuple[Page, 
     return page, reading_and_questions(rng, page, read=0.25, ask=0.25)
 
 
-def caption_lesson(rng: random.Random, progress: float, split: str) -> tuple[Page, list[tuple[str, str]]]:
+def caption_lesson(rng: random.Random, progress: float, split: str) -> Lesson:
     """Stage 1: to see. Charts until every character is known in its patch, then words in free places among them."""
     page = eye_chart(rng) if progress < 0.6 or rng.random() < 0.4 else sticker(rng)
     return page, [("", page.text)]
 
 
-def document_lesson(rng: random.Random, progress: float, split: str) -> tuple[Page, list[tuple[str, str]]]:
+def document_lesson(rng: random.Random, progress: float, split: str) -> Lesson:
     """Stage 2: to read whole pages; those of several tiles come in over the first fifth."""
     page = drawn_page(rng, rng.choice(KINDS + ["table"]), rng.random() < 0.65 * min(1, 5 * progress), split)
     return page, [(READ, page.text)]
 
 
-def instruction_lesson(rng: random.Random, progress: float, split: str) -> tuple[Page, list[tuple[str, str]]]:
+def instruction_lesson(rng: random.Random, progress: float, split: str) -> Lesson:
     """Stage 3: to answer, and not to forget reading. Large tables, where row and column must be found across tiles, are
     asked about most."""
     kind = rng.choice(KINDS + ["table"])
     page = drawn_page(rng, kind, rng.random() < (0.8 if kind == "table" else 0.5), split)
     return page, reading_and_questions(rng, page, read=0.35, ask=0.3, most=6)
+
+
+def hard_lesson(rng: random.Random, progress: float, split: str) -> Lesson:
+    """Stage 3 on hard pages: tables and reports most, and most pages are asked about without being read aloud first.
+
+    Where a row and a column meet has then to be found in the image: a page read aloud answers from its own text.
+    """
+    kind = rng.choice([*KINDS, *["table"] * 4, *["report"] * 2])
+    page = drawn_page(rng, kind, rng.random() < (0.9 if kind == "table" else 0.5), split)
+    return page, reading_and_questions(rng, page, read=0.2, ask=0.7, most=9)
 
 
 def reading_and_questions(rng: random.Random, page: Page, read: float, ask: float,
@@ -309,6 +350,7 @@ class ToyDocuments(Dataset):
                  tile_tokens: int | None = None, look: str = "clean"):
         self.stage, self.n, self.tokenizer, self.config, self.split = stage, n, tokenizer, config, split
         self.tile_tokens, self.look = tile_tokens, look         # of data.prepare and draw
+        self.lesson = hard_lesson if stage == 3 and look == "hard" else LESSONS[stage]
         self.seed = seed if split == "train" else f"{split}/{seed}"
 
     def draws(self, start: Position) -> Iterator[tuple[int | None, Position]]:
@@ -322,7 +364,7 @@ class ToyDocuments(Dataset):
             return index
         rng = random.Random(f"{self.seed}/{self.stage}/{index}")
         progress = index / self.n if self.split == "train" else 1.0
-        page, asks = LESSONS[self.stage](rng, progress, self.split)
+        page, asks = self.lesson(rng, progress, self.split)
         # Stage 1 begins with clean pages; the others come in over its second quarter.
         look = "clean" if self.stage == 1 and rng.random() > 4 * progress - 1 else self.look
         images = [draw(page, look)] if self.stage > 0 else []
@@ -363,14 +405,15 @@ def main() -> None:
     parser.add_argument("--draw", type=int, default=20, metavar="N", help="held-out pages (default: %(default)s)")
     parser.add_argument("--seed", type=int, default=0, help="which pages (default: %(default)s)")
     parser.add_argument("--look", choices=LOOKS, default="clean", help="how they look (default: %(default)s)")
+    parser.add_argument("--kind", choices=PAGES, help="only these pages (default: in turn all kinds but reports)")
     parser.add_argument("folder", type=Path, help="where the PNGs and questions.jsonl go; made if missing")
     args = parser.parse_args()
     if args.draw < 1:
         parser.error("--draw is at least 1")
-    rows = []
+    rows, kinds = [], [args.kind] if args.kind else KINDS
     try:
         args.folder.mkdir(parents=True, exist_ok=True)
-        for i, (page, prompt, gold) in enumerate(held_out_documents(args.draw, args.seed)):
+        for i, (page, prompt, gold) in enumerate(held_out_documents(args.draw, args.seed, kinds)):
             name = f"{i:04}-{page.kind}.png"
             draw(page, args.look).save(args.folder / name)
             rows.append({"image": name, "prompt": prompt, "answer": gold, "kind": page.kind})
