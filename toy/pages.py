@@ -320,13 +320,13 @@ def instruction_lesson(rng: random.Random, progress: float, split: str) -> Lesso
 
 
 def hard_lesson(rng: random.Random, progress: float, split: str) -> Lesson:
-    """Stage 3 on hard pages: tables and reports most, and most pages are asked about without being read aloud first.
+    """Stage 3 on hard pages: tables and reports most, and more pages that are asked about without being read aloud first.
 
     Where a row and a column meet has then to be found in the image: a page read aloud answers from its own text.
     """
-    kind = rng.choice([*KINDS, *["table"] * 4, *["report"] * 2])
+    kind = rng.choice([*KINDS, *["table"] * 3, *["report"] * 3])
     page = drawn_page(rng, kind, rng.random() < (0.9 if kind == "table" else 0.5), split)
-    return page, reading_and_questions(rng, page, read=0.2, ask=0.7, most=9)
+    return page, reading_and_questions(rng, page, read=0.35, ask=0.35, most=9)
 
 
 def reading_and_questions(rng: random.Random, page: Page, read: float, ask: float,
