@@ -204,7 +204,7 @@ def main() -> None:
     if len({benchmark.name for benchmark in benchmarks}) < len(benchmarks):
         raise InputError(f"--benchmark {' '.join(args.benchmark)}: one file for each benchmark")
     folder = args.checkpoint or default_model()
-    args.out = args.out or (Path("out", "box") if folder.parent == IN_THE_BOX else folder) / "eval"
+    args.out = args.out or (Path("out", "box") if folder.resolve().parent == IN_THE_BOX.resolve() else folder) / "eval"
     timeout = timedelta(hours=2)        # of ranks that wait for one with longer answers, or for the first to score
     device, _ = start_processes(timeout)
     model = AlignVLM.from_pretrained(folder, device=device).eval()
