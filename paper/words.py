@@ -88,7 +88,7 @@ def legible(tokenizer: Tokenizer, i: int) -> tuple[str, str]:
     try:
         text = word.decode()
     except UnicodeDecodeError:
-        return " ".join(f"{byte:02X}" for byte in word), "bytes and special tokens"
+        return f"0x{word.hex().upper()}", "bytes and special tokens"
     if text.isspace():
         runs = Counter(SPACES.get(c, f"U+{ord(c):04X}") for c in text)
         return ", ".join(f"{n} {name}s" if n > 1 else name for name, n in runs.items()), "white space"

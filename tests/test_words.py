@@ -141,7 +141,7 @@ def test_no_words_is_one_line(tokenizer, tmp_path):
 
 def test_legible(tokenizer):
     said = {b"a": ("a", "letters"), b"7": ("7", "digits"), b"/": ("/", "punctuation"), b" ": ("space", "white space"),
-            b"\n": ("line end", "white space"), b"\xe4": ("E4", "bytes and special tokens"),
+            b"\n": ("line end", "white space"), b"\xe4": ("0xE4", "bytes and special tokens"),
             b"\x07": ("U+0007", "punctuation")}
     for word, expected in said.items():
         assert words.legible(tokenizer, tokenizer.encoding.encode_single_token(word)) == expected
