@@ -373,7 +373,7 @@ def test_the_races_table_has_mean_and_spread():
     cells = [[cell.strip() for cell in line.strip("|").split("|")] for line in lines]
     assert {len(line) for line in cells} == {len(NOISE) + 8}
     assert cells[2][:3] == ["align", "85.5 (81.0 to 90.0)", "84.5 (80.0 to 89.0)"]
-    assert cells[2][-6:] == ["0.2500", "1,600, never", "1,234", "60.0 (60.0 to 60.0)", "58.81", "-1.67"]
+    assert cells[2][-6:] == ["0.2500", "1,600, never", "1,234", "60", "58.81", "-1.67"]
     assert cells[3][:2] == ["mlp", "50.0"] and cells[3][-5] == "never"
 
 
