@@ -4,6 +4,7 @@ import csv
 import io
 import json
 import math
+import os
 import random
 import sys
 
@@ -16,7 +17,7 @@ import torch.nn.functional as nnf
 from PIL import Image
 
 import eval as evaluation
-from conftest import randomise, run, torchrun
+from conftest import ROOT, randomise, run, torchrun
 from data import Tokenizer, Turn, encode_chat
 from model import ALIGNVLM_PRESETS, IMAGE, AlignVLM
 from paper import noise as noise_module
@@ -196,6 +197,12 @@ def test_the_toys_documents_are_one_more_benchmark():
     reports = open_benchmark("toy-reports=4")
     assert {row["split"] for row in reports.rows} == {"report"} and min(reports.images(1)[0].size) > 112
     assert same(reports.images(0)[0], draw(held_out_documents(4, 0, ["report"])[0][0], "hard"))
+
+
+def test_nothing_is_written_into_the_box(tmp_path):
+    box = os.path.relpath(ROOT / "toy" / "stage3", tmp_path)
+    run(ROOT / "eval.py", "--checkpoint", box, "--benchmark", "toy=1", "--max-new-tokens", 2, cwd=tmp_path)
+    assert (tmp_path / "out" / "box" / "eval" / "toy.jsonl").exists() and not (ROOT / "toy" / "stage3" / "eval").exists()
 
 
 def test_damaged_and_odd_files_are_one_line_that_names_them(tmp_path, docvqa, monkeypatch):

@@ -10,6 +10,7 @@ import argparse
 import functools
 import io
 import random
+from pathlib import Path
 
 import numpy as np
 from PIL import Image, ImageDraw, ImageFilter, ImageFont
@@ -160,9 +161,10 @@ def sheet(pages: list["Page"], gap: int = 10) -> Image.Image:
 if __name__ == "__main__":
     from toy.pages import held_out_documents
     parser = argparse.ArgumentParser(description="The same five pages in every look.")
-    parser.add_argument("out", help="a PNG")
+    parser.add_argument("out", type=Path, help="a PNG; its folder is made if missing")
     args = parser.parse_args()
     try:
+        args.out.parent.mkdir(parents=True, exist_ok=True)
         sheet([page for page, _, _ in held_out_documents(20, 0)[5:10]]).save(args.out)
     except (OSError, ValueError) as error:
         parser.error(f"{args.out}: {error}")

@@ -320,7 +320,7 @@ def instruction_lesson(rng: random.Random, progress: float, split: str) -> Lesso
 
 
 def hard_lesson(rng: random.Random, progress: float, split: str) -> Lesson:
-    """Stage 3 on hard pages: tables and reports most, and a third of them asked about without being read aloud first.
+    """Stage 3 on hard pages: tables and reports most. A third of all pages are asked about without being read aloud.
 
     Where a row and a column meet has then to be found in the image: a page read aloud answers from its own text.
     """
