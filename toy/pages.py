@@ -164,9 +164,12 @@ def grid(rng: random.Random, page: Page, top: int, header: list[str], rows: list
         page.questions += [(f"what is {name} of {key}?", v) for name, v in zip(header, values)]
 
 
+SIZES = [(16, 16), (24, 16), (24, 24)]      # columns and rows of four, six and nine tiles
+
+
 def report(rng: random.Random, large: bool) -> Page:
     """Always four to nine tiles: a name, fields in free places and, in half of the reports, a table below."""
-    page = Page("report", *rng.choice([(16, 16), (24, 16), (24, 24)]))
+    page = Page("report", *rng.choice(SIZES))
     page.write(0, (8 * rng.randrange(page.columns // 8), code(rng, 4, 7)))
     labels = rng.sample(LABELS, len(LABELS))
     header = [name for name in labels if len(name) == 3][:page.columns // 4 - 1] if rng.random() < 0.5 else []
@@ -319,14 +322,29 @@ def instruction_lesson(rng: random.Random, progress: float, split: str) -> Lesso
     return page, reading_and_questions(rng, page, read=0.35, ask=0.3, most=6)
 
 
-def hard_lesson(rng: random.Random, progress: float, split: str) -> Lesson:
-    """Stage 3 on hard pages: tables and reports most. A third of all pages are asked about without being read aloud.
+def scattered(rng: random.Random) -> Page:
+    """Short words all over four to nine tiles: where the next one stands is found in the image alone, and a report asks
+    that far less often."""
+    page, share = Page("scattered", *rng.choice(SIZES)), rng.uniform(0.2, 0.7)
+    for row in range(page.rows):
+        words = [code(rng, 1, 4) if rng.random() < share else "" for _ in range(0, page.columns, 8)]
+        if any(words):
+            page.write(row, *((8 * i + rng.randint(0, 7 - len(word)), word) for i, word in enumerate(words) if word))
+    return page
 
-    Where a row and a column meet has then to be found in the image: a page read aloud answers from its own text.
+
+def hard_lesson(rng: random.Random, progress: float, split: str) -> Lesson:
+    """Stage 3 on hard pages: reports and tables most, and for the first four fifths scattered pages as often as those.
+
+    A fifth of the others are asked about without being read aloud. Where a row and a column meet has then to be found
+    in the image: a page read aloud answers from its own text.
     """
-    kind = rng.choice([*KINDS, *["table"] * 3, *["report"] * 3])
+    if rng.random() < 0.35 and progress < 0.8:
+        page = scattered(rng)
+        return page, [(READ, page.text)]
+    kind = rng.choice([*KINDS, *["table"] * 2, *["report"] * 5])
     page = drawn_page(rng, kind, rng.random() < (0.9 if kind == "table" else 0.5), split)
-    return page, reading_and_questions(rng, page, read=0.35, ask=0.35, most=9)
+    return page, reading_and_questions(rng, page, read=0.5, ask=0.2, most=9)
 
 
 def reading_and_questions(rng: random.Random, page: Page, read: float, ask: float,
