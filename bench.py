@@ -34,6 +34,7 @@ from torch.nn.utils.rnn import pad_sequence
 from connector import MLP, Align
 from model import ALIGNVLM_PRESETS, IGNORE, IMAGE, AlignVLM, AlignVLMConfig, Llama, LlamaConfig
 from plumbing.costs import step_flops
+from plumbing.linear import linear
 from plumbing.processes import keep_heap, run_main
 from vision import SIGLIP_PRESETS, SigLIP, SigLIPConfig, read_image, tile, tile_boxes
 
@@ -245,7 +246,7 @@ def decode(args) -> Iterator[dict]:
         times = alternate(ours, None if args.alone else theirs, args.repeats, clock=lambda side: side())
         matrices = [p for p in llm.layers.parameters() if p.ndim == 2] + [llm.head]
         vectors = {D: torch.randn(len(lengths), D, device=DEVICE, dtype=dtype) for D in {W.shape[1] for W in matrices}}
-        ceiling_s, _ = alternate(lambda: [nnf.linear(vectors[W.shape[1]], W) for W in matrices] and None, None, 20)
+        ceiling_s, _ = alternate(lambda: [linear(vectors[W.shape[1]], W) for W in matrices] and None, None, 20)
         if GPU:
             numbers = torch.ones(2, 2 ** 28, device=DEVICE)             # a copy reads one half and writes the other
             copy_s, _ = alternate(lambda: numbers[1].copy_(numbers[0]), None, 5)

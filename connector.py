@@ -20,6 +20,7 @@ import torch.nn.functional as nnf      # F is the paper's name for the features
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
+from plumbing.linear import Linear
 from plumbing.weights import own_rows
 
 BLOCK_BYTES = 256 * 2 ** 20     # for the V-wide matrices of one block of tokens: one (n, V) forward, two backward
@@ -369,9 +370,8 @@ class SwiGLU(nn.Module):
 
     def __init__(self, size_in: int, width: int, size_out: int):
         super().__init__()
-        self.gate_proj = nn.Linear(size_in, width, bias=False)
-        self.up_proj = nn.Linear(size_in, width, bias=False)
-        self.down_proj = nn.Linear(width, size_out, bias=False)
+        self.gate_proj, self.up_proj = (Linear(size_in, width) for _ in range(2))
+        self.down_proj = Linear(width, size_out)
 
     def forward(self, x: Tensor) -> Tensor:
         gate, up = self.gate_proj(x), self.up_proj(x)                               # (..., width)

@@ -24,6 +24,7 @@ from torch.utils.checkpoint import checkpoint
 
 from connector import CONNECTORS, ConnectorConfig, SwiGLU, new_connector
 from plumbing import released
+from plumbing.linear import Linear, linear
 from plumbing.weights import Settings, Weights, load, read_safetensors, save, saved_config
 from vision import SIGLIP_PRESETS, SigLIP, SigLIPConfig, read_siglip
 
@@ -125,9 +126,9 @@ class Attention(nn.Module):
         super().__init__()
         self.layer, self.n_heads, self.head_dim = layer, config.n_heads, config.head_dim
         D, q_size, kv_size = config.hidden_size, config.n_heads * config.head_dim, config.n_kv_heads * config.head_dim
-        self.q_proj = nn.Linear(D, q_size, bias=False)
-        self.k_proj, self.v_proj = (nn.Linear(D, kv_size, bias=False) for _ in range(2))
-        self.o_proj = nn.Linear(q_size, D, bias=False)
+        self.q_proj = Linear(D, q_size)
+        self.k_proj, self.v_proj = (Linear(D, kv_size) for _ in range(2))
+        self.o_proj = Linear(q_size, D)
 
     def qkv(self, x: Tensor, cos: Tensor, sin: Tensor) -> list[Tensor]:
         """x (B, L, D) -> q (B, heads, L, head_dim), k and v (B, kv_heads, L, head_dim); q and k are turned together."""
@@ -189,7 +190,7 @@ class Llama(nn.Module):
         self.layers = nn.ModuleList(Layer(config, i) for i in range(config.n_layers))
         self.norm = nn.RMSNorm(config.hidden_size, config.rms_norm_eps)
         if not config.tie_embeddings:
-            self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+            self.lm_head = Linear(config.hidden_size, config.vocab_size)
 
     @property
     def head(self) -> Tensor:
@@ -250,7 +251,7 @@ class Llama(nn.Module):
                 # a padded row's stale keys lie beyond its position: unseen until the row overwrites them
                 h = continue_hidden(self.embed_tokens(ids[:, None]), None, cache, position)      # (B, 1, D)
                 position = position + 1
-            ids = choose(nnf.linear(h[:, 0], self.head), temperature, top_p, generator)  # (B,)
+            ids = choose(linear(h[:, 0], self.head), temperature, top_p, generator)  # (B,)
             done = [d or i in stop for d, i in zip(done, ids.tolist())]
             if all(done):
                 return

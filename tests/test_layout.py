@@ -52,5 +52,5 @@ def test_imports_run_one_way(name):
 
 def test_what_the_method_needs_of_plumbing_needs_nothing_of_the_method():
     below = {name for part in ("vision", "connector", "model", "data") for name in reach(part) if name not in TOP}
-    assert below == {"plumbing.weights", "plumbing.released", "plumbing.tokenizers"}
+    assert below == {"plumbing.linear", "plumbing.weights", "plumbing.released", "plumbing.tokenizers"}
     assert not {other for name in below for other in reach(name)} & set(TOP)

@@ -11,6 +11,7 @@ import model
 from conftest import close, n_parameters, randomise, shapes
 from model import (ALIGNVLM_PRESETS, IGNORE, IMAGE, LLAMA_PRESETS, AlignVLM, AlignVLMConfig, KVCache, Llama, LlamaConfig,
                    choose, rope)
+from plumbing.linear import linear
 from vision import SigLIPConfig
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -164,6 +165,29 @@ def test_alignvlm_preset_is_its_three_parts(preset):
                            **{f"connector.{k}": s for k, s in connector.items()},
                            **{f"llm.{k}": s for k, s in shapes(llm).items()}}
     assert vlm.vision.config.image_size == (112 if preset == "toy" else 384)
+
+
+@pytest.mark.parametrize("V", [1, 31, 32, 64, 480])
+@pytest.mark.parametrize("shape", [(1, 1, 7), (7,), (1, 7), (3, 7), (2, 8, 7), (17, 7), (0, 7), (2, 0, 7), (5, 1, 33),
+                                   (16, 32)])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
+def test_linear_of_few_rows(V, shape, dtype, monkeypatch):
+    """The sum written out, in fp64; PyTorch's own product unless it is fp32, 1 to 16 rows and nothing to learn, nor of
+    several rows where V is no whole number of blocks."""
+    x, W = torch.randn(shape, dtype=dtype), torch.randn(V, shape[-1], dtype=dtype)
+    expected = (x.double()[..., None, :] * W.double()).sum(-1)
+    n, whole, calls = x.shape[:-1].numel(), nnf.linear, []
+    monkeypatch.setattr(nnf, "linear", lambda *args: calls.append(1) or whole(*args))
+    for x in [x, x.mT.contiguous().mT] if x.ndim > 1 else [x]:
+        for grad in (False, True):
+            calls.clear()
+            with torch.set_grad_enabled(grad):
+                y = linear(x, W)
+            assert y.shape == expected.shape and y.dtype == dtype
+            few = dtype == torch.float32 and not grad and (n == 1 or 1 < n <= 16 and V % 32 == 0)
+            assert bool(calls) == (not few)
+            if n:
+                close(y.double(), expected, 1e-2 if dtype == torch.bfloat16 else 1e-5)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -380,6 +404,7 @@ def without_cache(vlm, tokens, pixels, steps=STEPS):
 
 DECODERS = {"GQA": dict(spread=3.0), "MHA": dict(spread=3.0, n_kv_heads=4, head_dim=10),
             "tied": dict(spread=0.3, tie_embeddings=True, n_layers=3),
+            "in blocks": dict(spread=6.0, hidden_size=64, head_dim=16, intermediate_size=96),
             "MQA, scaled": dict(spread=3.0, n_kv_heads=1, head_dim=24, rope_factor=8.0, rope_original_length=20)}
 
 
