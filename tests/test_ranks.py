@@ -15,8 +15,9 @@ def whole(stage1, tmp_path_factory):
 
 def cut(stage1, work, processes, *more):
     (work / "stage1").symlink_to(stage1)
+    # At the recipe's rate, twice this, rounding alone grows to 1e-5 of a loss in 14 steps on some CPUs; here it stays.
     command = [ROOT / "tests" / "first_gradients.py", work / "first.safetensors", "--stage", 2, "--steps", 20,
-               "--batch-size", 5, "--out", work, *more]
+               "--batch-size", 5, "--lr", 5e-4, "--out", work, *more]
     if processes == "2x2":
         with socket.socket() as free:
             free.bind(("127.0.0.1", 0))
@@ -49,7 +50,7 @@ def test_the_same_gradients(whole, other):
 
 
 def test_the_same_losses(whole, other):
-    """Those of 20 steps within 1e-5 (1e-4 compiled)."""
+    """Those of 20 steps within 1e-6 (1e-5 compiled)."""
     (_, expected), (_, these, slack) = whole, other
     assert len(these) == 20 and len(set(these)) == 20
-    assert these == pytest.approx(expected, rel=1e-5 * slack)
+    assert these == pytest.approx(expected, rel=1e-6 * slack)
