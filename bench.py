@@ -36,7 +36,7 @@ from model import ALIGNVLM_PRESETS, IGNORE, IMAGE, AlignVLM, AlignVLMConfig, Lla
 from plumbing.costs import step_flops
 from plumbing.linear import linear
 from plumbing.processes import keep_heap, run_main
-from vision import SIGLIP_PRESETS, SigLIP, SigLIPConfig, read_image, tile, tile_boxes
+from vision import SIGLIP_PRESETS, SigLIP, SigLIPConfig, on_canvas, read_image, tile, tile_boxes
 
 GPU = torch.cuda.is_available()
 DEVICE = torch.device("cuda" if GPU else "cpu")
@@ -171,11 +171,9 @@ def pages(args) -> Iterator[dict]:
         boxes = tile_boxes(*page.size, config)
         pixels = np.zeros((len(boxes), 3, side, side), dtype=np.float32)
         for canvas, (left, top, right, bottom) in zip(pixels, boxes):
-            w, h = right - left, bottom - top
-            new_w, new_h = (side, max(1, int(h / w * side))) if w >= h else (max(1, int(w / h * side)), side)
+            x, y, new_w, new_h = on_canvas(right - left, bottom - top, side)
             done = processor(page.crop((left, top, right, bottom)), size={"height": new_h, "width": new_w},
                              return_tensors="np")["pixel_values"][0]
-            y, x = (side - new_h) // 2, (side - new_w) // 2
             canvas[:, y:y + new_h, x:x + new_w] = done
         return torch.from_numpy(pixels)
 
@@ -395,7 +393,7 @@ def main() -> None:
     args = parser.parse_args()
     if unknown := set(args.work) - set(WORKS):
         parser.error(f"no work called {', '.join(unknown)}: there is {', '.join(WORKS)}")
-    if min(args.repeats or 1, args.threads or 1) < 1:
+    if any(n is not None and n < 1 for n in (args.repeats, args.threads)):
         parser.error("--repeats and --threads are at least 1")
     threads = args.threads or torch.get_num_threads()
     torch.manual_seed(0)

@@ -108,6 +108,7 @@ class Tokenizer:
         return [i for i in ids if i < self.size] if self.missing else ids
 
     def decode(self, ids: list[int]) -> str:
+        """The text of ids; bytes that are no UTF-8 become U+FFFD."""
         return self.encoding.decode(ids)
 
     def layout(self, parts: list[str]) -> list[int]:
@@ -136,7 +137,8 @@ class Example:
 
 @dataclass
 class Sample:
-    """An example ready for the model: tokens and labels (L,), pixels (T, 3, S, S)."""
+    """An example ready for the model: tokens and labels (L,) int64, pixels (T, 3, S, S) fp32 of its n_images' tiles,
+    and the example's name."""
     tokens: Tensor
     labels: Tensor
     pixels: Tensor
@@ -149,7 +151,7 @@ class BadSample(Exception):
 
 
 def encode_chat(turns: list[Turn], tokenizer: Tokenizer, visual_tokens: list[int]) -> tuple[Tensor, Tensor]:
-    """Turns -> tokens and labels (L,) in the tokenizer's chat format; image i takes visual_tokens[i] positions.
+    """Turns -> tokens and labels (L,) int64 in the tokenizer's chat format; image i takes visual_tokens[i] positions.
 
     labels[t] is the token that should follow tokens[t], or IGNORE outside the assistant's answers. Unless the last
     turn is the assistant's, the sequence ends with its header, ready to be continued. Raises CheckpointError where
@@ -208,7 +210,8 @@ def pack(samples: list[Sample]) -> tuple[Tensor, Tensor, Tensor, list[int]]:
 
 
 def fill_rows(samples: list[Sample], row_tokens: int) -> list[list[Sample]]:
-    """Samples -> rows of at most row_tokens each: the longest first, each into the first row that has room."""
+    """Samples -> rows of at most row_tokens each: the longest first, each into the first row that has room. A sample
+    that is longer has a row of its own."""
     rows: list[list[Sample]] = []
     for sample in sorted(samples, key=lambda s: -len(s.tokens)):
         room = (row for row in rows if sum(len(s.tokens) for s in row) + len(sample.tokens) <= row_tokens)

@@ -57,7 +57,7 @@ LLAMA_PRESETS = {
     "llama-3.2-3b": LlamaConfig(hidden_size=3072, n_layers=28, n_heads=24, head_dim=128),
     "llama-3.1-8b": LlamaConfig(hidden_size=4096, n_layers=32, head_dim=128, intermediate_size=14_336,
                                 rope_factor=8.0, tie_embeddings=False),
-    # Untied: a shared head would push the 480 words that the toy never meets all the same way, E_text would become one
+    # Untied: a shared head would push the 500 words that are never an answer all the same way, E_text would become one
     # long vector and a direction around it, and in the connector's mean every word would drown.
     "toy": LlamaConfig(vocab_size=542, hidden_size=128, n_layers=4, n_heads=4, n_kv_heads=4, head_dim=64,
                        intermediate_size=128, rope_factor=1.0, tie_embeddings=False),
@@ -296,6 +296,7 @@ def choose(logits: Tensor, temperature: float, top_p: float, generator: torch.Ge
 
 @dataclass
 class AlignVLMConfig:
+    """The architecture of the three parts."""
     vision: SigLIPConfig = field(default_factory=SigLIPConfig)
     llm: LlamaConfig = field(default_factory=LlamaConfig)
     connector: ConnectorConfig = field(default_factory=ConnectorConfig)
@@ -329,18 +330,18 @@ class AlignVLM(nn.Module):
         self.connector.init_weights(self.llm.head)
 
     def embed(self, tokens: Tensor, pixels: Tensor) -> Tensor:
-        """tokens (B, L) with IMAGE at T * n places, pixels (T, 3, S, S) -> H_input (B, L, D).
+        """tokens (B, L) int64 with IMAGE at T * n places, pixels (T, 3, S, S) -> H_input (B, L, D).
 
         tokens may be on the CPU: a GPU is not waited for then. Raises ValueError when places and visual tokens differ.
         """
         E_text = self.llm.embed_tokens.weight                                      # (V, D)
         image = tokens == IMAGE                                                    # (B, L)
-        n = len(pixels) * self.config.tile_tokens
-        if image.sum() != n:
-            raise ValueError(f"{int(image.sum())} image positions for {n} visual tokens")
+        n_visual = len(pixels) * self.config.tile_tokens                           # T * n
+        if image.sum() != n_visual:
+            raise ValueError(f"{int(image.sum())} image positions for {n_visual} visual tokens")
         words = tokens.masked_fill(image, 0).to(E_text.device, non_blocking=True)
         H = nnf.embedding(words, E_text)                                           # (B, L, D), equation 3: E_text(x)
-        if n == 0:      # on all ranks or on none, else FSDP waits
+        if n_visual == 0:       # on all ranks or on none, else FSDP waits
             return H
         F = self.vision(pixels)                                                    # (T, N, d)
         F_align = self.connector(F, E_text).flatten(0, 1)                          # (T * n, D), equations 1 and 2
@@ -351,8 +352,8 @@ class AlignVLM(nn.Module):
     def forward(self, tokens: Tensor, labels: Tensor, pixels: Tensor, lengths: list[int]) -> Tensor:
         """One packed row of samples -> the sum of its supervised tokens' cross-entropies (nats), fp32.
 
-        tokens (1, L), samples of `lengths` one after another; labels (1, L): at each position the token that should
-        come next there, or IGNORE; pixels (T, 3, S, S): all samples' tiles. tokens and labels may be on the CPU.
+        tokens (1, L) int64, samples of `lengths` one after another; labels (1, L): at each position the token that
+        should come next there, or IGNORE; pixels (T, 3, S, S): all samples' tiles. tokens and labels may be on the CPU.
         """
         h = self.llm.hidden(self.embed(tokens, pixels), lengths)[0]                # (L, D)
         supervised = (labels[0] != IGNORE).nonzero()[:, 0]                         # the LM head runs only there

@@ -270,6 +270,7 @@ def main() -> None:
     args = parse_args()
     if hasattr(sys.stdout, "reconfigure"):
         sys.stdout.reconfigure(errors="replace")        # a terminal that cannot show a character is no reason to stop
+        sys.stdin.reconfigure(errors="surrogateescape")     # nor is a question that is no text: the tokenizer says so
     generation = {name: getattr(args, name) for name in ("max_new_tokens", "temperature", "top_p", "seed")}
     try:
         folder = Path(args.llm or args.checkpoint or default_model())

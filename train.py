@@ -73,8 +73,8 @@ class Recipe:
 
 
 ALL, LATE = ("vision", "connector", "llm"), ("connector", "llm")    # stage 3 freezes the vision encoder
-# Adam moves what has a tiny gradient, like the head's rows of words that never occur, as far as anything else, and W2
-# starts from that head: an eps of 1e-5 holds them back.
+# Adam moves what has a tiny gradient, like the head's rows of words that are never an answer, as far as anything else,
+# and W2 starts from that head: an eps of 1e-5 holds them back.
 TOY = dict(batch_size=16, row_tokens=8192, warmup=0.03, final_lr=0.1, eps=1e-5)
 RECIPES = {
     "toy": {0: Recipe(("llm",), lr=1.5e-3, steps=3000, **TOY),
@@ -364,7 +364,8 @@ def parse_args() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     group = parser.add_argument_group
     add = group("what is trained").add_argument
-    add("--preset", choices=list(RECIPES), help="recipe (default: by the size of --llm; without one the toy's)")
+    add("--preset", choices=list(RECIPES), help="recipe (default: by the size of --llm or of the "
+        "model in --out, that of llama-3.2-1b for a size that is none of these; without either the toy's)")
     add("--vision", type=Path, help="folder with a released SigLIP, for stage 1 (default: the toy's own)")
     add("--llm", type=Path, help="folder with a released Llama and its tokenizer, for stage 1 (default: the toy's own)")
     add("--connector", choices=CONNECTORS, help="between the two, new in stage 1, kept from then on (default: align)")
@@ -386,7 +387,7 @@ def parse_args() -> argparse.Namespace:
         "data sets are mixed in that ratio (default: the toy's drawn pages)")
     add("--look", choices=LOOKS, default="clean", help="how the toy's pages are drawn; hard ones have reports "
         "of up to nine tiles among them in stage 3 (default: %(default)s)")
-    add("--max-tiles", type=int, default=9, help="tiles a page is cut into at most (default: %(default)s)")
+    add("--max-tiles", type=int, help="tiles a page is cut into at most (default: 9)")
     add("--max-bad", type=float, default=0.01, help="share of bad samples above which training stops, judged from a "
         "thousand samples or an epoch on (default: %(default)s)")
     add("--workers", type=int, help="data loading processes per process (default: with --data up to 4, else 0)")
@@ -421,9 +422,12 @@ def parse_args() -> argparse.Namespace:
     scales = [re.fullmatch(r"(vision|connector|llm)=(\d*\.?\d+)", scale) for scale in args.lr_scale]
     for impossible, why in [
             (not all(scales), f"--lr-scale {' '.join(args.lr_scale)}: vision, connector or llm, =, and a share"),
-            (min(args.workers, args.held_out, args.seed) < 0, "--workers, --held-out and --seed are at least 0"),
+            (min(args.workers, args.held_out) < 0, "--workers and --held-out are at least 0"),
+            (not 0 <= args.seed < 2 ** 63, "--seed is from 0 to 2**63 - 1"),
             (not 0 <= args.max_bad <= 1, "--max-bad is from 0 to 1"),
             (args.data and args.look != "clean", "--look is of the toy's pages, not of --data"),
+            (not (args.data or args.plan) and (args.epochs or args.max_length or args.max_tiles or args.eval_data),
+             "--epochs, --max-length, --max-tiles and --eval-data are of --data: the toy's pages have --steps"),
             (args.data and not args.stage, "--data is for one stage: add --stage 1, 2 or 3"),
             (args.data and args.eval_every and not args.eval_data, "--eval-every needs --eval-data beside --data"),
             (args.stage is None and args.resume not in ("auto", "never"), "--resume PATH is of a stage: add --stage"),
@@ -434,6 +438,7 @@ def parse_args() -> argparse.Namespace:
     flags = {"kind": args.connector, "table_size": args.table_size}
     args.connector_settings = {key: value for key, value in flags.items() if value}
     args.lr_scale = {scale[1]: float(scale[2]) for scale in scales}
+    args.max_tiles = args.max_tiles or 9
     args.timeout = timedelta(seconds=min(args.timeout, 1e8))
     return args
 
@@ -514,7 +519,7 @@ def main() -> None:
     if stages[0] not in RECIPES[args.preset] or args.plan and stages[0] == 0:
         raise InputError(f"--preset {args.preset} has no stage {stages[0]}" + (" to plan" if args.plan else ""))
     if args.plan:
-        return plan(args, RECIPES)
+        return plan(args, {stage: recipe_of(stage, args) for stage in stages})
     if args.preset != "toy" and args.steps is None and not args.data:
         raise InputError(f"the recipe {args.preset} counts epochs, drawn pages have none: give --data or --steps")
     if not args.llm and 1 in stages and (args.retrain or not is_complete(1, args.out)):

@@ -73,6 +73,7 @@ class Embeddings(nn.Module):
         self.position_embedding = nn.Embedding(config.n_patches, d)
 
     def forward(self, pixels: Tensor) -> Tensor:
+        """pixels (T, 3, S, S) -> (T, N, d)."""
         patches = self.patch_embedding(pixels)              # (T, d, side, side)
         patches = patches.flatten(2).transpose(1, 2)        # (T, N, d), row by row
         return patches + self.position_embedding.weight     # (T, N, d)
@@ -88,6 +89,7 @@ class Attention(nn.Module):
         self.q_proj, self.k_proj, self.v_proj, self.out_proj = (nn.Linear(d, d) for _ in range(4))
 
     def forward(self, x: Tensor) -> Tensor:
+        """x (T, N, d) -> (T, N, d)."""
         T, N, d = x.shape
         q, k, v = (proj(x).view(T, N, self.n_heads, -1).transpose(1, 2)      # (T, heads, N, d / heads)
                    for proj in (self.q_proj, self.k_proj, self.v_proj))
@@ -96,6 +98,8 @@ class Attention(nn.Module):
 
 
 class MLP(nn.Module):
+    """Two layers with a GELU between, for each patch by itself."""
+
     def __init__(self, config: SigLIPConfig):
         super().__init__()
         self.fc1 = nn.Linear(config.hidden_size, config.intermediate_size)

@@ -138,7 +138,7 @@ def wtq_value(text: str) -> tuple:
     with contextlib.suppress(ValueError):
         year, month, day = (-1 if part == "xx" else int(part)
                             for part in re.sub("^xxxx-", "xx-", text.lower()).split("-"))
-        if month == day == -1 != year:
+        if month == day == -1 != year and year < 10 ** 18:     # more is compared with no float
             return "number", year
         if max(year, month, day) >= 0 and month in (-1, *range(1, 13)) and day in (-1, *range(1, 32)):
             return "date", year, month, day

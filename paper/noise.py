@@ -33,14 +33,14 @@ class Noise:
         """F (T, N, d), of all tiles of the batch -> F + N. A forward hook."""
         self.F = F
         generators = [torch.Generator().manual_seed(zlib.crc32(name.encode())) for name, _ in self.samples]
-        N = torch.cat([torch.randn(tiles, *F.shape[1:], generator=generator)        # on the CPU: the same everywhere
-                       for (_, tiles), generator in zip(self.samples, generators)])
-        return F + self.sigma * N.to(F)                                             # (T, N, d)
+        noise = torch.cat([torch.randn(tiles, *F.shape[1:], generator=generator)    # on the CPU: the same everywhere
+                           for (_, tiles), generator in zip(self.samples, generators)])
+        return F + self.sigma * noise.to(F)                                         # (T, N, d)
 
     def compare(self, connector: nn.Module, inputs: tuple, noisy: Tensor) -> None:
-        """The connector's output (T, N', D) beside what it makes of F without noise. A forward hook."""
-        clean = connector.forward(self.F, *inputs[1:])                              # (T, N', D): forward has no hooks
-        distance = 1 - nnf.cosine_similarity(noisy.float(), clean.float(), dim=-1)  # (T, N')
+        """The connector's output (T, n, D) beside what it makes of F without noise. A forward hook."""
+        clean = connector.forward(self.F, *inputs[1:])                              # (T, n, D): forward has no hooks
+        distance = 1 - nnf.cosine_similarity(noisy.float(), clean.float(), dim=-1)  # (T, n)
         tiles = [tiles for _, tiles in self.samples]
         self.measured = [{"distance": d.sum(dtype=torch.float64).item(), "tokens": d.numel(),
                           "sum": F.sum(dtype=torch.float64).item(), "squares": F.double().square().sum().item(),

@@ -43,8 +43,10 @@ def read_predictions(path: Path) -> list[dict]:
     for number, row in enumerate(rows, 1):
         texts = row.get("answers")
         if not (isinstance(texts, list) and texts and all(isinstance(text, str) for text in texts)
-                and isinstance(row.get("question"), str) and isinstance(row.get("prediction"), str)):
-            raise InputError(f"{path}, row {number}: no question, answers (a list) and prediction, all of them texts")
+                and isinstance(row.get("question"), str) and isinstance(row.get("prediction"), str)
+                and isinstance(row.get("split"), str | None)):
+            raise InputError(f"{path}, row {number}: no question, answers (a list) and prediction, all of them texts, "
+                             "or a split that is none")
     if not rows:
         raise InputError(f"{path}: not a single prediction there")
     return [{"split": None, **row} for row in rows]

@@ -7,11 +7,10 @@ import json
 import math
 from pathlib import Path
 
+from paper.benchmarks import TOYS
 from paper.metrics import METRICS
 from paper.predictions import read_predictions, write_text
 from plumbing.weights import InputError
-
-from paper.benchmarks import TOYS
 
 COLUMNS = {"DocVQA": "DocVQA val", "InfoVQA": "InfoVQA val", "DeepForm": "DeepForm test", "KLC": "KLC test",
            "WTQ": "WTQ test", "TabFact": "TabFact test", "ChartQA": "ChartQA test", "TextVQA": "TextVQA val",

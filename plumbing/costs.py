@@ -9,6 +9,7 @@ import torch
 
 from connector import BLOCK_BYTES, CACHE_BYTES
 from model import ALIGNVLM_PRESETS, LOGITS, AlignVLM, AlignVLMConfig, read_llama
+from plumbing.weights import InputError
 from vision import read_siglip
 
 PEAKS = {"B200": 2250e12, "H200": 989e12, "H100 PCIe": 756e12, "H100 NVL": 835e12, "H100": 989e12, "A100": 312e12,
@@ -107,18 +108,19 @@ def memory(config: AlignVLMConfig, trainable: tuple[str, ...], ranks: int, token
 
 
 def plan(args, recipes: dict) -> None:
-    """Print what --stage (or each) of a preset takes on --gpus: memory per GPU, FLOPs and time of a step, days."""
+    """Print what stages take on --gpus, by their recipes: memory per GPU, FLOPs and time of a step, days."""
     config = copy.copy(ALIGNVLM_PRESETS.get(args.preset, ALIGNVLM_PRESETS["llama-3.2-1b"]))
     if args.llm:
         config = AlignVLMConfig(read_siglip(args.vision)[0], read_llama(args.llm)[0])
     config.connector = replace(config.connector, **args.connector_settings)
     ranks = min(args.shard_size or args.gpus, args.gpus)
-    for stage in [args.stage] if args.stage is not None else [stage for stage in recipes[args.preset] if stage > 0]:
-        recipe = recipes[args.preset][stage]
+    if args.gpus % ranks:
+        raise InputError(f"--shard-size {ranks} does not divide --gpus {args.gpus}")
+    for stage, recipe in recipes.items():
         samples, tiles, text, answer = (SMALL_SAMPLES if args.preset == "low-resource" else SAMPLES)[stage]
         tiles = tiles or (1 if args.max_tiles == 1 else args.max_tiles + 1)
         length = tiles * config.tile_tokens + text
-        batch, row_tokens = args.batch_size or recipe.batch_size, args.row_tokens or recipe.row_tokens
+        batch, row_tokens = recipe.batch_size, recipe.row_tokens
         print(f"\nstage {stage} of {args.preset} on {args.gpus} GPUs, one copy on {ranks} of them: "
               f"{' + '.join(recipe.trainable)} trained, {batch} samples a step, each of {tiles} tiles and {text} "
               f"tokens of text ({length:,} tokens)")
@@ -138,7 +140,7 @@ def plan(args, recipes: dict) -> None:
         flops = step_flops(config, recipe.trainable, Counter(
             tokens=batch * length, supervised=batch * answer, tiles=batch * tiles, squares=batch * length ** 2))
         seconds = flops / (args.gpus * args.mfu * PEAKS["H100"])
-        steps = args.steps or recipe.steps or math.ceil(samples * recipe.epochs / batch)
+        steps = recipe.steps or math.ceil(samples * recipe.epochs / batch)
         hours = steps * seconds / 3600
         print(f"  {flops:.3g} FLOPs a step, {seconds:.3g} s at {args.mfu:.0%} of an H100's peak (a third more with "
               f"--recompute); {steps:,} steps in " + (f"{hours / 24:.1f} days" if hours > 48 else f"{hours:.2g} hours"))

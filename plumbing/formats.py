@@ -40,7 +40,7 @@ def data_files(path: str) -> tuple[Path, list[Path]]:
     if not root.is_dir():
         files = [root] if root.is_file() else sorted(Path(file) for file in glob.glob(str(root)))
         if not files:
-            raise InputError(f"--data {path}: no such file or folder")
+            raise InputError(f"{path}: no such file or folder")
         return Path(os.path.commonpath([file.parent for file in files])), files
     for pattern, suffix in itertools.product(("*", "*/*"), (".tar", ".parquet", ".jsonl", ".json")):
         files = [file for file in sorted(root.glob(pattern + suffix))
@@ -48,7 +48,7 @@ def data_files(path: str) -> tuple[Path, list[Path]]:
                  and (suffix != ".json" or file_format(file) == "json")]        # else it describes the others
         if files:
             return root, files
-    raise InputError(f"--data {path}: no .tar, .parquet, .jsonl or .json (a list) in this folder or one level below")
+    raise InputError(f"{path}: no .tar, .parquet, .jsonl or .json (a list) in this folder or one level below")
 
 
 def file_format(path: Path) -> str | None:

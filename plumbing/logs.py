@@ -127,7 +127,7 @@ def plot(paths: list[Path], out: Path) -> None:
     loss, speed = figure.subplots(2, 1)
     for log in logs:
         rows = read_log(log)
-        steps = [row for row in rows if "loss" in row]
+        steps = [row for row in rows if {"loss", "tokens_per_s"} <= row.keys()]
         [line] = loss.plot([r["step"] for r in steps], [math.nan if r["loss"] is None else r["loss"] for r in steps],
                            linewidth=0.8, label=str(log.parent if log.name == "log.jsonl" else log))
         held_out = [row for row in rows if "held_out_loss" in row]

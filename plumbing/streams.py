@@ -108,7 +108,7 @@ class DataSet:
                 while first < len(self.shards):
                     references, after = self.group(epoch, first)
                     if not references and after - first == len(self.shards):
-                        raise InputError(f"--data {self.files[0][1]}: not a single sample there")
+                        raise InputError(f"{self.files[0][1]}: not a single sample there")
                     ahead.submit(self.group, *((epoch, after) if after < len(self.shards) else (epoch + 1, 0)))
                     for i in range(taken, len(references)):
                         yield references[i], (epoch, first, i + 1)
@@ -159,7 +159,7 @@ class Documents(Dataset):
     def __init__(self, specs: list[str], seed: int, **settings):
         parsed = [re.fullmatch(r"(.*?)(?::(\d+(?:\.\d+)?))?", spec, re.S).groups() for spec in specs]
         if any(weight and float(weight) == 0 for _, weight in parsed):
-            raise InputError(f"--data {' '.join(specs)}: a weight is more than 0")
+            raise InputError(f"{' '.join(specs)}: a weight is more than 0")
         weighted = any(weight for _, weight in parsed)
         self.sets = [DataSet([path], seed) for path, _ in parsed] if weighted else [DataSet(specs, seed)]
         self.weights = [float(weight or 1) for _, weight in parsed] if weighted else [1.0]

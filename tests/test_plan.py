@@ -55,6 +55,12 @@ def test_the_plan_says_what_fits(preset, gpus, memory, answer):
     assert len(fitting) == 1 and answer in fitting[0] and "FLOPs a step" in done.stdout
 
 
+def test_the_plan_follows_the_recipe_that_the_flags_make():
+    done = run("train.py", "--plan", "--stage", 1, "--lr-scale", "vision=0", "llm=0", "--epochs", 3, "--batch-size", 100)
+    assert "connector trained, 100 samples" in done.stdout and f"{3 * 81_000:,} steps" in done.stdout
+    assert " + connector" not in done.stdout
+
+
 def test_plot_draws_joined_logs(tmp_path):
     rows = [{"step": i, "loss": 5 - i / 10 if i != 4 else None, "tokens_per_s": 100 + i} for i in range(20)]
     again = [{"resumed": 15, "processes": 2}, *({**row, "loss": 1.0} for row in rows[15:])]
@@ -65,5 +71,7 @@ def test_plot_draws_joined_logs(tmp_path):
     assert [row["loss"] for row in read_log(tmp_path / "a" / "stage1" / "log.jsonl")][13:] == [3.7, 3.6] + [1.0] * 5
     done = run("train.py", "--plot", tmp_path / "a", tmp_path / "b" / "stage1" / "log.jsonl", "--out", tmp_path / "plot")
     assert Image.open(tmp_path / "plot" / "plot.png").size[0] > 500 and "2 logs" in done.stdout
+    (tmp_path / "other.jsonl").write_text('{"step": 1, "loss": 2.0}')     # a log of another program's
+    run("train.py", "--plot", tmp_path / "other.jsonl", "--out", tmp_path / "plot")
     (tmp_path / "bad.jsonl").write_text("{")
     assert "bad.jsonl" in run("train.py", "--plot", tmp_path / "bad.jsonl", code=2).stderr

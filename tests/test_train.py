@@ -98,7 +98,9 @@ def test_a_complete_stage_is_not_trained_again_unless_asked(trained, tmp_path):
 @pytest.mark.parametrize("flags", [["--steps", 0], ["--lr", -1], ["--lr", "nan"], ["--lr", "inf"], ["--batch-size", 0], ["--row-tokens", -2],
                                    ["--workers", -1], ["--held-out", -5], ["--preset", "llama-3.2-1b"],
                                    ["--lr-scale", "head=1"], ["--plan", "--preset", "low-resource", "--stage", 3],
-                                   ["--plan", "--stage", 0], ["--stage", 2, "--data", "x", "--look", "hard"]])
+                                   ["--plan", "--stage", 0], ["--stage", 2, "--data", "x", "--look", "hard"],
+                                   ["--seed", 2 ** 63], ["--plan", "--gpus", 64, "--shard-size", 7],
+                                   *([flag, 2] for flag in ("--epochs", "--max-length", "--max-tiles", "--eval-data"))])
 def test_impossible_flags_are_one_line(tmp_path, flags):
     done = run("train.py", *flags, "--out", tmp_path / "out", code=2)
     assert "Traceback" not in done.stderr and not (tmp_path / "out").exists()

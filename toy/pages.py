@@ -35,7 +35,7 @@ def write_toy_tokenizer(path: Path) -> None:
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# The toy's documents: six kinds of page, one character a cell, every value random
+# The six kinds of page
 
 SYMBOLS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ0123456789"
 LABELS = ["NO", "PO", "ID", "TO", "REF", "DUE", "TAX", "QTY", "TEL", "BOX", "DAY", "FOR", "VIA", "LOT", "ZIP"]
@@ -334,7 +334,7 @@ def scattered(rng: random.Random) -> Page:
 
 
 def hard_lesson(rng: random.Random, progress: float, split: str) -> Lesson:
-    """Stage 3 on hard pages: reports and tables most, and for the first four fifths scattered pages as often as those.
+    """Stage 3 on hard pages: reports and tables most; for its first four fifths a third are scattered pages.
 
     A fifth of the others are asked about without being read aloud. Where a row and a column meet has then to be found
     in the image: a page read aloud answers from its own text.
