@@ -23,6 +23,7 @@ ROOT = Path(__file__).resolve().parent.parent
 # Of the processes that tests start; torch.compile would start one more Python, for a compiler on each core.
 ENV = {**os.environ, "OMP_NUM_THREADS": "1", "TORCHINDUCTOR_COMPILE_THREADS": "1"}
 sys.path.insert(0, str(ROOT))
+pytest.register_assert_rewrite("sets")
 torch.set_num_threads(1)    # the tensors are tiny: on a busy machine threads that wait for each other cost 10 times more
 
 

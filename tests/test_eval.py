@@ -57,8 +57,7 @@ def write_tsv(path, header, rows):
 
 DOCVQA = [["0", base64_of(0), "what is it?", "['a', \"b's\"]"],
           ["7", "0", 'a question\twith "quotes"\nand two lines', "[Yes, No]"],
-          ["3", base64_of(3), "wie heißt er?", "1.50"],
-          ["12", "3", "who?", "[]x"]]
+          ["3", base64_of(3), "wie heißt er?", "1.50"], ["12", "3", "who?", "[]x"]]
 
 
 @pytest.fixture
@@ -210,8 +209,7 @@ def test_damaged_and_odd_files_are_one_line_that_names_them(tmp_path, docvqa, mo
     cases = {"no column answer": good.replace("answer", "gold"), "no column index": "",
              "neither": good.replace("image", "picture"), "two rows": good.replace("\n7\t", "\n0\t"),
              "fields, not 4": good + "13\tx\n", "not a single": good.splitlines()[0] + "\n",
-             "columns up to": good + '14\t"' + base64_of(2),
-             "UTF-8": good.encode() + b"\xff\xfe\t1\t2\t3\n"}
+             "columns up to": good + '14\t"' + base64_of(2), "UTF-8": good.encode() + b"\xff\xfe\t1\t2\t3\n"}
     for says, text in cases.items():
         docvqa.write_bytes(text if isinstance(text, bytes) else text.encode())
         with pytest.raises(InputError, match=says) as error:

@@ -37,6 +37,11 @@ def test_the_eight_modules_at_the_top_are_short():
     assert max(lines.values()) <= 600 and sum(lines.values()) < 3000, lines
 
 
+def test_files_of_tests_are_short_too():
+    lines = {path.name: len(path.read_text().splitlines()) for path in (ROOT / "tests").glob("*.py")}
+    assert max(lines.values()) <= 600, lines
+
+
 def test_lines_are_at_most_120_characters():
     long = [f"{name}:{number}" for name, path in FILES.items()
             for number, line in enumerate(path.read_text().splitlines(), 1) if len(line) > 120]
