@@ -268,9 +268,11 @@ def parse_args() -> argparse.Namespace:
 
 def main() -> None:
     args = parse_args()
-    if hasattr(sys.stdout, "reconfigure"):
-        sys.stdout.reconfigure(errors="replace")        # a terminal that cannot show a character is no reason to stop
-        sys.stdin.reconfigure(errors="surrogateescape")     # nor is a question that is no text: the tokenizer says so
+    # A terminal that cannot show a character is no reason to stop; nor is a question that is no text, which the
+    # tokenizer refuses by itself.
+    for stream, errors in (sys.stdout, "replace"), (sys.stdin, "surrogateescape"):
+        if hasattr(stream, "reconfigure"):
+            stream.reconfigure(errors=errors)
     generation = {name: getattr(args, name) for name in ("max_new_tokens", "temperature", "top_p", "seed")}
     try:
         folder = Path(args.llm or args.checkpoint or default_model())
