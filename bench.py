@@ -80,10 +80,11 @@ def row(work: str, ours_s: float, theirs_s: float | None, ceiling_s=None, extra_
 
 
 def product_rate(dtype: torch.dtype) -> float:
-    """FLOP/s of a large matrix product."""
+    """FLOP/s of a large matrix product, by the faster of PyTorch's and ours (plumbing/linear.py)."""
     n = 8192 if GPU else 2048
     a, b = (torch.randn(n, n, device=DEVICE, dtype=dtype) for _ in range(2))
-    return 2 * n ** 3 / alternate(lambda: a @ b, None, 5)[0]
+    with torch.no_grad():
+        return 2 * n ** 3 / min(alternate(product, None, 5)[0] for product in (lambda: a @ b, lambda: linear(a, b)))
 
 
 def extra_gb(work: Callable) -> tuple[float | None, float]:
@@ -241,6 +242,7 @@ def decode(args) -> Iterator[dict]:
                 theirs(9)
                 tried.append((theirs(17), len(tried), cache))
             cache = min(tried)[2]                                                  # the one that is faster here
+        llm.pack()
         times = alternate(ours, None if args.alone else theirs, args.repeats, clock=lambda side: side())
         matrices = [p for p in llm.layers.parameters() if p.ndim == 2] + [llm.head]
         vectors = {D: torch.randn(len(lengths), D, device=DEVICE, dtype=dtype) for D in {W.shape[1] for W in matrices}}

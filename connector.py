@@ -20,7 +20,7 @@ import torch.nn.functional as nnf      # F is the paper's name for the features
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-from plumbing.linear import Linear
+from plumbing.linear import Linear, into, linear
 from plumbing.weights import own_rows
 
 BLOCK_BYTES = 256 * 2 ** 20     # for the V-wide matrices of one block of tokens: one (n, V) forward, two backward
@@ -36,7 +36,7 @@ class Align(nn.Module):
 
     def __init__(self, d: int, D: int, V: int):
         super().__init__()
-        self.W1 = nn.Linear(d, D, bias=False)      # weight (D, d)
+        self.W1 = Linear(d, D, bias=False)      # weight (D, d)
         self.norm_D = nn.LayerNorm(D)
         self.W2 = nn.Linear(D, V, bias=False)      # weight (V, D)
         self.norm_V = nn.LayerNorm(V)
@@ -96,10 +96,10 @@ class Mixture(torch.autograd.Function):
         buffer = h.new_empty(parts[0].stop, V)
         for block in parts:
             P = buffer[:block.stop - block.start]                               # (n, V)
-            times(h[block], W2, out=P)                                          # z, which P will replace
+            into(P, h[block], W2.T)                                             # z, which P will replace
             for r in few_rows(P):
                 P[r], _, _ = mixture_of(P[r].to(wide), w, b, eps)               # equation 1
-            torch.mm(P, E_text, out=out[block])                                 # equation 2
+            into(out[block], P, E_text)                                         # equation 2
         return F_align
 
     @staticmethod
@@ -128,14 +128,14 @@ class Mixture(torch.autograd.Function):
         for block in parts:
             z, P = buffers[:, :block.stop - block.start]                        # (n, V) each
             before = float(block.start > 0)         # beta: the first block's product replaces what the memory held
-            times(h[block], W2, out=z)
+            into(z, h[block], W2.T)
             if need_E_text:
                 for r in few_rows(z):
                     P[r], _, _ = mixture_of(z[r].to(wide), w, b, ctx.eps)
-                dE_text.addmm_(P.T, g[block], beta=before)
+                into(dE_text, P.T, g[block], before)
             if not any(needs_dz):
                 continue
-            dP = times(g[block], E_text, out=P)                                 # over P: its rows are soon made again
+            dP = into(P, g[block], E_text.T)                                    # over P: its rows are soon made again
             for r in few_rows(z):
                 z_r, dP_r = z[r].to(wide), dP[r].to(wide)                       # (few, V) each
                 p, mean, rstd = mixture_of(z_r, w, b, ctx.eps)
@@ -148,9 +148,9 @@ class Mixture(torch.autograd.Function):
                 if dz is not None:
                     z[r] = dz
             if need_W2:
-                dW2.addmm_(z.T, h[block], beta=before)                          # z is dz by now
+                into(dW2, z.T, h[block], before)                                # z is dz by now
             if need_h:
-                torch.mm(z, W2, out=dh[block])
+                into(dh[block], z, W2)
         return dh.view(shape) if need_h else None, dW2, dw.to(weight.dtype), db.to(bias.dtype), dE_text, None
 
 
@@ -158,14 +158,6 @@ def mixture_of(z: Tensor, w: Tensor, b: Tensor, eps: float) -> tuple[Tensor, Ten
     """z (few, V) -> P_vocab = softmax(LayerNorm(z)) (few, V), and what its backward needs: z's mean and 1 / std."""
     u, mean, rstd = torch.native_layer_norm(z, w.shape, w, b, eps)
     return u.softmax(-1), mean, rstd
-
-
-def times(a: Tensor, W: Tensor, out: Tensor) -> Tensor:
-    """out (n, V) = a W^T of a (n, D) and W (V, D). On a CPU in pieces of W: for few rows MKL is 3 % faster so."""
-    words = 2048 if a.is_cpu else len(W)
-    for piece, part in zip(W.split(words), out.split(words, dim=1)):
-        torch.mm(a, piece.T, out=part)
-    return out
 
 
 def blocks(n_tokens: int, bytes_per_token: int) -> list[slice]:
@@ -213,7 +205,7 @@ class AlignTopK(nn.Module):
         wide = h.to(self.m.dtype)
         mean = (wide @ self.m)[..., None]                               # (..., 1)
         variance = (wide @ self.C * wide).sum(-1, keepdim=True).clamp(min=0)        # rounding may go below
-        x = (nnf.linear(h, self.W2) - mean) * (variance + self.eps).rsqrt()         # (..., K)
+        x = (linear(h, self.W2) - mean) * (variance + self.eps).rsqrt()         # (..., K)
         return nnf.softmax(x * self.weight + self.bias, dim=-1).to(h.dtype)
 
     def forward(self, F: Tensor, E_text: Tensor) -> Tensor:
@@ -290,8 +282,8 @@ class MLP(FromScratch):
 
     def __init__(self, d: int, D: int):
         super().__init__()
-        self.fc1 = nn.Linear(d, D)
-        self.fc2 = nn.Linear(D, D)
+        self.fc1 = Linear(d, D)
+        self.fc2 = Linear(D, D)
 
     def forward(self, F: Tensor, E_text: Tensor) -> Tensor:
         """F (..., d) -> F' (..., D)."""
@@ -348,10 +340,10 @@ class PerceiverLayer(nn.Module):
         self.head_dim = config.head_dim
         q_size, kv_size = config.n_heads * config.head_dim, config.n_kv_heads * config.head_dim
         self.latents_norm, self.context_norm, self.mlp_norm = (nn.RMSNorm(D, eps=1e-6) for _ in range(3))
-        self.q_proj = nn.Linear(D, q_size, bias=False)
-        self.k_proj = nn.Linear(D, kv_size, bias=False)
-        self.v_proj = nn.Linear(D, kv_size, bias=False)
-        self.o_proj = nn.Linear(q_size, D, bias=False)
+        self.q_proj = Linear(D, q_size, bias=False)
+        self.k_proj = Linear(D, kv_size, bias=False)
+        self.v_proj = Linear(D, kv_size, bias=False)
+        self.o_proj = Linear(q_size, D, bias=False)
         self.mlp = SwiGLU(D, 4 * D, D)
 
     def forward(self, latents: Tensor, context: Tensor) -> Tensor:
@@ -370,8 +362,8 @@ class SwiGLU(nn.Module):
 
     def __init__(self, size_in: int, width: int, size_out: int):
         super().__init__()
-        self.gate_proj, self.up_proj = (Linear(size_in, width) for _ in range(2))
-        self.down_proj = Linear(width, size_out)
+        self.gate_proj, self.up_proj = (Linear(size_in, width, bias=False) for _ in range(2))
+        self.down_proj = Linear(width, size_out, bias=False)
 
     def forward(self, x: Tensor) -> Tensor:
         gate, up = self.gate_proj(x), self.up_proj(x)                               # (..., width)

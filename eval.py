@@ -90,6 +90,7 @@ def held_out_scores(model: AlignVLM, tokenizer: Tokenizer, n: int, seed: int, lo
 def report(folder: Path, n: int, seed: int, look: str, device: torch.device) -> None:
     """Score a trained toy: held_out.json in its folder, and a line for each kind of page."""
     model = AlignVLM.from_pretrained(folder, device=device).eval()
+    model.llm.pack()
     scores = held_out_scores(model, Tokenizer(folder, model.config.llm.vocab_size), n, seed, look)
     (folder / "held_out.json").write_text(json.dumps(scores, indent=2) + "\n")
     for group, s in scores.items():
@@ -208,6 +209,7 @@ def main() -> None:
     timeout = timedelta(hours=2)        # of ranks that wait for one with longer answers, or for the first to score
     device, _ = start_processes(timeout)
     model = AlignVLM.from_pretrained(folder, device=device).eval()
+    model.llm.pack()
     tokenizer = Tokenizer(folder, model.config.llm.vocab_size)
     if args.vocab:
         files = [(b, i) for b in benchmarks for i in range(len(b.rows))][:args.vocab]

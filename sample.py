@@ -277,7 +277,9 @@ def main() -> None:
     try:
         folder = Path(args.llm or args.checkpoint or default_model())
         model = (Llama if args.llm else AlignVLM).from_pretrained(folder, device=args.device).eval()
-        tokenizer = Tokenizer(folder, (model if args.llm else model.llm).config.vocab_size)
+        llm = model if args.llm else model.llm
+        llm.pack()
+        tokenizer = Tokenizer(folder, llm.config.vocab_size)
         print(f"model: {folder} on {args.device}", file=sys.stderr)
         if args.align_vocab and (kind := model.config.connector.kind) != "align":
             raise InputError(f"--align-vocab: {folder} has the connector {kind}, which mixes none of the LLM's words")

@@ -23,6 +23,7 @@ from PIL import Image, ImageOps
 from torch import Tensor, nn
 
 from plumbing import released
+from plumbing.linear import Linear
 from plumbing.weights import InputError, Weights, load
 
 MAX_PIXELS = 100_000_000  # a page of 10,000 x 10,000; beyond that a small file could fill the memory
@@ -86,7 +87,7 @@ class Attention(nn.Module):
         super().__init__()
         d = config.hidden_size
         self.n_heads = config.n_heads
-        self.q_proj, self.k_proj, self.v_proj, self.out_proj = (nn.Linear(d, d) for _ in range(4))
+        self.q_proj, self.k_proj, self.v_proj, self.out_proj = (Linear(d, d) for _ in range(4))
 
     def forward(self, x: Tensor) -> Tensor:
         """x (T, N, d) -> (T, N, d)."""
@@ -102,8 +103,8 @@ class MLP(nn.Module):
 
     def __init__(self, config: SigLIPConfig):
         super().__init__()
-        self.fc1 = nn.Linear(config.hidden_size, config.intermediate_size)
-        self.fc2 = nn.Linear(config.intermediate_size, config.hidden_size)
+        self.fc1 = Linear(config.hidden_size, config.intermediate_size)
+        self.fc2 = Linear(config.intermediate_size, config.hidden_size)
 
     def forward(self, x: Tensor) -> Tensor:
         """x (..., d) -> (..., d)."""

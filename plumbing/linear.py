@@ -1,38 +1,83 @@
-"""The product of a few rows with a large matrix, which decoding makes, on all cores of a CPU."""
+"""Matrix products in fp32 on a CPU by oneDNN, which PyTorch takes for bf16 and convolutions only.
+
+Its own choice in fp32, MKL, leaves half of an AMD processor's arithmetic unused, and a product with a single vector to
+one of its cores. On a GPU, in other dtypes and inside of torch.compile, all of this is what PyTorch does.
+"""
 import torch
 import torch.nn.functional as nnf
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 
-FEW = 16        # rows; of more PyTorch makes as good a product
-BLOCK = 32      # rows of W that a core takes at a time
+CELL = 2048     # `into` makes so many rows and columns at a time: fp32 numbers that stay in a CPU's cache
 
 
-def linear(x: Tensor, W: Tensor) -> Tensor:
-    """x (..., D), W (V, D) -> x W^T (..., V).
+def by_onednn(x: Tensor) -> bool:
+    return (not torch.compiler.is_compiling() and x.is_cpu and x.dtype == torch.float32
+            and torch.backends.mkldnn.is_available())
 
-    Generating reads every weight for a few rows of x. In fp32 PyTorch's library leaves that to a single core on some
-    CPUs. A second row, the first again, makes it a product of matrices, which all cores share; of more rows the blocks
-    of W are shared out as a batch.
-    """
-    n = x.shape[:-1].numel()
-    whole = not x.is_cpu or x.dtype != torch.float32 or torch.is_grad_enabled()
-    if whole or not 0 < n <= FEW or n > 1 and len(W) % BLOCK:
-        return nnf.linear(x, W)
-    rows = x.reshape(n, -1)                                                 # (n, D)
-    if n == 1:
-        y = (W @ rows.repeat(2, 1).T)[:, 0]                                 # (V,)
-    else:
-        blocks = W.view(-1, BLOCK, W.shape[1])                              # (V / BLOCK, BLOCK, D)
-        y = torch.bmm(rows.expand(len(blocks), -1, -1), blocks.mT)          # (V / BLOCK, n, BLOCK)
-        y = y.transpose(0, 1)
-    return y.reshape(*x.shape[:-1], len(W))
+
+def onednn(x: Tensor, W: Tensor, bias: Tensor | None = None) -> Tensor:
+    """x (..., D), W (V, D), bias (V,) -> x W^T + bias (..., V); without autograd. The operator of PyTorch's compiler."""
+    return torch.ops.mkldnn._linear_pointwise.default(x, W, bias, "none", [], "")
+
+
+class Product(torch.autograd.Function):
+    """y = x W^T + bias. With da for dL/da, over rows x:   dx = dy W,   dW = dy^T x,   dbias = sum(dy)"""
+
+    @staticmethod
+    def forward(ctx, x: Tensor, W: Tensor, bias: Tensor | None) -> Tensor:
+        ctx.save_for_backward(x, W)
+        return onednn(x, W, bias)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, dy: Tensor) -> tuple[Tensor | None, ...]:
+        x, W = ctx.saved_tensors
+        need_x, need_W, need_bias = ctx.needs_input_grad
+        rows = dy.reshape(-1, dy.shape[-1])                                     # (n, V)
+        dx = onednn(dy, W.T) if need_x else None
+        dW = onednn(rows.T, x.reshape(len(rows), -1).T) if need_W else None
+        return dx, dW, rows.sum(0) if need_bias else None
+
+
+def linear(x: Tensor, W: Tensor, bias: Tensor | None = None) -> Tensor:
+    """x (..., D), W (V, D), bias (V,) -> x W^T + bias (..., V)."""
+    if W.is_mkldnn:         # packed
+        return onednn(x, W, bias)
+    if x.numel() == 0 or not by_onednn(x):
+        return nnf.linear(x, W, bias)
+    if torch.is_grad_enabled():
+        return Product.apply(x, W, bias)
+    if x.numel() == x.shape[-1] and bias is None:   # MKL with the vector twice, which all cores share, is faster still
+        row = x.reshape(1, -1)
+        return torch.mm(W, torch.cat((row, row)).T)[:, 0].view(*x.shape[:-1], -1)
+    return onednn(x, W, bias)
 
 
 class Linear(nn.Linear):
-    """nn.Linear without a bias, by `linear`."""
-
-    def __init__(self, size_in: int, size_out: int):
-        super().__init__(size_in, size_out, bias=False)
+    """nn.Linear by `linear`."""
 
     def forward(self, x: Tensor) -> Tensor:
-        return linear(x, self.weight)
+        return linear(x, self.weight, self.bias)
+
+
+def pack(model: nn.Module) -> None:
+    """Lay the weights of every Linear out anew, as oneDNN reads them: in bf16 twice as fast. They are opaque then."""
+    for layer in model.modules():
+        if isinstance(layer, Linear):
+            W = torch.ops.mkldnn._reorder_linear_weight(layer.weight.detach())
+            layer.weight = nn.Parameter(W, requires_grad=False)
+
+
+def into(out: Tensor, a: Tensor, B: Tensor, beta: float = 0.0) -> Tensor:
+    """out (n, m) becomes a B + beta * out, of a (n, k) and B (k, m), and is returned; without autograd.
+
+    With beta 0 what out held does not matter. oneDNN's product needs memory of its own: for a cell of out at a time.
+    """
+    if not by_onednn(a):
+        return torch.addmm(out, a, B, beta=beta, out=out)
+    for rows, out_rows in zip(a.split(CELL), out.split(CELL)):
+        for columns, cell in zip(B.split(CELL, dim=1), out_rows.split(CELL, dim=1)):
+            product = onednn(rows, columns.T)                                   # (2048, 2048) at most
+            cell.copy_(product.add_(cell, alpha=beta) if beta else product)
+    return out

@@ -40,6 +40,7 @@ def extra_bytes(work) -> int:
 
 SHORT = AlignVLMConfig(replace(MID.vision, n_layers=3), replace(MID.llm, n_layers=3))
 config = {"toy": ALIGNVLM_PRESETS["toy"], "mid": MID, "short": SHORT}[sys.argv[1]]
+torch.backends.mkldnn.is_available = lambda: False      # the plan is a GPU's: oneDNN's products need some memory more
 device, _ = start_processes()
 torch.manual_seed(0)
 model = AlignVLM(config)

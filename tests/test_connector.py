@@ -156,7 +156,7 @@ class Products(TorchDispatchMode, list):
     """Of each matrix product with as many words as W2 has (13), the number of tokens in it."""
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        if func.overloadpacket in (torch.ops.aten.mm, torch.ops.aten.addmm_):
+        if func.overloadpacket in (torch.ops.aten.mm, torch.ops.aten.addmm):
             a, b = (args if func.overloadpacket == torch.ops.aten.mm else args[1:])[:2]
             sizes = [*a.shape, b.shape[1]]
             if 13 in sizes:

@@ -11,7 +11,6 @@ import model
 from conftest import close, n_parameters, randomise, shapes
 from model import (ALIGNVLM_PRESETS, IGNORE, IMAGE, LLAMA_PRESETS, AlignVLM, AlignVLMConfig, KVCache, Llama, LlamaConfig,
                    choose, rope)
-from plumbing.linear import linear
 from vision import SigLIPConfig
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -165,29 +164,6 @@ def test_alignvlm_preset_is_its_three_parts(preset):
                            **{f"connector.{k}": s for k, s in connector.items()},
                            **{f"llm.{k}": s for k, s in shapes(llm).items()}}
     assert vlm.vision.config.image_size == (112 if preset == "toy" else 384)
-
-
-@pytest.mark.parametrize("V", [1, 31, 32, 64, 480])
-@pytest.mark.parametrize("shape", [(1, 1, 7), (7,), (1, 7), (3, 7), (2, 8, 7), (17, 7), (0, 7), (2, 0, 7), (5, 1, 33),
-                                   (16, 32)])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
-def test_linear_of_few_rows(V, shape, dtype, monkeypatch):
-    """The sum written out, in fp64; PyTorch's own product unless it is fp32, 1 to 16 rows and nothing to learn, nor of
-    several rows where V is no whole number of blocks."""
-    x, W = torch.randn(shape, dtype=dtype), torch.randn(V, shape[-1], dtype=dtype)
-    expected = (x.double()[..., None, :] * W.double()).sum(-1)
-    n, whole, calls = x.shape[:-1].numel(), nnf.linear, []
-    monkeypatch.setattr(nnf, "linear", lambda *args: calls.append(1) or whole(*args))
-    for x in [x, x.mT.contiguous().mT] if x.ndim > 1 else [x]:
-        for grad in (False, True):
-            calls.clear()
-            with torch.set_grad_enabled(grad):
-                y = linear(x, W)
-            assert y.shape == expected.shape and y.dtype == dtype
-            few = dtype == torch.float32 and not grad and (n == 1 or 1 < n <= 16 and V % 32 == 0)
-            assert bool(calls) == (not few)
-            if n:
-                close(y.double(), expected, 1e-2 if dtype == torch.bfloat16 else 1e-5)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -420,6 +396,19 @@ def test_generate_equals_decoding_without_a_cache(decoder):
     assert generated(vlm, PROMPTS[::-1]) == expected[::-1]
     text = [i for i, (_, pixels) in enumerate(PROMPTS) if not len(pixels)]
     assert generated(vlm, [PROMPTS[i] for i in text]) == [expected[i] for i in text]
+
+
+@pytest.mark.parametrize("tied", [True, False])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_packed_weights_give_the_same_tokens(tied, dtype):
+    """One by one and in a batch; in fp32 nothing is packed, and E_text never is."""
+    vlm = small_vlm(tie_embeddings=tied, hidden_size=64, head_dim=32).to(dtype)
+    E_text, prompts = vlm.llm.embed_tokens.weight, [(p[0], p[1].to(dtype)) for p in PROMPTS]
+    expected = [generated(vlm, [p])[0] for p in prompts]
+    vlm.llm.pack()
+    assert [generated(vlm, [p])[0] for p in prompts] == expected == generated(vlm, prompts)
+    assert vlm.llm.embed_tokens.weight is E_text and not E_text.is_mkldnn
+    assert vlm.llm.head.is_mkldnn == vlm.llm.layers[0].mlp.up_proj.weight.is_mkldnn == (dtype == torch.bfloat16)
 
 
 @torch.inference_mode()
