@@ -260,7 +260,7 @@ class Llama(nn.Module):
     def pack(self) -> None:
         """To be called before nothing but answers follow: bf16 weights on a CPU are read twice as fast from now on.
 
-        Elsewhere it does nothing. They can no longer be trained, saved or looked at, but for E_text; a head that is tied
+        Elsewhere it does nothing. But for E_text they can no longer be trained, saved or looked at; a head that is tied
         to it becomes a copy.
         """
         E_text = self.embed_tokens.weight

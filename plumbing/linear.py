@@ -17,7 +17,7 @@ def by_onednn(x: Tensor) -> bool:
 
 
 def onednn(x: Tensor, W: Tensor, bias: Tensor | None = None) -> Tensor:
-    """x (..., D), W (V, D), bias (V,) -> x W^T + bias (..., V); without autograd. The operator of PyTorch's compiler."""
+    """x (..., D), W (V, D), bias (V,) -> x W^T + bias (..., V), without autograd; an operator of PyTorch's compiler."""
     return torch.ops.mkldnn._linear_pointwise.default(x, W, bias, "none", [], "")
 
 

@@ -283,12 +283,17 @@ def chat_ids(tokenizer, prompt):
     return encode_chat([Turn("user", [prompt])], tokenizer, [])[0]
 
 
-def test_smollm2_logits_equal_transformers(released):
+def test_smollm2_logits_equal_transformers(released, monkeypatch):
+    """Within 1e-4 where the products are transformers' own, and 1e-5 of the largest by oneDNN, which rounds otherwise."""
     _, ours, theirs, tokenizer = released
     for prompt in PROMPTS:
         tokens = chat_ids(tokenizer, prompt)[None]
         with torch.no_grad():
-            close(ours(tokens), theirs(tokens).logits, 1e-4, scale=1.0)
+            expected = theirs(tokens).logits
+            close(ours(tokens), expected, 1e-5)
+            with monkeypatch.context() as without:
+                without.setattr(torch.backends.mkldnn, "is_available", lambda: False)
+                close(ours(tokens), expected, 1e-4, scale=1.0)
 
 
 def test_smollm2_greedy_tokens_equal_transformers_and_uncached_ones(released):
