@@ -137,5 +137,5 @@ def plot(paths: list[Path], out: Path) -> None:
     speed.set(xlabel="step", ylabel="tokens a second", ylim=(0, None))
     loss.legend()
     out.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(out, dpi=150)
+    figure.savefig(out, dpi=90)
     print(f"{len(logs)} logs drawn in {out}")
