@@ -164,11 +164,13 @@ def tar_example(data: bytes, key: str) -> Example:
 
 
 def read_parquet(path: Path):
+    """The opened file. With read(use_threads=False) pyarrow starts no threads: a worker that is forked off beside them
+    may wait for ever."""
     try:
         import pyarrow.parquet
     except ImportError:
         raise InputError(f"{path}: reading parquet needs `pip install pyarrow`") from None
-    return pyarrow.parquet.ParquetFile(path)
+    return pyarrow.parquet.ParquetFile(path, pre_buffer=False)
 
 
 def parquet_example(path: Path, row: int, key: str) -> Example:
@@ -184,7 +186,7 @@ def parquet_example(path: Path, row: int, key: str) -> Example:
         group = 0
         while row >= (n := file.metadata.row_group(group).num_rows):
             row, group = row - n, group + 1
-        image, *texts = file.read_row_group(group, columns).slice(row, 1).to_pylist()[0].values()
+        image, *texts = file.read_row_group(group, columns, use_threads=False).slice(row, 1).to_pylist()[0].values()
     except BadSample:
         raise
     except Exception as error:      # a damaged file shows itself in many ways
