@@ -147,9 +147,13 @@ def count_tiles(model: AlignVLM, pages: list[Image.Image], max_tiles: int) -> in
     return sum(len(tile_boxes(*page.size, model.config.vision, max_tiles)) for page in pages)
 
 
-def evaluate(model: AlignVLM, tokenizer: Tokenizer, benchmark: Benchmark, args) -> tuple[dict, list[dict]]:
-    """A benchmark's scores by name, and, for each of --noise, sigma, std_F, cosine_distance and the headline score."""
-    settings = {"weights": fingerprint(model), "benchmark": benchmark.name, "limit": args.limit,
+def evaluate(model: AlignVLM, tokenizer: Tokenizer, benchmark: Benchmark, weights: int,
+             args) -> tuple[dict, list[dict]]:
+    """A benchmark's scores by name, and, for each of --noise, sigma, std_F, cosine_distance and the headline score.
+
+    weights: the model's fingerprint.
+    """
+    settings = {"weights": weights, "benchmark": benchmark.name, "limit": args.limit,
                 "max_new_tokens": args.max_new_tokens, "max_tiles": args.max_tiles, "noise": 0.0}
     benchmark = replace(benchmark, rows=benchmark.rows[:args.limit], prompts=benchmark.prompts[:args.limit])
     rows = predict(model, tokenizer, benchmark, str(args.out / benchmark.name), settings, args.batch_size)
@@ -209,6 +213,7 @@ def main() -> None:
     timeout = timedelta(hours=2)        # of ranks that wait for one with longer answers, or for the first to score
     device, _ = start_processes(timeout)
     model = AlignVLM.from_pretrained(folder, device=device).eval()
+    weights = fingerprint(model)
     model.llm.pack()
     tokenizer = Tokenizer(folder, model.config.llm.vocab_size)
     if args.vocab:
@@ -216,7 +221,7 @@ def main() -> None:
         pages = (tile(page, model.config.vision, args.max_tiles) for b, i in files for page in b.images(i))
         args.out.mkdir(parents=True, exist_ok=True)
         return print(summary_line(vocab_report(model, tokenizer, pages, args.out / "vocab.png"), args.out))
-    results = {"model": str(folder), "weights": fingerprint(model), "scores": {}, "noise": {}}
+    results = {"model": str(folder), "weights": weights, "scores": {}, "noise": {}}
     if (args.out / "scores.json").exists():     # of other benchmarks: the table is of all that was measured
         before = read_json(args.out / "scores.json")
         if before.get("weights") != results["weights"]:
@@ -225,7 +230,7 @@ def main() -> None:
         results |= {key: before[key] for key in ("scores", "noise") if key in before}
     with roll_call(timeout):
         for benchmark in benchmarks:
-            scores, noise = evaluate(model, tokenizer, benchmark, args)
+            scores, noise = evaluate(model, tokenizer, benchmark, weights, args)
             results["scores"][benchmark.name] = scores
             if noise:
                 noise = {run["sigma"]: run for run in [*results["noise"].get(benchmark.name, []), *noise]}

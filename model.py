@@ -24,7 +24,7 @@ from torch.utils.checkpoint import checkpoint
 
 from connector import CONNECTORS, ConnectorConfig, SwiGLU, new_connector
 from plumbing import released
-from plumbing.linear import Linear, linear, pack
+from plumbing.linear import Linear, can_pack, linear, pack
 from plumbing.weights import Settings, Weights, load, read_safetensors, save, saved_config
 from vision import SIGLIP_PRESETS, SigLIP, SigLIPConfig, read_siglip
 
@@ -260,11 +260,11 @@ class Llama(nn.Module):
     def pack(self) -> None:
         """To be called before nothing but answers follow: bf16 weights on a CPU are read twice as fast from now on.
 
-        Elsewhere it does nothing. But for E_text they can no longer be trained, saved or looked at; a head that is tied
-        to it becomes a copy.
+        Elsewhere it does nothing. But for E_text they can no longer be trained, saved or looked at, nor do gradients
+        pass; a head that is tied to it becomes a copy.
         """
         E_text = self.embed_tokens.weight
-        if E_text.is_cpu and E_text.dtype == torch.bfloat16 and torch.backends.mkldnn.is_available():
+        if can_pack(E_text):
             if self.config.tie_embeddings:
                 self.config = replace(self.config, tie_embeddings=False)
                 self.lm_head = Linear(*reversed(E_text.shape), bias=False, device="meta")

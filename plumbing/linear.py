@@ -18,6 +18,7 @@ def by_onednn(x: Tensor) -> bool:
 
 def onednn(x: Tensor, W: Tensor, bias: Tensor | None = None) -> Tensor:
     """x (..., D), W (V, D), bias (V,) -> x W^T + bias (..., V), without autograd; an operator of PyTorch's compiler."""
+    bias = bias if bias is None else bias.contiguous()
     return torch.ops.mkldnn._linear_pointwise.default(x, W, bias, "none", [], "")
 
 
@@ -26,7 +27,8 @@ class Product(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, x: Tensor, W: Tensor, bias: Tensor | None) -> Tensor:
-        ctx.save_for_backward(x, W)
+        need_x, need_W, _ = ctx.needs_input_grad
+        ctx.save_for_backward(x if need_W else None, W if need_x else None)
         return onednn(x, W, bias)
 
     @staticmethod
@@ -61,10 +63,16 @@ class Linear(nn.Linear):
         return linear(x, self.weight, self.bias)
 
 
+def can_pack(W: Tensor) -> bool:
+    """Whether W is in bf16 on a CPU that can calculate with it."""
+    return (W.is_cpu and W.dtype == torch.bfloat16 and torch.backends.mkldnn.is_available()
+            and torch.ops.mkldnn._is_mkldnn_bf16_supported())
+
+
 def pack(model: nn.Module) -> None:
     """Lay the weights of every Linear out anew, as oneDNN reads them: in bf16 twice as fast. They are opaque then."""
     for layer in model.modules():
-        if isinstance(layer, Linear):
+        if isinstance(layer, Linear) and not layer.weight.is_mkldnn:
             W = torch.ops.mkldnn._reorder_linear_weight(layer.weight.detach())
             layer.weight = nn.Parameter(W, requires_grad=False)
 
@@ -74,7 +82,7 @@ def into(out: Tensor, a: Tensor, B: Tensor, beta: float = 0.0) -> Tensor:
 
     With beta 0 what out held does not matter. oneDNN's product needs memory of its own: for a cell of out at a time.
     """
-    if not by_onednn(a):
+    if len(B) == 0 or not by_onednn(a):
         return torch.addmm(out, a, B, beta=beta, out=out)
     for rows, out_rows in zip(a.split(CELL), out.split(CELL)):
         for columns, cell in zip(B.split(CELL, dim=1), out_rows.split(CELL, dim=1)):

@@ -9,7 +9,7 @@ import torch
 from PIL import Image
 
 import sample as sample_py
-from conftest import randomise, sample
+from conftest import ROOT, randomise, run, sample, torchrun
 from data import Tokenizer
 from eval import answer
 from model import ALIGNVLM_PRESETS, IMAGE, AlignVLM, KVCache, Llama, LlamaConfig
@@ -174,6 +174,19 @@ def test_without_a_trained_model_the_one_in_the_box_is_taken(folder, pages, tmp_
     (tmp_path / "out" / "mine" / "stage3").symlink_to(folder)
     done = sample(*ask)
     assert "in the box" not in done.stderr and "model: out/mine/stage3" in done.stderr
+
+
+def test_a_folder_in_bf16_answers_and_is_evaluated(tmp_path):
+    """As every trained model is saved, but for the one in the box: its LLM is packed to answer."""
+    box = ROOT / "toy" / "stage3"
+    AlignVLM.from_pretrained(box).save_pretrained(tmp_path / "model", box / "tokenizer.model")
+    page = ROOT / "assets" / "0005-invoice.png"
+    assert sample("--checkpoint", tmp_path / "model", "--image", page, "--prompt", "what is NO?").stdout == "9DZC\n"
+    for processes in (1, 2):
+        out = tmp_path / str(processes)
+        options = "--checkpoint", tmp_path / "model", "--benchmark", "toy=4", "--out", out, "--noise", 0.01
+        run("eval.py", *options) if processes == 1 else torchrun(processes, "eval.py", *options)
+        assert json.loads((out / "scores.json").read_text())["scores"]["toy"]["exact_match"] >= 0.75
 
 
 @pytest.mark.parametrize("options", [
