@@ -36,9 +36,9 @@ class Align(nn.Module):
 
     def __init__(self, d: int, D: int, V: int):
         super().__init__()
-        self.W1 = Linear(d, D, bias=False)      # weight (D, d)
+        self.W1 = Linear(d, D, bias=False)         # weight (D, d)
         self.norm_D = nn.LayerNorm(D)
-        self.W2 = nn.Linear(D, V, bias=False)      # weight (V, D)
+        self.W2 = nn.Linear(D, V, bias=False)      # weight (V, D); PyTorch's, for p_vocab is the plain reference
         self.norm_V = nn.LayerNorm(V)
 
     @torch.no_grad()
@@ -205,7 +205,7 @@ class AlignTopK(nn.Module):
         wide = h.to(self.m.dtype)
         mean = (wide @ self.m)[..., None]                               # (..., 1)
         variance = (wide @ self.C * wide).sum(-1, keepdim=True).clamp(min=0)        # rounding may go below
-        x = (linear(h, self.W2) - mean) * (variance + self.eps).rsqrt()         # (..., K)
+        x = (linear(h, self.W2) - mean) * (variance + self.eps).rsqrt()             # (..., K)
         return nnf.softmax(x * self.weight + self.bias, dim=-1).to(h.dtype)
 
     def forward(self, F: Tensor, E_text: Tensor) -> Tensor:

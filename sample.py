@@ -294,7 +294,7 @@ def main() -> None:
         prompt = READ if args.prompt is None else args.prompt
         if args.llm:
             start = time.perf_counter()
-            times = show(chat(model, tokenizer, prompt, **generation))
+            times = show(chat(llm, tokenizer, prompt, **generation))
         else:
             files = image_files(args.image)
             if args.explain:
@@ -307,7 +307,7 @@ def main() -> None:
             start = time.perf_counter()
             times = show(answer(model, tokenizer, [images], [prompt], args.max_tiles, **generation))[:-1]
         if times:
-            print(speed(model if args.llm else model.llm, start, times), file=sys.stderr)
+            print(speed(llm, start, times), file=sys.stderr)
     except (InputError, OSError) as error:
         print(f"sample.py: {error}", file=sys.stderr)
         sys.exit(2)

@@ -70,7 +70,7 @@ def can_pack(W: Tensor) -> bool:
 
 
 def pack(model: nn.Module) -> None:
-    """Lay the weights of every Linear out anew, as oneDNN reads them: in bf16 twice as fast. They are opaque then."""
+    """Lay the weights of every Linear out anew, as oneDNN reads them: up to twice as fast. They are opaque then."""
     for layer in model.modules():
         if isinstance(layer, Linear) and not layer.weight.is_mkldnn:
             W = torch.ops.mkldnn._reorder_linear_weight(layer.weight.detach())
