@@ -258,7 +258,7 @@ class Llama(nn.Module):
             yield [None if d else i for d, i in zip(done, ids.tolist())]
 
     def pack(self) -> None:
-        """To be called before nothing but answers follow: bf16 weights on a CPU are read up to twice as fast from now on.
+        """To be called before nothing but answers follow: bf16 weights on a CPU are read up to twice as fast then.
 
         Elsewhere it does nothing. But for E_text they can no longer be trained, saved or looked at, nor do gradients
         pass; a head that is tied to it becomes a copy.
