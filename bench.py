@@ -205,6 +205,7 @@ def prefill(args) -> Iterator[dict]:
     for dtype, name in [(FP32, "fp32"), (BF16, "bf16")]:
         llm = our_llama(args, dtype)
         theirs = None if args.alone else their_llama(llm)
+        llm.pack()
         tokens = torch.randint(llm.config.vocab_size, (1, 1024), device=DEVICE)
         times = alternate(lambda: next(llm.generate(llm.embed_tokens(tokens), [1024], set(), 1)),
                           theirs and (lambda: theirs(tokens, logits_to_keep=1).logits.argmax(-1).tolist()),

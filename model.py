@@ -24,7 +24,7 @@ from torch.utils.checkpoint import checkpoint
 
 from connector import CONNECTORS, ConnectorConfig, SwiGLU, new_connector
 from plumbing import released
-from plumbing.linear import Linear, can_pack, linear, pack
+from plumbing.linear import AMX, Linear, RMSNorm, can_pack, linear, pack
 from plumbing.weights import Settings, Weights, load, read_safetensors, save, saved_config
 from vision import SIGLIP_PRESETS, SigLIP, SigLIPConfig, read_siglip
 
@@ -67,6 +67,8 @@ LLAMA_PRESETS = {
 def rope(positions: Tensor, config: LlamaConfig) -> tuple[Tensor, Tensor]:
     """Positions (B, L) -> cos and sin (B, 1, L, head_dim), fp32, of rotary embeddings with Llama 3.1's scaling.
 
+    For both halves of a head, as `rotate` needs them: [cos, cos] and [-sin, sin].
+
     Wavelengths over the original length are stretched by the factor, those under a quarter of it are kept, and in
     between the two are interpolated. Computed, not stored: no buffer to lose on the meta device or in a bf16 cast.
     """
@@ -76,14 +78,14 @@ def rope(positions: Tensor, config: LlamaConfig) -> tuple[Tensor, Tensor]:
     low, high = config.rope_low_freq_factor, config.rope_high_freq_factor
     keep = ((config.rope_original_length / wavelength - low) / (high - low)).clamp(0, 1)
     freq = (1 - keep) * freq / config.rope_factor + keep * freq
-    angle = (positions[:, None, :, None].float() * freq).repeat(1, 1, 1, 2)        # (B, 1, L, head_dim)
-    return angle.cos(), angle.sin()
+    angle = positions[:, None, :, None].float() * freq                             # (B, 1, L, head_dim / 2)
+    cos, sin = angle.cos(), angle.sin()
+    return torch.cat([cos, cos], dim=-1), torch.cat([-sin, sin], dim=-1)
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """Turn each pair (x_i, x_{i + head_dim / 2}) of x (B, heads, L, head_dim) by its position's angle."""
-    x1, x2 = x.chunk(2, dim=-1)
-    return torch.addcmul(x * cos, torch.cat([-x2, x1], dim=-1), sin)
+    return torch.addcmul(x * cos, x.roll(x.shape[-1] // 2, dims=-1), sin)
 
 
 class KVCache:
@@ -109,8 +111,16 @@ class KVCache:
 
     def write(self, layer: int, positions: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
         """Put k and v (B, kv_heads, L, head_dim) at positions (B, L) of a layer; returns what is within reach."""
+        L, place = k.shape[2], None                     # every row has a place of its own,
+        if L > 1:
+            place = self.start                          # or all have the same
+        elif positions.is_cpu and len(positions) == 1:
+            place = int(positions)                      # which a GPU would have to be asked for
         for cached, new in (self.k[layer], k), (self.v[layer], v):
-            cached[self.rows, :, positions] = new.transpose(1, 2).to(cached.dtype)      # (B, L, kv_heads, head_dim)
+            if place is None:
+                cached[self.rows, :, positions] = new.transpose(1, 2).to(cached.dtype)     # (B, 1, kv_heads, head_dim)
+            else:
+                cached[:, :, place:place + L] = new
         return self.k[layer][:, :, :self.reach], self.v[layer][:, :, :self.reach]
 
     def mask(self, positions: Tensor) -> Tensor:
@@ -152,8 +162,10 @@ class Attention(nn.Module):
 
 def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None, **kind) -> Tensor:
     """Scaled dot-product attention of q (B, heads, L, head_dim) over k and v (B, kv_heads, M, head_dim)."""
-    # On a CPU in fp32: in bf16 PyTorch's attention takes longer there, for a token up to four times.
-    inputs = (x.float() if q.is_cpu and x is not None else x for x in (q, k, v, mask))
+    # On a CPU in fp32: in bf16 PyTorch's attention takes longer there, for a token up to four times. But where AMX
+    # multiplies, reading a prompt in bf16 takes half the time.
+    wide = q.is_cpu and not (AMX and mask is None and not torch.is_grad_enabled())
+    inputs = (x.float() if wide and x is not None else x for x in (q, k, v, mask))
     return nnf.scaled_dot_product_attention(*inputs, enable_gqa=q.shape[1] != k.shape[1], **kind).to(q.dtype)
 
 
@@ -169,9 +181,9 @@ class Layer(nn.Module):
 
     def __init__(self, config: LlamaConfig, layer: int):
         super().__init__()
-        self.input_layernorm = nn.RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.input_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.self_attn = Attention(config, layer)
-        self.post_attention_layernorm = nn.RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.mlp = SwiGLU(config.hidden_size, config.intermediate_size, config.hidden_size)
 
     def forward(self, x: Tensor, *context) -> Tensor:
@@ -188,7 +200,7 @@ class Llama(nn.Module):
         self.config = config
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)    # E_text (V, D)
         self.layers = nn.ModuleList(Layer(config, i) for i in range(config.n_layers))
-        self.norm = nn.RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         if not config.tie_embeddings:
             self.lm_head = Linear(config.hidden_size, config.vocab_size, bias=False)
 
@@ -258,17 +270,17 @@ class Llama(nn.Module):
             yield [None if d else i for d, i in zip(done, ids.tolist())]
 
     def pack(self) -> None:
-        """To be called before nothing but answers follow: bf16 weights on a CPU are read up to twice as fast then.
+        """To be called on a CPU before nothing but answers follow, which take less time then, in bf16 up to half.
 
-        Elsewhere it does nothing. But for E_text they can no longer be trained, saved or looked at, nor do gradients
-        pass; a head that is tied to it becomes a copy.
+        Elsewhere it does nothing. The decoder can no longer be trained then; in bf16 only E_text can be saved or looked
+        at, no gradients pass, and a head that is tied to it becomes a copy.
         """
         E_text = self.embed_tokens.weight
-        if can_pack(E_text):
-            if self.config.tie_embeddings:
-                self.config = replace(self.config, tie_embeddings=False)
-                self.lm_head = Linear(*reversed(E_text.shape), bias=False, device="meta")
-                self.lm_head.weight = E_text
+        if can_pack(E_text) and self.config.tie_embeddings:
+            self.config = replace(self.config, tie_embeddings=False)
+            self.lm_head = Linear(*reversed(E_text.shape), bias=False, device="meta")
+            self.lm_head.weight = E_text
+        if E_text.is_cpu:
             pack(self)
 
     @classmethod

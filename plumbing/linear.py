@@ -1,18 +1,25 @@
-"""Matrix products in fp32 on a CPU by oneDNN, which PyTorch takes for bf16 and convolutions only.
+"""Matrix products in fp32 on an AMD processor by oneDNN, which PyTorch takes for bf16 and convolutions only.
 
-Its own choice in fp32, MKL, leaves half of an AMD processor's arithmetic unused, and a product with a single vector to
-one of its cores. On a GPU, in other dtypes and inside of torch.compile, all of this is what PyTorch does.
+Its own choice in fp32, Intel's MKL, leaves half of such a processor's arithmetic unused, and a product with a single
+vector to one of its cores. On another CPU, where MKL is as fast or faster, on a GPU, in other dtypes and inside of
+torch.compile, all of this is what PyTorch does.
 """
+import platform
+from pathlib import Path
+
 import torch
 import torch.nn.functional as nnf
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
+CPU = Path("/proc/cpuinfo")
+CPU = CPU.read_text() if CPU.exists() else platform.processor()     # whose it is and, on Linux, what it can do
+AMD, AMX = "AuthenticAMD" in CPU, "amx_bf16" in CPU
 CELL = 2048     # `into` makes so many rows and columns at a time: fp32 numbers that stay in a CPU's cache
 
 
 def by_onednn(x: Tensor) -> bool:
-    return (not torch.compiler.is_compiling() and x.is_cpu and x.dtype == torch.float32
+    return (AMD and not torch.compiler.is_compiling() and x.is_cpu and x.dtype == torch.float32
             and torch.backends.mkldnn.is_available())
 
 
@@ -63,6 +70,18 @@ class Linear(nn.Linear):
         return linear(x, self.weight, self.bias)
 
 
+class RMSNorm(nn.RMSNorm):
+    """nn.RMSNorm: x w / sqrt(mean(x^2) + eps). Packed it makes fewer calls, each of which a single token notices."""
+    packed = None       # fp32: w sqrt(D) (D,) and sqrt(D eps), with which the length of x is enough
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.packed is None:
+            return super().forward(x)
+        w, b = self.packed
+        length = torch.linalg.vector_norm(x, dim=-1, keepdim=True, dtype=w.dtype)       # (..., 1): sqrt(sum(x^2))
+        return (x * w / torch.hypot(length, b)).to(x.dtype)
+
+
 def can_pack(W: Tensor) -> bool:
     """Whether W is in bf16 on a CPU that can calculate with it."""
     return (W.is_cpu and W.dtype == torch.bfloat16 and torch.backends.mkldnn.is_available()
@@ -70,9 +89,16 @@ def can_pack(W: Tensor) -> bool:
 
 
 def pack(model: nn.Module) -> None:
-    """Lay the weights of every Linear out anew, as oneDNN reads them: up to twice as fast. They are opaque then."""
+    """Lay the weights of a model on a CPU out anew, for nothing but answers.
+
+    Those of every RMSNorm as it needs them, and those of every Linear in bf16 as oneDNN reads them: up to twice as
+    fast. The latter are opaque then.
+    """
     for layer in model.modules():
-        if isinstance(layer, Linear) and not layer.weight.is_mkldnn:
+        if isinstance(layer, RMSNorm):
+            w = layer.weight.detach().float()
+            layer.packed = w * len(w) ** 0.5, torch.tensor((len(w) * layer.eps) ** 0.5)
+        elif isinstance(layer, Linear) and can_pack(layer.weight) and not layer.weight.is_mkldnn:
             W = torch.ops.mkldnn._reorder_linear_weight(layer.weight.detach())
             layer.weight = nn.Parameter(W, requires_grad=False)
 

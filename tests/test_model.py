@@ -10,7 +10,7 @@ from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 import model
 from conftest import close, n_parameters, randomise, shapes
 from model import (ALIGNVLM_PRESETS, IGNORE, IMAGE, LLAMA_PRESETS, AlignVLM, AlignVLMConfig, KVCache, Llama, LlamaConfig,
-                   choose, rope)
+                   attend, choose, rope)
 from plumbing.linear import can_pack
 from vision import SigLIPConfig
 
@@ -147,9 +147,12 @@ def test_preset_turns_q_and_k_as_transformers(preset):
     """Up to the last position: an angle of 100,000 radians shows every rounding of its frequency."""
     config = their_config(LLAMA_PRESETS[preset]) if preset == "toy" else released(preset)
     positions = torch.tensor([[0, 1, 2, 100, 2047, 7290, 8191, 8192, 40_000, 131_071]])
-    expected = LlamaRotaryEmbedding(config)(torch.zeros(1), positions)
-    for a, b in zip(rope(positions, LLAMA_PRESETS[preset]), expected):
-        close(a[:, 0], b)
+    expected_cos, expected_sin = LlamaRotaryEmbedding(config)(torch.zeros(1), positions)
+    cos, sin = rope(positions, LLAMA_PRESETS[preset])
+    half = config.head_dim // 2
+    close(cos[:, 0], expected_cos)
+    close(sin[:, 0, :, half:], expected_sin[..., half:])
+    close(sin[:, 0, :, :half], -expected_sin[..., :half])
 
 
 @pytest.mark.parametrize("preset", ALIGNVLM_PRESETS)
@@ -402,7 +405,7 @@ def test_generate_equals_decoding_without_a_cache(decoder):
 @pytest.mark.parametrize("tied", [True, False])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_packed_weights_give_the_same_tokens(tied, dtype):
-    """One by one and in a batch; in fp32 nothing is packed, and E_text never is."""
+    """One by one and in a batch; in fp32 no matrices are, and E_text never."""
     vlm = small_vlm(tie_embeddings=tied, hidden_size=64, head_dim=32).to(dtype)
     E_text, prompts = vlm.llm.embed_tokens.weight, [(p[0], p[1].to(dtype)) for p in PROMPTS]
     expected = [generated(vlm, [p])[0] for p in prompts]
@@ -411,6 +414,23 @@ def test_packed_weights_give_the_same_tokens(tied, dtype):
     assert [generated(vlm, [p])[0] for p in prompts] == expected == generated(vlm, prompts)
     assert vlm.llm.embed_tokens.weight is E_text and not E_text.is_mkldnn
     assert vlm.llm.head.is_mkldnn == vlm.llm.layers[0].mlp.up_proj.weight.is_mkldnn == can_pack(E_text)
+
+
+@pytest.mark.parametrize("amx", [True, False])
+def test_attention_is_in_bf16_only_where_that_is_faster(amx, monkeypatch):
+    """On a CPU: to read a prompt, where AMX multiplies; the result is the same up to bf16's rounding."""
+    monkeypatch.setattr(model, "AMX", amx)
+    q, k, v = (torch.randn(2, heads, 9, 16).bfloat16() for heads in (4, 2, 2))
+    later = torch.full((9, 9), -torch.inf).triu(1)
+    dtypes, real = [], nnf.scaled_dot_product_attention
+    monkeypatch.setattr(nnf, "scaled_dot_product_attention", lambda *x, **kw: dtypes.append(x[0].dtype) or real(*x, **kw))
+    expected = real(q.float(), k.float(), v.float(), later, enable_gqa=True)
+    learning = attend(q, k, v, is_causal=True)
+    with torch.no_grad():
+        for y in learning, attend(q, k, v, is_causal=True), attend(q, k.float(), v.float(), later):
+            assert y.dtype == torch.bfloat16
+            close(y.float(), expected, 1e-2)
+    assert dtypes == [torch.float32, torch.bfloat16 if amx else torch.float32, torch.float32]
 
 
 @torch.inference_mode()
