@@ -114,7 +114,7 @@ class KVCache:
         L, place = k.shape[2], None                     # every row has a place of its own,
         if L > 1:
             place = self.start                          # or all have the same
-        elif positions.is_cpu and len(positions) == 1:
+        elif positions.is_cpu and len(positions) == 1 and not torch.compiler.is_compiling():
             place = int(positions)                      # which a GPU would have to be asked for
         for cached, new in (self.k[layer], k), (self.v[layer], v):
             if place is None:
@@ -162,9 +162,9 @@ class Attention(nn.Module):
 
 def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None, **kind) -> Tensor:
     """Scaled dot-product attention of q (B, heads, L, head_dim) over k and v (B, kv_heads, M, head_dim)."""
-    # On a CPU in fp32: in bf16 PyTorch's attention takes longer there, for a token up to four times. But where AMX
-    # multiplies, reading a prompt in bf16 takes half the time.
-    wide = q.is_cpu and not (AMX and mask is None and not torch.is_grad_enabled())
+    # On a CPU in fp32: in bf16 PyTorch's attention takes longer there, for a token up to four times. But with AMX and
+    # nothing to learn it takes half the time, for a prompt without a prefix.
+    wide = q.is_cpu and not (AMX and q.dtype == torch.bfloat16 and mask is None and not torch.is_grad_enabled())
     inputs = (x.float() if wide and x is not None else x for x in (q, k, v, mask))
     return nnf.scaled_dot_product_attention(*inputs, enable_gqa=q.shape[1] != k.shape[1], **kind).to(q.dtype)
 
@@ -272,8 +272,8 @@ class Llama(nn.Module):
     def pack(self) -> None:
         """To be called on a CPU before nothing but answers follow, which take less time then, in bf16 up to half.
 
-        Elsewhere it does nothing. The decoder can no longer be trained then; in bf16 only E_text can be saved or looked
-        at, no gradients pass, and a head that is tied to it becomes a copy.
+        Elsewhere it does nothing. The decoder can no longer be trained, moved or loaded into then; in bf16 its matrices
+        cannot even be looked at, but for E_text, no gradients pass, and a head that is tied to it becomes a copy.
         """
         E_text = self.embed_tokens.weight
         if can_pack(E_text) and self.config.tie_embeddings:

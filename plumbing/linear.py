@@ -1,8 +1,8 @@
 """Matrix products in fp32 on an AMD processor by oneDNN, which PyTorch takes for bf16 and convolutions only.
 
 Its own choice in fp32, Intel's MKL, leaves half of such a processor's arithmetic unused, and a product with a single
-vector to one of its cores. On another CPU, where MKL is as fast or faster, on a GPU, in other dtypes and inside of
-torch.compile, all of this is what PyTorch does.
+vector to one of its cores. On Intel's CPUs, where MKL is as fast or faster, on any other, on a GPU, in other dtypes and
+inside of torch.compile, all of this is what PyTorch does.
 """
 import platform
 from pathlib import Path
@@ -12,8 +12,10 @@ import torch.nn.functional as nnf
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-CPU = Path("/proc/cpuinfo")
-CPU = CPU.read_text() if CPU.exists() else platform.processor()     # whose it is and, on Linux, what it can do
+try:
+    CPU = Path("/proc/cpuinfo").read_text()     # whose it is and what it can do
+except OSError:                                 # not on Linux
+    CPU = platform.processor()
 AMD, AMX = "AuthenticAMD" in CPU, "amx_bf16" in CPU
 CELL = 2048     # `into` makes so many rows and columns at a time: fp32 numbers that stay in a CPU's cache
 
@@ -72,7 +74,7 @@ class Linear(nn.Linear):
 
 class RMSNorm(nn.RMSNorm):
     """nn.RMSNorm: x w / sqrt(mean(x^2) + eps). Packed it makes fewer calls, each of which a single token notices."""
-    packed = None       # fp32: w sqrt(D) (D,) and sqrt(D eps), with which the length of x is enough
+    packed = None       # w sqrt(D) (D,) and sqrt(D eps), with which the length of x is enough; fp32 or wider
 
     def forward(self, x: Tensor) -> Tensor:
         if self.packed is None:
@@ -96,8 +98,9 @@ def pack(model: nn.Module) -> None:
     """
     for layer in model.modules():
         if isinstance(layer, RMSNorm):
-            w = layer.weight.detach().float()
-            layer.packed = w * len(w) ** 0.5, torch.tensor((len(w) * layer.eps) ** 0.5)
+            w = layer.weight.detach()
+            w = w.to(torch.promote_types(w.dtype, torch.float32))
+            layer.packed = w * len(w) ** 0.5, w.new_tensor((len(w) * layer.eps) ** 0.5)
         elif isinstance(layer, Linear) and can_pack(layer.weight) and not layer.weight.is_mkldnn:
             W = torch.ops.mkldnn._reorder_linear_weight(layer.weight.detach())
             layer.weight = nn.Parameter(W, requires_grad=False)

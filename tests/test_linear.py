@@ -123,10 +123,10 @@ def test_into(n, k, m, dtype, beta, amd, calls):
 
 
 @pytest.mark.parametrize("shape", [(1, 1, 7), (2, 3, 64), (5, 33), (0, 4), (7,)])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
 @pytest.mark.parametrize("size", [0.0, 1e-4, 1.0, 1e4])
 def test_a_norm_is_the_same_when_packed(shape, dtype, size):
-    """Of small rows, where eps counts, and large ones; as near to the fp64 of the equation as PyTorch's own."""
+    """Of small rows, where eps counts, and large ones, against the equation in fp64."""
     norm, x = RMSNorm(shape[-1], 1e-5), size * torch.randn(shape)
     norm.weight.data.uniform_(0.5, 2.0)
     norm, x = norm.to(dtype), x.to(dtype)

@@ -403,9 +403,9 @@ def test_generate_equals_decoding_without_a_cache(decoder):
 
 
 @pytest.mark.parametrize("tied", [True, False])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64])
 def test_packed_weights_give_the_same_tokens(tied, dtype):
-    """One by one and in a batch; in fp32 no matrices are, and E_text never."""
+    """One by one and in a batch; but for bf16 no matrices are packed, and E_text never."""
     vlm = small_vlm(tie_embeddings=tied, hidden_size=64, head_dim=32).to(dtype)
     E_text, prompts = vlm.llm.embed_tokens.weight, [(p[0], p[1].to(dtype)) for p in PROMPTS]
     expected = [generated(vlm, [p])[0] for p in prompts]
