@@ -110,17 +110,16 @@ class KVCache:
             own[:, :, :self.start] = read
 
     def write(self, layer: int, positions: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-        """Put k and v (B, kv_heads, L, head_dim) at positions (B, L) of a layer; returns what is within reach."""
-        L, place = k.shape[2], None                     # every row has a place of its own,
-        if L > 1:
-            place = self.start                          # or all have the same
-        elif positions.is_cpu and len(positions) == 1 and not torch.compiler.is_compiling():
-            place = int(positions)                      # which a GPU would have to be asked for
+        """Put k and v (B, kv_heads, L, head_dim) at positions (B, L) of a layer; returns what is within reach.
+
+        With L > 1 the positions are the same in every row.
+        """
         for cached, new in (self.k[layer], k), (self.v[layer], v):
-            if place is None:
-                cached[self.rows, :, positions] = new.transpose(1, 2).to(cached.dtype)     # (B, 1, kv_heads, head_dim)
+            new = new.to(cached.dtype)
+            if new.shape[2] > 1 or len(positions) == 1:     # one index for all rows takes less time
+                cached.index_copy_(2, positions[0], new)
             else:
-                cached[:, :, place:place + L] = new
+                cached[self.rows, :, positions] = new.transpose(1, 2)              # (B, 1, kv_heads, head_dim)
         return self.k[layer][:, :, :self.reach], self.v[layer][:, :, :self.reach]
 
     def mask(self, positions: Tensor) -> Tensor:

@@ -14,7 +14,7 @@ from torch.autograd.function import once_differentiable
 
 try:
     CPU = Path("/proc/cpuinfo").read_text()     # whose it is and what it can do
-except OSError:                                 # not on Linux
+except OSError:                                 # not on Linux, or not to be read
     CPU = platform.processor()
 AMD, AMX = "AuthenticAMD" in CPU, "amx_bf16" in CPU
 CELL = 2048     # `into` makes so many rows and columns at a time: fp32 numbers that stay in a CPU's cache
@@ -73,7 +73,10 @@ class Linear(nn.Linear):
 
 
 class RMSNorm(nn.RMSNorm):
-    """nn.RMSNorm: x w / sqrt(mean(x^2) + eps). Packed it makes fewer calls, each of which a single token notices."""
+    """nn.RMSNorm: x (..., D) -> x w / sqrt(mean(x^2) + eps) (..., D).
+
+    Packed, it makes less than half as many calls to PyTorch, which is most of what it costs a single token on a CPU.
+    """
     packed = None       # w sqrt(D) (D,) and sqrt(D eps), with which the length of x is enough; fp32 or wider
 
     def forward(self, x: Tensor) -> Tensor:

@@ -454,9 +454,11 @@ def test_cached_hidden_states_equal_uncached_ones():
         close(torch.stack(own[b]), vlm.llm.hidden(sequence[None])[0, n - 1:])
 
 
+@pytest.mark.parametrize("B", [1, 2])
 @torch.inference_mode()
-def test_a_decoding_step_is_one_graph():
+def test_a_decoding_step_is_one_graph(B):
     """On a GPU it is compiled: nothing in it may need the host, and all steps share one graph."""
+    torch._dynamo.reset()
     vlm, graphs = small_vlm(), []
 
     def count(graph, inputs):
@@ -464,9 +466,9 @@ def test_a_decoding_step_is_one_graph():
         return graph.forward
 
     step = torch.compile(vlm.llm.hidden, backend=count, fullgraph=True)
-    x, caches = torch.randn(2, 9, 24), [KVCache(vlm.llm.config, 2, 12, "cpu", torch.float32) for _ in range(2)]
+    x, caches = torch.randn(B, 9, 24), [KVCache(vlm.llm.config, B, 12, "cpu", torch.float32) for _ in range(2)]
     for i, position in enumerate([[[4], [7]], [[5], [8]], [[6], [9]]]):
-        compiled, eager = (hidden(x[:, i:i + 1].clone(), None, cache, torch.tensor(position))
+        compiled, eager = (hidden(x[:, i:i + 1].clone(), None, cache, torch.tensor(position[:B]))
                            for hidden, cache in zip((step, vlm.llm.hidden), caches))
         close(compiled, eager)
     assert len(graphs) == 1
