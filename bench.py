@@ -34,9 +34,10 @@ from torch.nn.utils.rnn import pad_sequence
 from connector import MLP, Align
 from model import ALIGNVLM_PRESETS, IGNORE, IMAGE, AlignVLM, AlignVLMConfig, Llama, LlamaConfig
 from plumbing.costs import step_flops
-from plumbing.linear import linear
+from plumbing.fast import linear
 from plumbing.processes import keep_heap, run_main
-from vision import SIGLIP_PRESETS, SigLIP, SigLIPConfig, on_canvas, read_image, tile, tile_boxes
+from vision import SIGLIP_PRESETS, SigLIP, SigLIPConfig, on_canvas, tile, tile_boxes
+from plumbing.images import read_image
 
 GPU = torch.cuda.is_available()
 DEVICE = torch.device("cuda" if GPU else "cpu")

@@ -20,7 +20,7 @@ import torch.nn.functional as nnf      # F is the paper's name for the features
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-from plumbing.linear import Linear, into, linear
+from plumbing.fast import Linear, into, linear
 from plumbing.weights import own_rows
 
 BLOCK_BYTES = 256 * 2 ** 20     # for the V-wide matrices of one block of tokens: one (n, V) forward, two backward

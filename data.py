@@ -17,8 +17,9 @@ from PIL import Image
 from torch import Tensor
 
 from model import IGNORE, IMAGE
+from plumbing.examples import BadSample, Example, Turn
 from plumbing.tokenizers import read_tokenizer_json, read_tokenizer_model
-from plumbing.weights import CheckpointError, InputError
+from plumbing.settings import CheckpointError, InputError
 from vision import SigLIPConfig, tile, tile_boxes
 
 READ = "read the page"          # asks for a page read aloud: the toy's stage 2, and sample.py without --prompt
@@ -121,21 +122,6 @@ class Tokenizer:
 
 
 @dataclass
-class Turn:
-    """One message: its parts in order, each a string or IMAGE, the place of the sample's next image."""
-    role: str
-    parts: list
-
-
-@dataclass
-class Example:
-    """What every reader of a data set yields: images, turns that refer to them, and a name."""
-    images: list[Image.Image]
-    turns: list[Turn]
-    key: str
-
-
-@dataclass
 class Sample:
     """An example ready for the model: tokens and labels (L,) int64, pixels (T, 3, S, S) fp32 of its n_images' tiles,
     and the example's name."""
@@ -144,10 +130,6 @@ class Sample:
     pixels: Tensor
     key: str
     n_images: int = 0
-
-
-class BadSample(Exception):
-    """An example that nothing can be learnt from: its kind (plumbing/streams.py, BAD_KINDS), and what is wrong."""
 
 
 def encode_chat(turns: list[Turn], tokenizer: Tokenizer, visual_tokens: list[int]) -> tuple[Tensor, Tensor]:
@@ -221,7 +203,3 @@ def fill_rows(samples: list[Sample], row_tokens: int) -> list[list[Sample]]:
         row.append(sample)
     return rows
 
-
-if __name__ == "__main__":
-    from toy.pages import main
-    main()

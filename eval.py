@@ -24,7 +24,8 @@ import torch.distributed as dist
 from PIL import Image
 from tqdm import tqdm
 
-from data import READ, Example, Tokenizer, Turn, prepare
+from data import READ, Tokenizer, prepare
+from plumbing.examples import Example, Turn
 from model import IMAGE, AlignVLM
 from paper.benchmarks import TOYS, Benchmark, open_benchmark
 from paper.metrics import METRICS, edit_distance
@@ -34,33 +35,12 @@ from paper.tables import check_scores, headline, score_files, show
 from paper.words import summary_line, vocab_report
 from plumbing.logs import open_log
 from plumbing.processes import roll_call, run_main, start_processes
-from plumbing.runs import IN_THE_BOX, default_model
-from plumbing.weights import InputError, read_json
+from plumbing.runs import IN_THE_BOX
+from plumbing.settings import InputError, read_json
+from sample import answer, default_model
 from toy.looks import draw
 from toy.pages import KINDS, PAGES, held_out_documents
 from vision import tile, tile_boxes
-
-
-def answer(model: AlignVLM, tokenizer: Tokenizer, images: list[Image.Image | list[Image.Image]], prompts: list[str],
-           max_tiles: int = 9, **generation) -> Iterator[list[str]]:
-    """Answer each (image or images, prompt) as one batch; yields the answers so far after every token,
-    and once more at the end.
-
-    generation: what AlignVLM.generate takes (max_new_tokens, temperature, top_p, seed). An empty prompt asks for a
-    caption: the user's turn is the image alone, as in stage 1.
-    """
-    samples = []
-    for pages, prompt in zip(images, prompts):
-        pages = pages if isinstance(pages, list) else [pages]
-        turn = Turn("user", [IMAGE] * len(pages) + ([prompt] if prompt else []))
-        samples.append(prepare(Example(pages, [turn], ""), tokenizer, model.config.vision, max_tiles,
-                               tile_tokens=model.config.tile_tokens))
-    ids: list[list[int]] = [[] for _ in samples]
-    for step in model.generate([s.tokens for s in samples], [s.pixels for s in samples], tokenizer.stop, **generation):
-        for row, token in zip(ids, step):
-            row += [] if token is None else [token]
-        yield [tokenizer.decode(row) for row in ids]
-    yield [tokenizer.decode(row) for row in ids]
 
 
 def held_out_scores(model: AlignVLM, tokenizer: Tokenizer, n: int, seed: int, look: str = "clean") -> dict[str, dict]:

@@ -24,11 +24,12 @@ from torch.utils.checkpoint import checkpoint
 
 from connector import CONNECTORS, ConnectorConfig, SwiGLU, new_connector
 from plumbing import released
-from plumbing.linear import AMX, Linear, RMSNorm, can_pack, linear, pack
-from plumbing.weights import Settings, Weights, load, read_safetensors, save, saved_config
+from plumbing.examples import IMAGE        # -1, at the place of a visual token
+from plumbing.fast import AMX, Linear, RMSNorm, can_pack, linear, pack
+from plumbing.settings import Settings, saved_config
+from plumbing.weights import Weights, load, read_safetensors, save
 from vision import SIGLIP_PRESETS, SigLIP, SigLIPConfig, read_siglip
 
-IMAGE = -1      # marks the position of a visual token in a token sequence; no vocabulary has this id
 IGNORE = -100   # marks a label that is not supervised, as in torch's cross_entropy
 LOGITS = 2 ** 26        # numbers that the LM head makes at a time in training: 256 MB in fp32
 

@@ -29,17 +29,38 @@ from PIL import Image
 from torch import Tensor
 from tqdm import tqdm
 
-from data import READ, Example, TextError, Tokenizer, Turn, encode_chat, prepare
-from eval import answer
+from data import READ, TextError, Tokenizer, encode_chat, prepare
+from plumbing.examples import Example, Turn
 from model import IMAGE, AlignVLM, KVCache, Llama
 from paper.align_vocab import choose_align_vocab, use_align_vocab
 from paper.words import explain
-from plumbing.runs import default_model
-from plumbing.weights import InputError
-from vision import read_image, tile
+from plumbing.runs import IN_THE_BOX
+from plumbing.settings import InputError
+from plumbing.images import read_image
+from vision import tile
 
 BATCH = 16      # pages that are asked about together
 MAX_QUESTION = 4096             # tokens that --interactive takes in one question
+
+
+def newest_checkpoint(out: Path = Path("out")) -> Path:
+    """The highest stage of the run that was trained last, of the runs out/*/stageN."""
+    stages = [path.parent for path in out.glob("*/stage[123]/config.json")]
+    if not stages:
+        raise InputError(f"no trained model under {out}/: run `python train.py` first, or name one with --checkpoint")
+    run = max(stages, key=lambda folder: (folder / "config.json").stat().st_mtime).parent
+    return max(folder for folder in stages if folder.parent == run)
+
+
+def default_model() -> Path:
+    """The newest trained model, or else the one in the box. Raises InputError where there is neither."""
+    try:
+        return newest_checkpoint()
+    except InputError:
+        if not (IN_THE_BOX / "stage3" / "config.json").exists():
+            raise
+        print("nothing is trained under out/: this is the model in the box", file=sys.stderr)
+        return IN_THE_BOX / "stage3"
 
 
 def image_files(paths: list[str]) -> list[Path]:
@@ -60,6 +81,28 @@ def image_files(paths: list[str]) -> list[Path]:
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Answers
+
+
+def answer(model: AlignVLM, tokenizer: Tokenizer, images: list[Image.Image | list[Image.Image]], prompts: list[str],
+           max_tiles: int = 9, **generation) -> Iterator[list[str]]:
+    """Answer each (image or images, prompt) as one batch; yields the answers so far after every token,
+    and once more at the end.
+
+    generation: what AlignVLM.generate takes (max_new_tokens, temperature, top_p, seed). An empty prompt asks for a
+    caption: the user's turn is the image alone, as in stage 1.
+    """
+    samples = []
+    for pages, prompt in zip(images, prompts):
+        pages = pages if isinstance(pages, list) else [pages]
+        turn = Turn("user", [IMAGE] * len(pages) + ([prompt] if prompt else []))
+        samples.append(prepare(Example(pages, [turn], ""), tokenizer, model.config.vision, max_tiles,
+                               tile_tokens=model.config.tile_tokens))
+    ids: list[list[int]] = [[] for _ in samples]
+    for step in model.generate([s.tokens for s in samples], [s.pixels for s in samples], tokenizer.stop, **generation):
+        for row, token in zip(ids, step):
+            row += [] if token is None else [token]
+        yield [tokenizer.decode(row) for row in ids]
+    yield [tokenizer.decode(row) for row in ids]
 
 
 def chat(llm: Llama, tokenizer: Tokenizer, prompt: str, **generation) -> Iterator[list[str]]:

@@ -33,7 +33,8 @@ from torch.utils.checkpoint import checkpoint
 from torch.utils.data import DataLoader, Dataset
 
 from connector import CONNECTORS, ConnectorConfig
-from data import Sample, Tokenizer, Turn, encode_chat, fill_rows, pack
+from data import Sample, Tokenizer, encode_chat, fill_rows, pack
+from plumbing.examples import Turn
 from eval import held_out_scores, report
 from model import ALIGNVLM_PRESETS, IGNORE, IMAGE, LLAMA_PRESETS, AlignVLM, AlignVLMConfig, read_config, read_llama
 from plumbing.costs import plan, step_flops
@@ -42,7 +43,7 @@ from plumbing.processes import ignore_signals, roll_call, run_main, start_proces
 from plumbing.runs import begin, check_recipe, is_complete, origin, recorded, stage_before
 from plumbing.states import States, drop_states, newest_state
 from plumbing.streams import BAD_KINDS, Documents, Position, check_holes, deal, meet, steps_of, without_holes
-from plumbing.weights import InputError
+from plumbing.settings import InputError
 from toy.looks import LOOKS
 from toy.pages import ToyDocuments, write_toy_tokenizer
 

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from connector import Align, AlignTopK, blocks, spread
 from model import AlignVLM
-from plumbing.weights import CheckpointError, InputError, Settings
+from plumbing.settings import CheckpointError, InputError, Settings
 
 ALIGN_VOCAB = "align_vocab.json"    # in a model's folder: the words that the connector can do with
 

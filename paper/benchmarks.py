@@ -23,13 +23,13 @@ from pathlib import Path
 
 from PIL import Image
 
-from data import BadSample
+from plumbing.examples import BadSample
 from model import IMAGE
 from plumbing.formats import MAX_RECORD, VCR_PROMPT, parquet_example, read_parquet, split_images
-from plumbing.weights import InputError
+from plumbing.settings import InputError
 from toy.looks import LOOKS, draw
 from toy.pages import KINDS, held_out_documents
-from vision import ImageError, read_image
+from plumbing.images import ImageError, read_image
 
 # In the order of Table 1, each with what its files are called, in lower-case letters and digits.
 FILE_NAMES = {"DocVQA": "docvqa", "InfoVQA": "infovqa|infographicsvqa", "DeepForm": "deepform", "KLC": "klc|kleister",

@@ -27,7 +27,7 @@ from data import Tokenizer
 from model import AlignVLM
 from plumbing.logs import read_log
 from plumbing.runs import IN_THE_BOX
-from plumbing.weights import InputError
+from plumbing.settings import InputError
 from toy.looks import draw
 from toy.pages import KINDS, drawn_page, eye_chart, plain_text
 from vision import tile

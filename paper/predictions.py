@@ -10,7 +10,7 @@ from pathlib import Path
 
 from paper.benchmarks import Benchmark
 from paper.noise import summary
-from plumbing.weights import InputError, read_json
+from plumbing.settings import InputError, read_json
 
 
 def write_text(path: Path, text: str) -> None:

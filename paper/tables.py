@@ -10,7 +10,7 @@ from pathlib import Path
 from paper.benchmarks import TOYS
 from paper.metrics import METRICS
 from paper.predictions import read_predictions, write_text
-from plumbing.weights import InputError
+from plumbing.settings import InputError
 
 COLUMNS = {"DocVQA": "DocVQA val", "InfoVQA": "InfoVQA val", "DeepForm": "DeepForm test", "KLC": "KLC test",
            "WTQ": "WTQ test", "TabFact": "TabFact test", "ChartQA": "ChartQA test", "TextVQA": "TextVQA val",

@@ -20,7 +20,7 @@ from tqdm import tqdm
 from connector import AlignTopK, blocks, spread
 from data import Tokenizer
 from model import AlignVLM
-from plumbing.weights import InputError
+from plumbing.settings import InputError
 from vision import SigLIPConfig, on_canvas, tile, tile_boxes
 
 CELL = 52                       # the side of a patch in the picture, in pixels: a word of some ten letters fits in

@@ -9,7 +9,7 @@ import torch
 
 from connector import BLOCK_BYTES, CACHE_BYTES
 from model import ALIGNVLM_PRESETS, LOGITS, AlignVLM, AlignVLMConfig, read_llama
-from plumbing.weights import InputError
+from plumbing.settings import InputError
 from vision import read_siglip
 
 PEAKS = {"B200": 2250e12, "H200": 989e12, "H100 PCIe": 756e12, "H100 NVL": 835e12, "H100": 989e12, "A100": 312e12,

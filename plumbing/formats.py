@@ -17,10 +17,10 @@ import re
 import tarfile
 from pathlib import Path
 
-from data import BadSample, Example, Turn
-from model import IMAGE
-from plumbing.weights import InputError
-from vision import read_image
+from plumbing.examples import BadSample, Example, Turn
+from plumbing.examples import IMAGE
+from plumbing.settings import InputError
+from plumbing.images import read_image
 
 MAX_RECORD = 256 * 2 ** 20  # bytes of a sample
 PARQUET_COLUMNS = [["image", "query", "annotations"], ["stacked_image", "crossed_text"]]        # BigDocs, VCR-wiki

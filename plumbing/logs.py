@@ -12,7 +12,7 @@ import torch.distributed as dist
 from tqdm import tqdm
 
 from plumbing.costs import mfu, peak_memory
-from plumbing.weights import InputError
+from plumbing.settings import InputError
 
 
 def open_log(path: Path):

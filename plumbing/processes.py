@@ -16,7 +16,7 @@ import torch.distributed as dist
 from safetensors import SafetensorError
 from torch import nn
 
-from plumbing.weights import InputError
+from plumbing.settings import InputError
 
 
 def keep_heap() -> None:

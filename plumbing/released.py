@@ -10,7 +10,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from plumbing.weights import CheckpointError, Settings, Stored, Weights, open_pickle, read_safetensors
+from plumbing.settings import CheckpointError, Settings
+from plumbing.weights import Stored, Weights, open_pickle, read_safetensors
 
 
 def siglip(folder: Path) -> tuple[dict, Weights]:

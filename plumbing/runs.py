@@ -13,29 +13,9 @@ from pathlib import Path
 from torch import nn
 
 from plumbing.states import check_room, newest_state
-from plumbing.weights import InputError, read_json
+from plumbing.settings import InputError, read_json
 
 IN_THE_BOX = Path(__file__).parent.parent / "toy"
-
-
-def newest_checkpoint(out: Path = Path("out")) -> Path:
-    """The highest stage of the run that was trained last, of the runs out/*/stageN."""
-    stages = [path.parent for path in out.glob("*/stage[123]/config.json")]
-    if not stages:
-        raise InputError(f"no trained model under {out}/: run `python train.py` first, or name one with --checkpoint")
-    run = max(stages, key=lambda folder: (folder / "config.json").stat().st_mtime).parent
-    return max(folder for folder in stages if folder.parent == run)
-
-
-def default_model() -> Path:
-    """The newest trained model, or else the one in the box. Raises InputError where there is neither."""
-    try:
-        return newest_checkpoint()
-    except InputError:
-        if not (IN_THE_BOX / "stage3" / "config.json").exists():
-            raise
-        print("nothing is trained under out/: this is the model in the box", file=sys.stderr)
-        return IN_THE_BOX / "stage3"
 
 
 def stage_before(stage: int, out: Path) -> Path:

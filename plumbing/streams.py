@@ -20,11 +20,12 @@ import torch.distributed as dist
 from torch.utils.data import Dataset
 from tqdm import tqdm
 
-from data import BadSample, Example, Sample, TextError, prepare
+from plumbing.examples import BadSample, Example
+from data import Sample, TextError, prepare
 from plumbing.formats import (MAX_RECORD, data_files, file_format, json_example, line_spans, list_spans,
                               parquet_example, read_parquet, tar_example, tar_spans)
-from plumbing.weights import InputError
-from vision import ImageError
+from plumbing.settings import InputError
+from plumbing.images import ImageError
 
 BAD_KINDS = ["unreadable file", "broken record", "missing field", "empty answer", "image not found",
              "image outside the folder", "unreadable image", "too long"]

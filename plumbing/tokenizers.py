@@ -2,7 +2,7 @@
 import base64
 from pathlib import Path
 
-from plumbing.weights import CheckpointError, Settings
+from plumbing.settings import CheckpointError, Settings
 
 # Llama 3's split of text into pieces, within which bytes are merged.
 LLAMA3_PATTERN = (r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*"

@@ -17,9 +17,11 @@ from pathlib import Path
 import pytest
 import torch
 
-from forks import SOCKET, Forked
+sys.path[:0] = [str(Path(__file__).resolve().parent / "helpers")]
+from forks import SOCKET, Forked        # from tests/helpers
 
 ROOT = Path(__file__).resolve().parent.parent
+HELPERS = ROOT / "tests" / "helpers"
 # Of the processes that tests start; torch.compile would start one more Python, for a compiler on each core.
 ENV = {**os.environ, "OMP_NUM_THREADS": "1", "TORCHINDUCTOR_COMPILE_THREADS": "1"}
 sys.path.insert(0, str(ROOT))
@@ -32,10 +34,10 @@ def server() -> None:
     """forks.py, which starts what the tests start; it ends with them."""
     folder = tempfile.mkdtemp()         # a socket's path is short: pytest's own folders may be too deep
     ENV[SOCKET] = f"{folder}/socket"
-    process = subprocess.Popen([sys.executable, ROOT / "tests" / "forks.py"], env=ENV, stdin=subprocess.PIPE,
+    process = subprocess.Popen([sys.executable, HELPERS / "forks.py"], env=ENV, stdin=subprocess.PIPE,
                                stdout=subprocess.DEVNULL, start_new_session=True)
     while not Path(ENV[SOCKET]).exists():
-        assert process.poll() is None, "tests/forks.py has failed"
+        assert process.poll() is None, "tests/helpers/forks.py has failed"
         time.sleep(0.02)
 
     @atexit.register

@@ -16,7 +16,8 @@ from pathlib import Path
 
 from torch.utils.data import Dataset
 
-from data import READ, Example, Sample, Tokenizer, Turn, prepare
+from data import READ, Sample, Tokenizer, prepare
+from plumbing.examples import Example, Turn
 from model import IGNORE, IMAGE
 from plumbing.streams import Position
 from toy.looks import CELL, LOOKS, draw

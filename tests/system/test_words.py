@@ -15,7 +15,7 @@ from connector import AlignTopK, spread
 from data import Tokenizer
 from model import ALIGNVLM_PRESETS, AlignVLM
 from paper import words
-from plumbing.weights import InputError
+from plumbing.settings import InputError
 from toy.pages import write_toy_tokenizer
 from vision import SigLIPConfig, tile, tile_boxes
 

@@ -20,8 +20,8 @@ ODD = AlignVLMConfig(SigLIPConfig(48, 3, 4, 80, 32, 8, 1e-6),
 
 @pytest.mark.parametrize("preset", ["toy", "short"])
 def test_memory_is_what_a_real_step_has(preset):
-    """Two processes: parameters, gradients, optimizer and connector within 10 %. By hand: tests/measure.py mid."""
-    done = torchrun(2, ROOT / "tests" / "measure.py", preset)
+    """Two processes: parameters, gradients, optimizer and connector within 10 %. By hand: tests/helpers/measure.py mid."""
+    done = torchrun(2, ROOT / "tests" / "helpers" / "measure.py", preset)
     for name, (measured, planned) in json.loads(done.stdout.splitlines()[-1]).items():
         assert planned == pytest.approx(measured, rel=0.1), name
 

@@ -16,7 +16,8 @@ from PIL import Image
 from transformers import SiglipVisionConfig, SiglipVisionModel
 
 from conftest import close, n_parameters, randomise, shapes
-from vision import SIGLIP_PRESETS, ImageError, SigLIP, SigLIPConfig, choose_grid, read_image, tile, tile_boxes
+from vision import SIGLIP_PRESETS, SigLIP, SigLIPConfig, choose_grid, tile, tile_boxes
+from plumbing.images import ImageError, read_image
 
 SO400M = SIGLIP_PRESETS["so400m-patch14-384"]
 TOY = SIGLIP_PRESETS["toy"]

@@ -1,6 +1,6 @@
 """Started by torchrun from test_plan.py: the bytes of each part that one real training step has, beside the plan's.
 
-    torchrun --nproc_per_node 2 tests/measure.py toy|mid|short
+    torchrun --nproc_per_node 2 tests/helpers/measure.py toy|mid|short
 
 mid is SigLIP base-patch16-224 with SmolLM2-135M; short is the same with three layers each, for a quick test.
 """
@@ -12,7 +12,7 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
-sys.path.insert(0, str(Path(__file__).parent.parent))
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from data import Sample
 from model import ALIGNVLM_PRESETS, IMAGE, AlignVLM, AlignVLMConfig, LlamaConfig

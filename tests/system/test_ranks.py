@@ -16,7 +16,7 @@ def whole(stage1, tmp_path_factory):
 def cut(stage1, work, processes, *more):
     (work / "stage1").symlink_to(stage1)
     # At the recipe's rate, twice this, rounding alone grows to 1e-5 of a loss in 14 steps on some CPUs; here it stays.
-    command = [ROOT / "tests" / "first_gradients.py", work / "first.safetensors", "--stage", 2, "--steps", 20,
+    command = [ROOT / "tests" / "helpers" / "first_gradients.py", work / "first.safetensors", "--stage", 2, "--steps", 20,
                "--batch-size", 5, "--lr", 5e-4, "--out", work, *more]
     if processes == "2x2":
         with socket.socket() as free:

@@ -8,10 +8,11 @@ import pytest
 import regex
 from tokenizers import Tokenizer as Reference
 
-from data import CHAT_FORMATS, TextError, Tokenizer, Turn, encode_chat
+from data import CHAT_FORMATS, TextError, Tokenizer, encode_chat
+from plumbing.examples import Turn
 from model import IGNORE
 from plumbing.tokenizers import LLAMA3_PATTERN
-from plumbing.weights import CheckpointError
+from plumbing.settings import CheckpointError
 from released import fetched, llama3_tokenizer, smollm2, write_tokenizer_json
 from toy.pages import write_toy_tokenizer
 

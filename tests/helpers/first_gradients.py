@@ -1,6 +1,6 @@
 """train.py itself, which also saves the gradients of its first step: started by test_ranks.py.
 
-    torchrun --nproc_per_node N tests/first_gradients.py OUT.safetensors [train.py's flags]
+    torchrun --nproc_per_node N tests/helpers/first_gradients.py OUT.safetensors [train.py's flags]
 """
 import sys
 from pathlib import Path
@@ -8,7 +8,7 @@ from pathlib import Path
 import torch.distributed as dist
 from safetensors.torch import save_file
 
-sys.path.insert(0, str(Path(__file__).parent.parent))
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 import train
 

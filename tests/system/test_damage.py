@@ -406,9 +406,9 @@ def test_bombs_cost_no_memory(tmp_path):
     script = PEAK + """
 import sys
 sys.path.insert(0, sys.argv[1])
-from data import BadSample
+from plumbing.examples import BadSample
 from plumbing.streams import DataSet
-from vision import ImageError
+from plumbing.images import ImageError
 grown = {}
 for path in sys.argv[2:]:
     before = peak()

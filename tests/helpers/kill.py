@@ -1,7 +1,7 @@
 """Kill training with SIGKILL again and again, resume it, and compare with a run that nobody disturbed, bit for bit.
 
-    python tests/kill.py                                # 20 runs, a third of them killed while a state is being written
-    python tests/kill.py --runs 3 --processes 2
+    python tests/helpers/kill.py                                # 20 runs, a third of them killed while a state is being written
+    python tests/helpers/kill.py --runs 3 --processes 2
 """
 import argparse
 import json
@@ -16,7 +16,7 @@ from pathlib import Path
 
 from safetensors.torch import load_file
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 
 
 def start_python(*command) -> subprocess.Popen:

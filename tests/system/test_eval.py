@@ -18,7 +18,8 @@ from PIL import Image
 
 import eval as evaluation
 from conftest import ROOT, randomise, run, torchrun
-from data import Tokenizer, Turn, encode_chat
+from data import Tokenizer, encode_chat
+from plumbing.examples import Turn
 from model import ALIGNVLM_PRESETS, IMAGE, AlignVLM
 from paper import noise as noise_module
 from paper.benchmarks import SHORT, as_list, open_benchmark
@@ -26,7 +27,7 @@ from paper.noise import feature_std, noise_on, summary
 from paper.predictions import read_predictions
 from paper.tables import COLUMNS, TABLE_1, score_tables
 from plumbing.formats import VCR_PROMPT
-from plumbing.weights import InputError
+from plumbing.settings import InputError
 from toy.pages import draw, held_out_documents, write_toy_tokenizer
 from vision import tile
 

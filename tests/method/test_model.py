@@ -11,7 +11,7 @@ import model
 from conftest import close, n_parameters, randomise, shapes
 from model import (ALIGNVLM_PRESETS, IGNORE, IMAGE, LLAMA_PRESETS, AlignVLM, AlignVLMConfig, KVCache, Llama, LlamaConfig,
                    attend, choose, rope)
-from plumbing.linear import can_pack
+from plumbing.fast import can_pack
 from vision import SigLIPConfig
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -19,11 +19,12 @@ from PIL import Image
 
 import train as train_py
 from conftest import close, randomise, run, torchrun
-from data import IGNORE, IMAGE, BadSample, Example, Sample, Turn, fill_rows, pack, prepare
+from data import IGNORE, IMAGE, Sample, fill_rows, pack, prepare
+from plumbing.examples import BadSample, Example, Turn
 from model import ALIGNVLM_PRESETS, AlignVLM
 from plumbing import streams
 from plumbing.streams import DataSet, Documents, Position, deal, steps_of
-from plumbing.weights import InputError
+from plumbing.settings import InputError
 from sets import FORMATS, PAGES, TOY, no_hang, one_epoch, outcome, tokenizer, write_lines, write_parquet
 
 

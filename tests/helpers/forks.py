@@ -166,7 +166,7 @@ def run_to_the_end(command: list[str]) -> NoReturn:
 
 
 if __name__ == "__main__":
-    sys.path.insert(0, str(Path(__file__).parent.parent))
+    sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
     with socket.socket(socket.AF_UNIX) as listener:
         listener.bind(os.environ[SOCKET])
         listener.listen(64)

@@ -21,20 +21,20 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 from transformers.models.idefics2.modeling_idefics2 import Idefics2Connector
 
-sys.path[:0] = [str(Path(__file__).parent), str(Path(__file__).parent.parent)]
+sys.path[:0] = [str(Path(__file__).parents[1] / "helpers"), str(Path(__file__).parents[1]), str(Path(__file__).parents[2])]
 
 import connector as connector_py
 import sample as sample_py
 from conftest import ROOT, close, n_parameters, randomise, run, torchrun
 from connector import CONNECTORS, MLP, Align, ConnectorConfig, Ovis, Perceiver, new_connector
 from data import Sample, Tokenizer
-from eval import answer
+from sample import answer
 from model import ALIGNVLM_PRESETS, IMAGE, AlignVLM, AlignVLMConfig, LlamaConfig, read_config
 from paper.connectors import NOISE, patch_words
 from paper.connectors import table as race_table
 from plumbing.costs import memory, step_flops
 from plumbing.processes import start_processes
-from plumbing.weights import CheckpointError, InputError
+from plumbing.settings import CheckpointError, InputError
 from toy.pages import draw, eye_chart, write_toy_tokenizer
 from train import RECIPES, connector_of, optimizer_of, shard, take_step
 from vision import SigLIPConfig
@@ -315,7 +315,7 @@ def sharded_losses(kind, device):
 def test_two_ranks_start_and_learn_as_one():
     """5 latents and 37 rows of a table do not divide evenly by two."""
     one, two = (json.loads(done.stdout.splitlines()[-1]) for done in (
-        run(ROOT / "tests" / "test_connectors.py"), torchrun(2, ROOT / "tests" / "test_connectors.py")))
+        run(ROOT / "tests" / "system" / "test_connectors.py"), torchrun(2, ROOT / "tests" / "system" / "test_connectors.py")))
     for kind in OTHERS:
         assert two[kind] == pytest.approx(one[kind], rel=1e-5) and one[kind][0] != one[kind][1]
 

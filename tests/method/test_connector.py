@@ -9,7 +9,7 @@ import connector
 from conftest import close, randomise
 from connector import Align, AlignTopK, Mixture, blocks, spread
 from paper.align_vocab import ALIGN_VOCAB, choose_align_vocab, choose_words, use_align_vocab
-from plumbing.weights import CheckpointError, InputError
+from plumbing.settings import CheckpointError, InputError
 from model import IMAGE, AlignVLM, AlignVLMConfig, LlamaConfig
 from vision import SigLIPConfig
 
