@@ -3,7 +3,7 @@
     python data.py --draw 20 --seed 1 pages/     # look at the data first: 20 held-out pages and questions.jsonl
 
 A sample is one sequence of tokens: begin-of-text, the user's header, IMAGE at the place of every visual token,
-the prompt, the assistant's header, the answer; pack() joins several into a row. Only answers and their end-of-turn
+the prompt, the assistant's header, the answer; pack_row() joins several into a row. Only answers and their end-of-turn
 token are supervised. The toy's examples come from toy/pages.py, those of --data from plumbing/streams.py.
 """
 import math
@@ -13,13 +13,13 @@ from pathlib import Path
 
 import tiktoken
 import torch
-from PIL import Image
+
 from torch import Tensor
 
 from model import IGNORE, IMAGE
 from plumbing.examples import BadSample, Example, Turn
-from plumbing.tokenizers import read_tokenizer_json, read_tokenizer_model
-from plumbing.settings import CheckpointError, InputError
+from plumbing.tokenizers import TextError, read_tokenizer_json, read_tokenizer_model
+from plumbing.settings import CheckpointError
 from vision import SigLIPConfig, tile, tile_boxes
 
 READ = "read the page"          # asks for a page read aloud: the toy's stage 2, and sample.py without --prompt
@@ -43,10 +43,6 @@ CHAT_FORMATS = {
                           ["<|eot_id|>"], ["<|eot_id|>", "<|eom_id|>", "<|end_of_text|>"]),
     "ChatML": ChatFormat([], (["<|im_start|>"], ["\n"]), ["<|im_end|>", "\n"], ["<|im_end|>", "<|endoftext|>"]),
 }
-
-
-class TextError(InputError):
-    """A text that no tokenizer can encode; the message is one line."""
 
 
 class Tokenizer:
@@ -185,7 +181,7 @@ def prepare(example: Example, tokenizer: Tokenizer, config: SigLIPConfig, max_ti
     return Sample(tokens[kept], labels[kept], pixels, example.key, len(tiles))
 
 
-def pack(samples: list[Sample]) -> tuple[Tensor, Tensor, Tensor, list[int]]:
+def pack_row(samples: list[Sample]) -> tuple[Tensor, Tensor, Tensor, list[int]]:
     """Samples -> one row: tokens (1, L), labels (1, L), pixels (T, 3, S, S), the samples' lengths."""
     return (torch.cat([s.tokens for s in samples])[None], torch.cat([s.labels for s in samples])[None],
             torch.cat([s.pixels for s in samples]), [len(s.tokens) for s in samples])

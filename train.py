@@ -33,7 +33,7 @@ from torch.utils.checkpoint import checkpoint
 from torch.utils.data import DataLoader, Dataset
 
 from connector import CONNECTORS, ConnectorConfig
-from data import Sample, Tokenizer, encode_chat, fill_rows, pack
+from data import Sample, Tokenizer, encode_chat, fill_rows, pack_row, prepare
 from plumbing.examples import Turn
 from eval import held_out_scores, report
 from model import ALIGNVLM_PRESETS, IGNORE, IMAGE, LLAMA_PRESETS, AlignVLM, AlignVLMConfig, read_config, read_llama
@@ -42,7 +42,7 @@ from plumbing.logs import StepLog, plot
 from plumbing.processes import ignore_signals, roll_call, run_main, start_processes, whole
 from plumbing.runs import begin, check_recipe, is_complete, origin, recorded, stage_before
 from plumbing.states import States, drop_states, newest_state
-from plumbing.streams import BAD_KINDS, Documents, Position, check_holes, deal, meet, steps_of, without_holes
+from plumbing.streams import BAD_KINDS, Documents, Position, agree_on_position, check_bad_share, deal, keep_good, steps_of
 from plumbing.settings import InputError
 from toy.looks import LOOKS
 from toy.pages import ToyDocuments, write_toy_tokenizer
@@ -172,7 +172,7 @@ def match_ranks(rows: list[list[Sample]], config: AlignVLMConfig) -> tuple[list[
 
 def row_loss(model: AlignVLM, row: list[Sample], device: torch.device) -> Tensor:
     """The sum of a row's cross-entropies, in nats."""
-    tokens, labels, pixels, lengths = pack(row)
+    tokens, labels, pixels, lengths = pack_row(row)
     pixels = pixels.pin_memory() if device.type == "cuda" else pixels       # else the copy would wait for the GPU
     return model(tokens, labels, pixels.to(device, non_blocking=True), lengths)
 
@@ -271,10 +271,10 @@ def samples_of(stage: int, recipe: Recipe, tokenizer: Tokenizer, config: AlignVL
     settings = dict(tokenizer=tokenizer, config=config.vision, max_tiles=args.max_tiles, max_text=recipe.max_length,
                     max_tokens=recipe.row_tokens, tile_tokens=config.tile_tokens)
     encode_chat([Turn("user", [])], tokenizer, [])      # refuses here, not sample by sample
-    documents = Documents(args.data, args.seed, **settings)
+    documents = Documents(args.data, args.seed, functools.partial(prepare, **settings))
     if args.steps is None:      # for the schedule and the bar; the stage ends where its last epoch does
         recipe.steps = math.ceil(recipe.epochs * documents.epoch_samples() / recipe.batch_size)
-    return documents, Documents(args.eval_data, args.seed, **settings) if args.eval_data else None
+    return documents, Documents(args.eval_data, args.seed, functools.partial(prepare, **settings)) if args.eval_data else None
 
 
 def train_stage(stage: int, recipe: Recipe, model: AlignVLM, tokenizer: Tokenizer, path: Path | None, args,
@@ -305,13 +305,13 @@ def train_stage(stage: int, recipe: Recipe, model: AlignVLM, tokenizer: Tokenize
         while not is_over():
             samples, position = next(steps)     # this rank's share of a step, and the place in the data after it
             # All ranks: are we at the same place, and was anyone asked to stop?
-            if meet(position, STOP.is_set() or p.step >= (args.max_steps or math.inf)):
+            if agree_on_position(position, STOP.is_set() or p.step >= (args.max_steps or math.inf)):
                 log.settle()
                 states.save(p.step, p.record())
                 break
-            rows = fill_rows(without_holes(samples, documents, p.holes), recipe.row_tokens)
+            rows = fill_rows(keep_good(samples, documents, p.holes), recipe.row_tokens)
             if p.holes["seen"] >= 1000 or position.epoch > p.position.epoch:
-                check_holes(p.holes, args.max_bad)
+                check_bad_share(p.holes, args.max_bad)
             lr = learning_rate(p.step, recipe)
             numbers, sent, counts = take_step(model, optimizer, rows, lr, recipe.clip, device)
             bad = {kind: p.holes[kind] for kind in BAD_KINDS if p.holes[kind]}

@@ -17,10 +17,9 @@ import re
 import tarfile
 from pathlib import Path
 
-from plumbing.examples import BadSample, Example, Turn
-from plumbing.examples import IMAGE
-from plumbing.settings import InputError
+from plumbing.examples import IMAGE, BadSample, Example, Turn
 from plumbing.images import read_image
+from plumbing.settings import InputError
 
 MAX_RECORD = 256 * 2 ** 20  # bytes of a sample
 PARQUET_COLUMNS = [["image", "query", "annotations"], ["stacked_image", "crossed_text"]]        # BigDocs, VCR-wiki

@@ -10,7 +10,7 @@ import sys
 import tarfile
 import zlib
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 
@@ -21,11 +21,11 @@ from torch.utils.data import Dataset
 from tqdm import tqdm
 
 from plumbing.examples import BadSample, Example
-from data import Sample, TextError, prepare
 from plumbing.formats import (MAX_RECORD, data_files, file_format, json_example, line_spans, list_spans,
                               parquet_example, read_parquet, tar_example, tar_spans)
-from plumbing.settings import InputError
 from plumbing.images import ImageError
+from plumbing.settings import InputError
+from plumbing.tokenizers import TextError
 
 BAD_KINDS = ["unreadable file", "broken record", "missing field", "empty answer", "image not found",
              "image outside the folder", "unreadable image", "too long"]
@@ -157,20 +157,20 @@ class Documents(Dataset):
     weight 1. An epoch ends when the first set is through; the others go on from there, and begin anew as they end.
     """
 
-    def __init__(self, specs: list[str], seed: int, **settings):
+    def __init__(self, specs: list[str], seed: int, prepare: "Callable[[Example], Sample]"):
         parsed = [re.fullmatch(r"(.*?)(?::(\d+(?:\.\d+)?))?", spec, re.S).groups() for spec in specs]
         if any(weight and float(weight) == 0 for _, weight in parsed):
             raise InputError(f"{' '.join(specs)}: a weight is more than 0")
         weighted = any(weight for _, weight in parsed)
         self.sets = [DataSet([path], seed) for path, _ in parsed] if weighted else [DataSet(specs, seed)]
         self.weights = [float(weight or 1) for _, weight in parsed] if weighted else [1.0]
-        self.settings = settings        # of prepare
+        self.prepare = prepare
 
     def __getitem__(self, reference: "tuple | Position") -> "Sample | Bad | Position":
         if isinstance(reference, Position):         # the end of a step, on its way through the loader
             return reference
         try:
-            return prepare(self.sets[reference[0]].read(*reference[1:]), **self.settings)
+            return self.prepare(self.sets[reference[0]].read(*reference[1:]))
         except BadSample as bad:
             return Bad(*bad.args, reference)
         except ImageError as error:
@@ -236,7 +236,7 @@ def steps_of(loader) -> Iterator[tuple[list, Position]]:
             samples.append(item)
 
 
-def meet(position: Position, stop: bool) -> bool:
+def agree_on_position(position: Position, stop: bool) -> bool:
     """Where ranks meet before a step: at the same place of the data, or they would repeat and lose samples.
 
     Returns whether any of them was asked to stop. Raises InputError, on all ranks.
@@ -249,22 +249,25 @@ def meet(position: Position, stop: bool) -> bool:
     return bool(marks[2])
 
 
-def without_holes(samples: list[Sample | Bad], documents: Documents, holes: Counter) -> list[Sample]:
-    """The good ones of this rank's samples. Bad ones of all ranks are counted by kind; the first of a kind is shown."""
+def keep_good(samples: "list[Sample | Bad]", documents: Documents, counts: Counter) -> "list[Sample]":
+    """The good ones of this rank's samples; adds to counts.
+
+    counts: samples seen, and bad ones by kind, of all ranks. The first bad one of a kind is shown on stderr.
+    """
     bad = [s for s in samples if isinstance(s, Bad)]
-    for first in {s.kind: s for s in reversed(bad) if not holes[s.kind]}.values():
+    for first in {s.kind: s for s in reversed(bad) if not counts[s.kind]}.values():
         why = " ".join(first.why.split())[:200]
         tqdm.write(f"bad sample, {first.kind}: {documents.where(first)}: {why}", file=sys.stderr)
-    counts = torch.tensor([len(samples), *(sum(s.kind == kind for s in bad) for kind in BAD_KINDS)])
-    dist.all_reduce(counts)
-    holes.update(dict(zip(["seen", *BAD_KINDS], counts.tolist())))
+    seen = torch.tensor([len(samples), *(sum(s.kind == kind for s in bad) for kind in BAD_KINDS)])
+    dist.all_reduce(seen)
+    counts.update(dict(zip(["seen", *BAD_KINDS], seen.tolist())))
     return [s for s in samples if not isinstance(s, Bad)]
 
 
-def check_holes(holes: Counter, max_bad: float) -> None:
+def check_bad_share(counts: Counter, max_bad: float) -> None:
     """Raise InputError if more than a share of max_bad of the samples seen was bad."""
-    bad = {kind: holes[kind] for kind in BAD_KINDS if holes[kind]}
-    if sum(bad.values()) > max_bad * holes["seen"]:
+    bad = {kind: counts[kind] for kind in BAD_KINDS if counts[kind]}
+    if sum(bad.values()) > max_bad * counts["seen"]:
         table = "".join(f"\n{n:10,}  {kind}" for kind, n in bad.items())
-        raise InputError(f"{sum(bad.values()):,} of {holes['seen']:,} samples were bad, more than --max-bad {max_bad}:"
+        raise InputError(f"{sum(bad.values()):,} of {counts['seen']:,} samples were bad, more than --max-bad {max_bad}:"
                          + table)

@@ -2,7 +2,7 @@
 import base64
 from pathlib import Path
 
-from plumbing.settings import CheckpointError, Settings
+from plumbing.settings import CheckpointError, InputError, Settings
 
 # Llama 3's split of text into pieces, within which bytes are merged.
 LLAMA3_PATTERN = (r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*"
@@ -16,6 +16,10 @@ LLAMA3_SPECIALS = ["<|begin_of_text|>", "<|end_of_text|>", "<|reserved_special_t
 # a digit stands for the end of the text before it.
 GPT2_PATTERN = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
 DIGITS_PATTERN = GPT2_PATTERN.replace(r" ?\p{N}+", r"\p{N}").replace(r"|\s+(?!", r"|\s+(?=\p{N})|\s+(?!")
+
+
+class TextError(InputError):
+    """A text that no tokenizer can encode; the message is one line."""
 
 
 def read_tokenizer_model(path: Path) -> tuple[dict[bytes, int], str, dict[str, int]]:

@@ -23,6 +23,8 @@ from plumbing.streams import Position
 from toy.looks import CELL, LOOKS, draw
 from vision import SigLIPConfig, tile_boxes
 
+STAGE0 = Path(__file__).parent / "stage0"      # an LLM that has learnt to read plain text: where stage 1 starts
+
 # The toy's vocabulary: every byte, and the pieces of its prompts and headers (drawn pages are upper-case).
 TOY_WORDS = ["user", "assistant", "\n\n", "what", " is", " the", " of", "read", " page", " it", "?", "."]
 

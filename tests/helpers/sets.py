@@ -1,4 +1,5 @@
 """What the tests of data sets share: the released formats written here, and all samples of an epoch."""
+import functools
 import io
 import itertools
 import json
@@ -11,7 +12,7 @@ import pyarrow.parquet
 import pytest
 from PIL import Image
 
-from data import IMAGE, READ, Tokenizer
+from data import IMAGE, READ, Tokenizer, prepare
 from plumbing.formats import VCR_PROMPT
 from plumbing.streams import BAD_KINDS, Bad, Documents
 from toy.pages import draw, held_out_documents, write_toy_tokenizer
@@ -197,8 +198,8 @@ def write_texts(folder, name, n):
 
 
 def texts(path, tokenizer, seed=0):
-    return Documents([str(path)] if isinstance(path, Path) else path, seed, tokenizer=tokenizer, config=TOY,
-                     max_text=1024, max_tokens=2048)
+    return Documents([str(path)] if isinstance(path, Path) else path, seed,
+                     functools.partial(prepare, tokenizer=tokenizer, config=TOY, max_text=1024, max_tokens=2048))
 
 
 def outcome(path, tokenizer):

@@ -10,7 +10,7 @@ import torch
 from PIL import Image, ImageFilter
 
 from conftest import alone, run, start
-from data import IGNORE, IMAGE, Tokenizer, encode_chat, pack, prepare
+from data import IGNORE, IMAGE, Tokenizer, encode_chat, pack_row, prepare
 from plumbing.examples import Example, Turn
 from model import LLAMA_PRESETS
 from paper.metrics import edit_distance
@@ -93,7 +93,7 @@ def test_prepare_gives_every_tile_its_positions(tokenizer):
     sample = prepare(Example(images, [Turn("user", [IMAGE, IMAGE, "?"])], "k"), tokenizer, TOY)
     assert sample.pixels.shape == (4, 3, 112, 112) and (sample.tokens == IMAGE).sum() == 4 * 64
     text = prepare(Example([], [Turn("user", ["?"])], "k"), tokenizer, TOY)
-    tokens, labels, pixels, lengths = pack([sample, text])
+    tokens, labels, pixels, lengths = pack_row([sample, text])
     assert tokens.shape == labels.shape == (1, sum(lengths)) and pixels.shape[0] == 4 and len(lengths) == 2
 
 

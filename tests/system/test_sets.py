@@ -1,5 +1,6 @@
 """plumbing/formats.py: the released formats written by sets.py and read to the letter, trained on, packed."""
 import contextlib
+import functools
 import io
 import itertools
 import json
@@ -19,7 +20,7 @@ from PIL import Image
 
 import train as train_py
 from conftest import close, randomise, run, torchrun
-from data import IGNORE, IMAGE, Sample, fill_rows, pack, prepare
+from data import IGNORE, IMAGE, Sample, fill_rows, pack_row, prepare
 from plumbing.examples import BadSample, Example, Turn
 from model import ALIGNVLM_PRESETS, AlignVLM
 from plumbing import streams
@@ -218,7 +219,7 @@ def test_data_that_cannot_be_used_is_one_line(started, tmp_path, content, flags,
 @pytest.mark.parametrize("weight", ["0", "1.2.3", "."])
 def test_a_weight_that_is_none_is_one_line(written, weight):
     with pytest.raises(InputError, match="weight|no such file"):
-        Documents([f"{written['LLaVA'][0]}:{weight}"], seed=0)
+        Documents([f"{written['LLaVA'][0]}:{weight}"], seed=0, prepare=None)
 
 
 def test_two_processes_with_uneven_steps_learn_what_one_does(started, tmp_path, tokenizer):
@@ -230,7 +231,8 @@ def test_two_processes_with_uneven_steps_learn_what_one_does(started, tmp_path, 
         rows.append({"messages": [{"role": "user", "content": q}, {"role": "assistant", "content": a}],
                      "images": [f"{i}.png"] if i % 2 == 0 else []})
     write_lines(tmp_path / "train.jsonl", rows)
-    documents = Documents([str(tmp_path)], 0, tokenizer=tokenizer, config=TOY, max_tiles=1, max_text=99, max_tokens=120)
+    documents = Documents([str(tmp_path)], 0, functools.partial(
+        prepare, tokenizer=tokenizer, config=TOY, max_tiles=1, max_text=99, max_tokens=120))
     shares = [steps_of(map(documents.__getitem__, deal(documents.draws(Position()), 3, rank, 2))) for rank in range(2)]
     shares = [[samples for samples, _ in step] for step in itertools.islice(zip(*shares), 6)]
     assert all(isinstance(sample, Sample) for step in shares for samples in step for sample in samples)
@@ -269,7 +271,7 @@ def mixed_samples(tokenizer, word="K7Q2", shade=0):
 
 
 def logits_of(model, samples):
-    tokens, _, pixels, lengths = pack(samples)
+    tokens, _, pixels, lengths = pack_row(samples)
     logits = nnf.linear(model.llm.hidden(model.embed(tokens, pixels), lengths), model.llm.head)     # (1, L, V)
     return logits[0].split(lengths)
 
@@ -283,7 +285,7 @@ def test_packed_equals_one_by_one(model, tokenizer):
     gradients, losses = [], []
     for rows in ([samples], [[sample] for sample in samples]):
         model.zero_grad()
-        total = sum(model(*pack(row)) for row in rows)
+        total = sum(model(*pack_row(row)) for row in rows)
         total.backward()
         losses.append(total.item())
         gradients.append({name: p.grad.clone() for name, p in model.named_parameters()})

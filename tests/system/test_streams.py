@@ -118,17 +118,19 @@ READER = PEAK + """
 import sys, time
 start, (root, path) = float(sys.argv[1]), sys.argv[2:]
 sys.path.insert(0, root)
+import functools
 import itertools
 import torch
 from torch.utils.data import DataLoader
-from data import Tokenizer
+from data import Tokenizer, prepare
 from plumbing.streams import Documents, Position, deal, steps_of
 from toy.pages import write_toy_tokenizer
 from vision import SIGLIP_PRESETS
 torch.set_num_threads(1)
 write_toy_tokenizer(__import__("pathlib").Path(path).parent / "tokenizer.model")
 tokenizer = Tokenizer(__import__("pathlib").Path(path).parent / "tokenizer.model")
-documents = Documents([path], 0, tokenizer=tokenizer, config=SIGLIP_PRESETS["toy"], max_text=1024, max_tokens=16384)
+documents = Documents([path], 0, functools.partial(
+    prepare, tokenizer=tokenizer, config=SIGLIP_PRESETS["toy"], max_text=1024, max_tokens=16384))
 documents.epoch_samples()
 loader = DataLoader(documents, batch_size=None, sampler=deal(documents.draws(Position()), 64, 0, 1))
 samples, _ = next(steps_of(loader))

@@ -209,7 +209,7 @@ def test_bad_images_are_one_line_and_status_2(trained, tmp_path):
 
 def test_questions_file(trained, tmp_path):
     out, _ = trained
-    run("data.py", "--draw", 5, tmp_path)
+    run("-m", "toy.pages", "--draw", 5, tmp_path)
     questions = [json.loads(line) for line in (tmp_path / "questions.jsonl").read_text().splitlines()]
     sample("--checkpoint", out / "stage3", "--questions", tmp_path / "questions.jsonl", "--answers", tmp_path / "a.jsonl",
            "--max-new-tokens", 4)

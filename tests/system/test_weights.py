@@ -238,7 +238,7 @@ def test_train_from_released_weights_and_sample_elsewhere(backbones, tmp_path):
     state = load_file(tmp_path / "run" / "stage2" / "model.safetensors")
     assert {p.dtype for p in state.values()} == {torch.bfloat16}
     shutil.move(tmp_path / "run" / "stage2", tmp_path / "elsewhere")
-    run("data.py", "--draw", 1, tmp_path)
+    run("-m", "toy.pages", "--draw", 1, tmp_path)
     done = run("sample.py", "--checkpoint", tmp_path / "elsewhere", "--image", tmp_path / "0000-invoice.png",
                "--max-new-tokens", 3, "--device", "cpu")
     assert str(tmp_path / "elsewhere") in done.stderr
