@@ -1,10 +1,21 @@
-"""Matrix products in fp32 on an AMD processor by oneDNN, which PyTorch takes for bf16 and convolutions only.
+"""What is fast on some machine, applied to a model from outside: `use(model)`.
 
-Its own choice in fp32, Intel's MKL, leaves half of such a processor's arithmetic unused, and a product with a single
-vector to one of its cores. On Intel's CPUs, where MKL is as fast or faster, on any other, on a GPU, in other dtypes and
-inside of torch.compile, all of this is what PyTorch does.
+The book (vision.py, connector.py, model.py) is plain PyTorch. `use` exchanges the classes of its
+nn.Linear and nn.RMSNorm, whose parameters, hooks and state-dict keys stay, and the functions that
+modules hold for it to exchange: `attend`, `linear` and `multiply`. In value all is the same.
+
+- fp32 products on an AMD processor are done by oneDNN, which PyTorch takes for bf16 and for
+  convolutions only. Its own choice in fp32, Intel's MKL, leaves half of such a processor's
+  arithmetic unused, and a product with one vector to one of its cores. On Intel's CPUs MKL is as
+  fast or faster and stays.
+- Attention on a CPU is in fp32: in bf16 PyTorch's takes longer there, for a token up to four
+  times. With AMX it takes half the time, for a prompt without a prefix.
+- To answer, weights in bf16 on a CPU are laid out as oneDNN reads them, and on a GPU a step of
+  decoding becomes one CUDA graph.
 """
+import functools
 import platform
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -17,22 +28,53 @@ try:
 except OSError:                                 # not on Linux, or not to be read
     CPU = platform.processor()
 AMD, AMX = "AuthenticAMD" in CPU, "amx_bf16" in CPU
-CELL = 2048     # `into` makes so many rows and columns at a time: fp32 numbers that stay in a CPU's cache
+CELL = 2048     # `multiply` makes so many rows and columns at a time: they stay in a CPU's cache
+
+
+def use(model: nn.Module, inference: bool = False) -> None:
+    """Let a model use what is fast on this machine. Call it before the model is sharded.
+
+    inference: nothing but answers will follow. The decoder can then no longer be trained, moved,
+    saved or loaded into. In bf16 on a CPU its matrices, all but E_text, cannot even be looked at,
+    and a head that is tied to E_text becomes a copy of it.
+    """
+    for module in model.modules():
+        if type(module) is nn.Linear:
+            module.__class__ = Linear
+        elif type(module) is nn.RMSNorm:
+            module.__class__ = RMSNorm
+        for function in (attend, linear, multiply):
+            if hasattr(module, function.__name__):
+                setattr(module, function.__name__, function)
+        if hasattr(module, "new_cache"):        # the decoder
+            module.new_cache = functools.partial(suitable_cache, type(module).new_cache, module)
+            if inference:
+                prepare_to_answer(module)
+
+
+# ------------------------------------------------------------------------------------------------
+# Products
 
 
 def by_onednn(x: Tensor) -> bool:
-    return (AMD and not torch.compiler.is_compiling() and x.is_cpu and x.dtype == torch.float32
+    return (AMD and x.is_cpu and x.dtype == torch.float32 and not torch.compiler.is_compiling()
             and torch.backends.mkldnn.is_available())
 
 
 def onednn(x: Tensor, W: Tensor, bias: Tensor | None = None) -> Tensor:
-    """x (..., D), W (V, D), bias (V,) -> x W^T + bias (..., V), without autograd; an operator of PyTorch's compiler."""
+    """x (..., D), W (V, D), bias (V,) -> x W^T + bias (..., V), without autograd.
+
+    It is an operator of PyTorch's compiler, not a public function.
+    """
     bias = bias if bias is None else bias.contiguous()
     return torch.ops.mkldnn._linear_pointwise.default(x, W, bias, "none", [], "")
 
 
 class Product(torch.autograd.Function):
-    """y = x W^T + bias. With da for dL/da, over rows x:   dx = dy W,   dW = dy^T x,   dbias = sum(dy)"""
+    """y = x W^T + bias. With da for dL/da, over rows x:
+
+    dx = dy W,   dW = dy^T x,   dbias = sum(dy)
+    """
 
     @staticmethod
     def forward(ctx, x: Tensor, W: Tensor, bias: Tensor | None) -> Tensor:
@@ -45,7 +87,7 @@ class Product(torch.autograd.Function):
     def backward(ctx, dy: Tensor) -> tuple[Tensor | None, ...]:
         x, W = ctx.saved_tensors
         need_x, need_W, need_bias = ctx.needs_input_grad
-        rows = dy.reshape(-1, dy.shape[-1])                                     # (n, V)
+        rows = dy.reshape(-1, dy.shape[-1])                                 # (n, V)
         dx = onednn(dy, W.T) if need_x else None
         dW = onednn(rows.T, x.reshape(len(rows), -1).T) if need_W else None
         return dx, dW, rows.sum(0) if need_bias else None
@@ -53,13 +95,14 @@ class Product(torch.autograd.Function):
 
 def linear(x: Tensor, W: Tensor, bias: Tensor | None = None) -> Tensor:
     """x (..., D), W (V, D), bias (V,) -> x W^T + bias (..., V)."""
-    if W.is_mkldnn:         # packed
+    if W.is_mkldnn:         # laid out for answering
         return onednn(x, W, bias)
     if x.numel() == 0 or not by_onednn(x):
         return nnf.linear(x, W, bias)
     if torch.is_grad_enabled():
         return Product.apply(x, W, bias)
-    if x.numel() == x.shape[-1] and bias is None:   # MKL with the vector twice, which all cores share, is faster still
+    if x.numel() == x.shape[-1] and bias is None:
+        # MKL with the vector twice, a product that all cores share, is faster still.
         row = x.reshape(1, -1)
         return torch.mm(W, torch.cat((row, row)).T)[:, 0].view(*x.shape[:-1], -1)
     return onednn(x, W, bias)
@@ -72,52 +115,105 @@ class Linear(nn.Linear):
         return linear(x, self.weight, self.bias)
 
 
+def multiply(a: Tensor, B: Tensor, out: Tensor, add: float = 0.0) -> Tensor:
+    """connector.multiply: out (n, m) becomes a B + add * out, of a (n, k) and B (k, m).
+
+    oneDNN's product needs memory of its own: here for a cell of out at a time.
+    """
+    if len(B) == 0 or not by_onednn(a):
+        return torch.addmm(out, a, B, beta=add, out=out)
+    for a_rows, out_rows in zip(a.split(CELL), out.split(CELL)):
+        for columns, cell in zip(B.split(CELL, dim=1), out_rows.split(CELL, dim=1)):
+            product = onednn(a_rows, columns.T)                             # (2048, 2048) at most
+            cell.copy_(product.add_(cell, alpha=add) if add else product)
+    return out
+
+
+# ------------------------------------------------------------------------------------------------
+# Norms and attention
+
+
 class RMSNorm(nn.RMSNorm):
     """nn.RMSNorm: x (..., D) -> x w / sqrt(mean(x^2) + eps) (..., D).
 
-    Packed, it makes less than half as many calls to PyTorch, which is most of what it costs a single token on a CPU.
+    To answer, it makes less than half as many calls to PyTorch, which is most of what it costs a
+    single token on a CPU.
     """
-    packed = None       # w sqrt(D) (D,) and sqrt(D eps), with which the length of x is enough; fp32 or wider
+    laid_out = None     # w sqrt(D) (D,) and sqrt(D eps): the length of x is enough then; fp32
 
     def forward(self, x: Tensor) -> Tensor:
-        if self.packed is None:
+        if self.laid_out is None:
             return super().forward(x)
-        w, b = self.packed
-        length = torch.linalg.vector_norm(x, dim=-1, keepdim=True, dtype=w.dtype)       # (..., 1): sqrt(sum(x^2))
+        w, b = self.laid_out
+        length = torch.linalg.vector_norm(x, dim=-1, keepdim=True, dtype=w.dtype)   # (..., 1)
         return (x * w / torch.hypot(length, b)).to(x.dtype)
 
 
-def can_pack(W: Tensor) -> bool:
-    """Whether W is in bf16 on a CPU that can calculate with it."""
-    return (W.is_cpu and W.dtype == torch.bfloat16 and torch.backends.mkldnn.is_available()
-            and torch.ops.mkldnn._is_mkldnn_bf16_supported())
+def attend(q: Tensor, k: Tensor, v: Tensor, attn_mask: Tensor | None = None,
+           is_causal: bool = False, enable_gqa: bool = False) -> Tensor:
+    """Scaled dot-product attention, on a CPU in fp32."""
+    if q.is_cpu and not attends_faster_in_bf16(q, attn_mask):
+        mask = attn_mask if attn_mask is None else attn_mask.float()
+        y = nnf.scaled_dot_product_attention(q.float(), k.float(), v.float(), attn_mask=mask,
+                                             is_causal=is_causal, enable_gqa=enable_gqa)
+        return y.to(q.dtype)
+    return nnf.scaled_dot_product_attention(q, k, v, attn_mask=attn_mask, is_causal=is_causal,
+                                            enable_gqa=enable_gqa)
 
 
-def pack(model: nn.Module) -> None:
-    """Lay the weights of a model on a CPU out anew, for nothing but answers.
+def attends_faster_in_bf16(q: Tensor, mask: Tensor | None) -> bool:
+    return AMX and q.dtype == torch.bfloat16 and mask is None and not torch.is_grad_enabled()
 
-    Those of every RMSNorm as it needs them, and those of every Linear in bf16 as oneDNN reads them: up to twice as
-    fast. The latter are opaque then.
+
+def suitable_cache(new_cache, llm: nn.Module, batch: int, length: int, prefix=None):
+    """A decoder's cache: on a CPU in fp32, or attention would convert all of it for every token.
+
+    On a GPU, where one CUDA graph serves every step, its shape stays: it is rounded up, so that
+    prompts of about this length share the graph, and attention always reads all of it.
     """
-    for layer in model.modules():
-        if isinstance(layer, RMSNorm):
-            w = layer.weight.detach()
+    device = llm.embed_tokens.weight.device.type
+    if device == "cpu":
+        return new_cache(llm, batch, length, prefix, torch.float32)
+    if device != "cuda":
+        return new_cache(llm, batch, length, prefix)
+    cache = new_cache(llm, batch, 256 * -(-length // 256), prefix)
+    for x in (*cache.k, *cache.v):
+        torch._dynamo.mark_static_address(x, guard=False)       # a graph may write to it
+    cache.grow = lambda: setattr(cache, "reach", cache.length)
+    return cache
+
+
+# ------------------------------------------------------------------------------------------------
+# To answer
+
+
+def prepare_to_answer(llm: nn.Module) -> None:
+    """Lay a decoder's weights on a CPU out anew; let a step on a GPU be one CUDA graph.
+
+    On a CPU: those of every norm as it needs them, and matrices in bf16 as oneDNN reads them,
+    which is up to twice as fast.
+    """
+    E_text = llm.embed_tokens.weight
+    if E_text.is_cuda:
+        llm.next_hidden = torch.compile(llm.next_hidden, mode="reduce-overhead")
+    if not E_text.is_cpu:
+        return
+    if reads_laid_out(E_text) and llm.config.tie_embeddings:
+        llm.config = replace(llm.config, tie_embeddings=False)
+        llm.lm_head = Linear(*reversed(E_text.shape), bias=False, device="meta")
+        llm.lm_head.weight = E_text
+    for module in llm.modules():
+        if isinstance(module, RMSNorm):
+            w = module.weight.detach()
             w = w.to(torch.promote_types(w.dtype, torch.float32))
-            layer.packed = w * len(w) ** 0.5, w.new_tensor((len(w) * layer.eps) ** 0.5)
-        elif isinstance(layer, Linear) and can_pack(layer.weight) and not layer.weight.is_mkldnn:
-            W = torch.ops.mkldnn._reorder_linear_weight(layer.weight.detach())
-            layer.weight = nn.Parameter(W, requires_grad=False)
+            module.laid_out = w * len(w) ** 0.5, w.new_tensor((len(w) * module.eps) ** 0.5)
+        elif isinstance(module, Linear) and reads_laid_out(module.weight):
+            W = torch.ops.mkldnn._reorder_linear_weight(module.weight.detach())
+            module.weight = nn.Parameter(W, requires_grad=False)
 
 
-def into(out: Tensor, a: Tensor, B: Tensor, beta: float = 0.0) -> Tensor:
-    """out (n, m) becomes a B + beta * out, of a (n, k) and B (k, m), and is returned; without autograd.
-
-    With beta 0 what out held does not matter. oneDNN's product needs memory of its own: for a cell of out at a time.
-    """
-    if len(B) == 0 or not by_onednn(a):
-        return torch.addmm(out, a, B, beta=beta, out=out)
-    for rows, out_rows in zip(a.split(CELL), out.split(CELL)):
-        for columns, cell in zip(B.split(CELL, dim=1), out_rows.split(CELL, dim=1)):
-            product = onednn(rows, columns.T)                                   # (2048, 2048) at most
-            cell.copy_(product.add_(cell, alpha=beta) if beta else product)
-    return out
+def reads_laid_out(W: Tensor) -> bool:
+    """Whether W is in bf16 on a CPU that can calculate with it, and not laid out yet."""
+    return (W.is_cpu and W.dtype == torch.bfloat16 and not W.is_mkldnn
+            and torch.backends.mkldnn.is_available()
+            and torch.ops.mkldnn._is_mkldnn_bf16_supported())
