@@ -1,201 +1,236 @@
 """Text and pages -> training samples: tokenizer, chat format, packed rows.
 
-    python data.py --draw 20 --seed 1 pages/     # look at the data first: 20 held-out pages and questions.jsonl
+    tokenizer = Tokenizer("toy/stage3")
+    example = Example([read_image("page.png")], [Turn("user", [IMAGE, "what is TAX?"])], "page.png")
+    sample = prepare(example, tokenizer, SIGLIP_PRESETS["toy"])
+    tokens, labels, pixels, lengths = pack_row([sample])
 
-A sample is one sequence of tokens: begin-of-text, the user's header, IMAGE at the place of every visual token,
-the prompt, the assistant's header, the answer; pack_row() joins several into a row. Only answers and their end-of-turn
-token are supervised. The toy's examples come from toy/pages.py, those of --data from plumbing/streams.py.
+A sample is one sequence of tokens: begin-of-text, the user's header, IMAGE at the place of every
+visual token, the prompt, the assistant's header, the answer. pack_row() joins several into a row.
+Only answers and their end-of-turn token are supervised. The toy's examples come from toy/, those of
+--data from plumbing/streams.py.
 """
 import math
-import re
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-import tiktoken
 import torch
-
 from torch import Tensor
 
-from model import IGNORE, IMAGE
-from plumbing.examples import BadSample, Example, Turn
-from plumbing.tokenizers import TextError, read_tokenizer_json, read_tokenizer_model
+from model import IGNORE
+from plumbing.examples import IMAGE, BadSample, Example, Turn
 from plumbing.settings import CheckpointError
+from plumbing.tokenizers import BytePairs, TextError    # TextError: what Tokenizer.encode raises
 from vision import SigLIPConfig, tile, tile_boxes
 
-READ = "read the page"          # asks for a page read aloud: the toy's stage 2, and sample.py without --prompt
+READ = "read the page"      # asks for a page read aloud: in training, and sample.py without --prompt
 
-# ---------------------------------------------------------------------------------------------------------------------
+
+# --------------------------------------------------------------------------------------------------
 # Tokenizer
 
 
 @dataclass
 class ChatFormat:
-    """How a chat is laid out: texts, and special tokens by name. A header has the role between its two ends."""
-    begin: list[str]
-    header: tuple[list[str], list[str]]
-    end: list[str]
-    stop: list[str]             # tokens after which an answer is over
+    """How a chat is laid out, in special tokens by name and plain text. None has a system message
+    of its own."""
+    begin: list[str]                        # before the first turn
+    header: tuple[list[str], list[str]]     # before and after a turn's role
+    end: list[str]                          # after a turn; its first is the end-of-turn token
+    stop: list[str]                         # tokens after which an answer is over
 
 
-# A tokenizer has the first format whose special tokens it knows. No system message is added where none is given.
-CHAT_FORMATS = {
-    "Llama 3": ChatFormat(["<|begin_of_text|>"], (["<|start_header_id|>"], ["<|end_header_id|>", "\n\n"]),
-                          ["<|eot_id|>"], ["<|eot_id|>", "<|eom_id|>", "<|end_of_text|>"]),
-    "ChatML": ChatFormat([], (["<|im_start|>"], ["\n"]), ["<|im_end|>", "\n"], ["<|im_end|>", "<|endoftext|>"]),
+CHAT_FORMATS = {        # a tokenizer has the first one whose special tokens it knows
+    "Llama 3": ChatFormat(
+        begin=["<|begin_of_text|>"],
+        header=(["<|start_header_id|>"], ["<|end_header_id|>", "\n\n"]),
+        end=["<|eot_id|>"],
+        stop=["<|eot_id|>", "<|eom_id|>", "<|end_of_text|>"],
+    ),
+    "ChatML": ChatFormat(
+        begin=[],
+        header=(["<|im_start|>"], ["\n"]),
+        end=["<|im_end|>", "\n"],
+        stop=["<|im_end|>", "<|endoftext|>"],
+    ),
 }
 
 
 class Tokenizer:
-    """A byte-level BPE as a tiktoken Encoding: Llama 3's tokenizer.model, or a tokenizer.json like SmolLM2's.
+    """A byte-level BPE: Llama 3's tokenizer.model, or a tokenizer.json like SmolLM2's.
 
-    path: the file, or the folder that holds it. vocab_size: what the model has, which must be the same. Attributes:
-    path, special (name -> id), chat (its ChatFormat), stop (ids). Raises CheckpointError for a file that it cannot read
-    or that asks for something else (another model type, a normaliser, an unknown split of text).
+    path: the file, or the folder that holds it. vocab_size: the model's, which must be the same.
+    Attributes: path (of the file), special (name -> id), chat (its ChatFormat, or None), stop (the
+    ids after which an answer is over). Raises CheckpointError for a file that it cannot read or that
+    asks for something else (another model type, a normaliser, an unknown split of text).
     """
 
     def __init__(self, path: str | Path, vocab_size: int | None = None):
-        path = Path(path)
-        if path.is_dir():
-            path = path / ("tokenizer.json" if (path / "tokenizer.json").exists() else "tokenizer.model")
-        self.path = path
-        ranks, pattern, self.special = (read_tokenizer_json if path.suffix == ".json" else read_tokenizer_model)(path)
-        ids = [*ranks.values(), *self.special.values()]
-        if len(set(ids)) < len(ids) or not all(type(i) is int and 0 <= i < 2 ** 31 for i in ids) or not ranks:
-            raise CheckpointError(f"{path}: not a vocabulary: ids that are no numbers, or that two tokens share")
-        self.size = 1 + max(ids)
-        if vocab_size not in (None, self.size):
-            raise CheckpointError(f"{path}: {self.size} tokens, but the model's vocab_size is {vocab_size}")
-        # tiktoken panics at a byte that is no token. The reference drops it, so it gets an id that encode() drops.
-        missing = [bytes([b]) for b in range(256) if bytes([b]) not in ranks]
-        self.missing = "".join(re.escape(chr(b[0])) for b in missing if b[0] < 128)
-        try:
-            self.encoding = tiktoken.Encoding(path.name, pat_str=pattern, special_tokens=self.special, mergeable_ranks={
-                **ranks, **{b: self.size + i for i, b in enumerate(missing)}})
-        except ValueError as error:
-            raise CheckpointError(f"{path}: not a vocabulary ({' '.join(str(error).split())})") from None
-        self.chat = next((chat for chat in CHAT_FORMATS.values()
-                          if {*chat.header[0], chat.end[0]} <= self.special.keys()), None)
-        self.stop = {self.special[name] for name in (self.chat.stop if self.chat else []) if name in self.special}
+        self.pairs = BytePairs(Path(path))
+        self.path = self.pairs.path
+        self.special = self.pairs.special
+        if vocab_size not in (None, len(self)):
+            raise CheckpointError(f"{self.path}: {len(self)} tokens, but the model's vocab_size is "
+                                  f"{vocab_size}")
+        self.chat = self.find_chat_format()
+        stop_names = self.chat.stop if self.chat else []
+        self.stop = {self.special[name] for name in stop_names if name in self.special}
 
     def __len__(self) -> int:
-        return self.size
+        return self.pairs.size
+
+    def find_chat_format(self) -> ChatFormat | None:
+        for chat in CHAT_FORMATS.values():
+            needed = {*chat.header[0], chat.end[0]}
+            if needed <= self.special.keys():
+                return chat
+        return None
 
     def encode(self, text: str) -> list[int]:
-        """Text -> ids. Text is only ever text: `<|eot_id|>` in it is ten characters of prose, not the token.
-
-        Raises TextError for text with lone surrogates, which is what Python makes of bytes that are no UTF-8.
-        """
-        try:
-            text.encode()
-        except UnicodeEncodeError as error:
-            raise TextError(f"text with the lone surrogate {text[error.start]!r} at position {error.start}: "
-                            "it was not valid UTF-8") from None
-        if self.missing and re.search(f"[{self.missing}]", text):
-            # They are dropped between split and merging: what stood around one in its piece (a run without letters,
-            # digits and spaces) may merge, what stood in two pieces may not. So one stays, at the end of the run.
-            # That is exact for control characters, the only ones that released vocabularies lack.
-            run = r"(?:[^\w\s]|[_\x1c-\x1f])*"      # Python counts four control characters as spaces
-            text = re.sub(f"{run}([{self.missing}]){run}", lambda m: re.sub(f"[{self.missing}]", "", m[0]) + m[1], text)
-        try:
-            ids = self.encoding.encode_ordinary(text)
-        except BaseException as error:      # a run of 1 M spaces overflows tiktoken's regex: a panic, no Exception
-            if type(error).__name__ != "PanicException":
-                raise
-            raise TextError(f"text of {len(text):,} characters that tiktoken cannot split") from None
-        return [i for i in ids if i < self.size] if self.missing else ids
+        """Text -> ids. Text is only ever text: `<|eot_id|>` in it is ten characters of prose, not the
+        token. Raises TextError, see plumbing/tokenizers.py."""
+        return self.pairs.encode(text)
 
     def decode(self, ids: list[int]) -> str:
         """The text of ids; bytes that are no UTF-8 become U+FFFD."""
-        return self.encoding.decode(ids)
+        return self.pairs.decode(ids)
 
-    def layout(self, parts: list[str]) -> list[int]:
+    def encode_layout(self, parts: list[str]) -> list[int]:
         """The ids of a chat format's parts, where a special token's name is that token."""
-        return [i for part in parts for i in ([self.special[part]] if part in self.special else self.encode(part))]
+        ids: list[int] = []
+        for part in parts:
+            if part in self.special:
+                ids.append(self.special[part])
+            else:
+                ids.extend(self.encode(part))
+        return ids
+
+    def encode_header(self, role: str) -> list[int]:
+        """The ids that open a turn of this role. They are never learnt."""
+        before, after = self.chat.header
+        return self.encode_layout(before) + self.encode(role) + self.encode_layout(after)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Chat format
+# --------------------------------------------------------------------------------------------------
+# Chat format: turns -> tokens and labels
+
+
+def chat_pieces(turns: list[Turn], tokenizer: Tokenizer,
+                visual_tokens: list[int]) -> Iterator[tuple[list[int], bool]]:
+    """The pieces of a chat in their order: (token ids, whether they are supervised)."""
+    chat = tokenizer.chat
+    images = iter(visual_tokens)
+    yield tokenizer.encode_layout(chat.begin), False
+    for turn in turns:
+        is_answer = turn.role == "assistant"
+        yield tokenizer.encode_header(turn.role), False
+        for part in turn.parts:
+            if part == IMAGE:
+                yield [IMAGE] * next(images), is_answer
+            else:
+                yield tokenizer.encode(part), is_answer
+        # The end-of-turn token is learnt with the answer. What follows it is not: generation has
+        # stopped before.
+        yield tokenizer.encode_layout(chat.end[:1]), is_answer
+        yield tokenizer.encode_layout(chat.end[1:]), False
+    if turns[-1].role != "assistant":
+        yield tokenizer.encode_header("assistant"), False       # ready to be continued
+
+
+def encode_chat(turns: list[Turn], tokenizer: Tokenizer,
+                visual_tokens: list[int]) -> tuple[Tensor, Tensor]:
+    """Turns -> tokens and labels, (L,) int64 each, in the tokenizer's chat format.
+
+    Image i takes visual_tokens[i] positions. labels[t] is the token that should follow tokens[t], or
+    IGNORE outside the assistant's answers. Unless the last turn is the assistant's, the sequence ends
+    with its header. Raises CheckpointError where the tokenizer has no chat format.
+    """
+    if tokenizer.chat is None:
+        raise CheckpointError(f"{tokenizer.path}: its special tokens fit no chat format "
+                              f"({' or '.join(CHAT_FORMATS)})")
+    ids: list[int] = []
+    learnt: list[bool] = []
+    for piece, is_supervised in chat_pieces(turns, tokenizer, visual_tokens):
+        ids.extend(piece)
+        learnt.extend([is_supervised] * len(piece))
+    tokens = torch.tensor(ids)                                              # (L,)
+    supervised = torch.tensor(learnt)                                       # (L,) bool
+    labels = torch.full_like(tokens, IGNORE)                                # (L,)
+    labels[:-1] = torch.where(supervised[1:], tokens[1:], IGNORE)           # the next token
+    return tokens, labels
+
+
+# --------------------------------------------------------------------------------------------------
+# Samples, and rows of them
 
 
 @dataclass
 class Sample:
-    """An example ready for the model: tokens and labels (L,) int64, pixels (T, 3, S, S) fp32 of its n_images' tiles,
-    and the example's name."""
-    tokens: Tensor
-    labels: Tensor
-    pixels: Tensor
-    key: str
+    """An example ready for the model."""
+    tokens: Tensor          # (L,) int64, IMAGE at the place of a visual token
+    labels: Tensor          # (L,) int64, IGNORE where nothing is learnt
+    pixels: Tensor          # (T, 3, S, S) fp32, the tiles of all of its images
+    key: str                # the example's name
     n_images: int = 0
 
 
-def encode_chat(turns: list[Turn], tokenizer: Tokenizer, visual_tokens: list[int]) -> tuple[Tensor, Tensor]:
-    """Turns -> tokens and labels (L,) int64 in the tokenizer's chat format; image i takes visual_tokens[i] positions.
-
-    labels[t] is the token that should follow tokens[t], or IGNORE outside the assistant's answers. Unless the last
-    turn is the assistant's, the sequence ends with its header, ready to be continued. Raises CheckpointError where
-    the tokenizer has no chat format.
-    """
-    chat, counts = tokenizer.chat, iter(visual_tokens)
-    if chat is None:
-        raise CheckpointError(f"{tokenizer.path}: its special tokens fit no chat format ({' or '.join(CHAT_FORMATS)})")
-    tokens, answers = tokenizer.layout(chat.begin), [False] * len(chat.begin)
-
-    def add(ids: list[int], supervised: bool = False) -> None:
-        tokens.extend(ids)
-        answers.extend([supervised] * len(ids))
-
-    def header(role: str) -> None:
-        add(tokenizer.layout(chat.header[0]) + tokenizer.encode(role) + tokenizer.layout(chat.header[1]))
-
-    for turn in turns:
-        header(turn.role)
-        supervised = turn.role == "assistant"
-        for part in turn.parts:
-            add([IMAGE] * next(counts) if part == IMAGE else tokenizer.encode(part), supervised)
-        add(tokenizer.layout(chat.end[:1]), supervised)
-        add(tokenizer.layout(chat.end[1:]))         # not to be learnt: generation has stopped before
-    if turns[-1].role != "assistant":
-        header("assistant")
-    labels = [t if a else IGNORE for t, a in zip(tokens[1:] + [0], answers[1:] + [False])]
-    return torch.tensor(tokens), torch.tensor(labels)
-
-
 def prepare(example: Example, tokenizer: Tokenizer, config: SigLIPConfig, max_tiles: int = 9,
-            max_text: float = math.inf, max_tokens: float = math.inf, tile_tokens: int | None = None) -> Sample:
+            max_text: float = math.inf, max_tokens: float = math.inf,
+            tile_tokens: int | None = None) -> Sample:
     """Tile an example's images and encode its turns.
 
-    max_text: text tokens that are kept; max_tokens: text and visual ones. Text is cut at its end, images never are.
-    tile_tokens: visual tokens of a tile, AlignVLMConfig.tile_tokens (default: one for each patch). Raises BadSample if
-    no answer is left.
+    max_text: text tokens that are kept; max_tokens: text and visual ones. Text is cut at its end,
+    images never are. tile_tokens: visual tokens of a tile, AlignVLMConfig.tile_tokens (default: one
+    for each of its N patches). Raises BadSample if no answer is left.
     """
-    tile_tokens = tile_tokens or config.n_patches
-    n = [tile_tokens * len(tile_boxes(*image.size, config, max_tiles)) for image in example.images]
-    tokens, labels = encode_chat(example.turns, tokenizer, n)
-    room = min(max_text, max_tokens - sum(n))
-    kept = (tokens == IMAGE) | ((tokens != IMAGE).cumsum(0) <= room)
-    if room < 0 or (labels != IGNORE).any() and (labels[kept] == IGNORE).all():
-        raise BadSample("too long", f"{sum(n)} visual tokens and room for {room} of text: no answer is left")
-    side = config.image_size
-    tiles = [tile(image, config, max_tiles) for image in example.images]
-    pixels = torch.cat([torch.empty(0, 3, side, side), *tiles])
+    if tile_tokens is None:
+        tile_tokens = config.n_patches
+    n_tiles = [len(tile_boxes(*image.size, config, max_tiles)) for image in example.images]
+    visual_tokens = [n * tile_tokens for n in n_tiles]
+    tokens, labels = encode_chat(example.turns, tokenizer, visual_tokens)   # (L,) each
+
+    room = min(max_text, max_tokens - sum(visual_tokens))                   # for text tokens
+    is_visual = tokens == IMAGE                                             # (L,) bool
+    text_so_far = (~is_visual).cumsum(0)                                    # (L,)
+    kept = is_visual | (text_so_far <= room)                                # (L,) bool
+    has_answer = (labels != IGNORE).any()
+    if room < 0 or has_answer and (labels[kept] == IGNORE).all():
+        raise BadSample("too long", f"{sum(visual_tokens)} visual tokens and room for {room} of "
+                                    "text: no answer is left")
+
+    # Only now, as it costs the most: the tiles' pixels, an empty tensor for text alone.
+    no_tiles = torch.empty(0, 3, config.image_size, config.image_size)
+    tiles = [tile(image, config, max_tiles) for image in example.images]    # (T_i, 3, S, S) each
+    pixels = torch.cat([no_tiles, *tiles])                                  # (T, 3, S, S)
     return Sample(tokens[kept], labels[kept], pixels, example.key, len(tiles))
 
 
 def pack_row(samples: list[Sample]) -> tuple[Tensor, Tensor, Tensor, list[int]]:
-    """Samples -> one row: tokens (1, L), labels (1, L), pixels (T, 3, S, S), the samples' lengths."""
-    return (torch.cat([s.tokens for s in samples])[None], torch.cat([s.labels for s in samples])[None],
-            torch.cat([s.pixels for s in samples]), [len(s.tokens) for s in samples])
+    """Samples -> one row: tokens (1, L), labels (1, L), pixels (T, 3, S, S), the samples' lengths.
+
+    The lengths keep them apart: none sees another, and each one's positions begin at 0 (model.py).
+    """
+    tokens = torch.cat([sample.tokens for sample in samples])[None]         # (1, L)
+    labels = torch.cat([sample.labels for sample in samples])[None]         # (1, L)
+    pixels = torch.cat([sample.pixels for sample in samples])               # (T, 3, S, S)
+    lengths = [len(sample.tokens) for sample in samples]                    # they add up to L
+    return tokens, labels, pixels, lengths
 
 
 def fill_rows(samples: list[Sample], row_tokens: int) -> list[list[Sample]]:
-    """Samples -> rows of at most row_tokens each: the longest first, each into the first row that has room. A sample
-    that is longer has a row of its own."""
+    """Samples -> rows of at most row_tokens each: the longest first, each into the first row that
+    has room. A sample that is longer has a row of its own."""
     rows: list[list[Sample]] = []
-    for sample in sorted(samples, key=lambda s: -len(s.tokens)):
-        room = (row for row in rows if sum(len(s.tokens) for s in row) + len(sample.tokens) <= row_tokens)
-        row = next(room, None)
-        if row is None:
-            rows.append(row := [])
-        row.append(sample)
+    used: list[int] = []                    # tokens of each row
+    for sample in sorted(samples, key=lambda sample: -len(sample.tokens)):
+        n = len(sample.tokens)
+        for i, row in enumerate(rows):
+            if used[i] + n <= row_tokens:
+                row.append(sample)
+                used[i] += n
+                break
+        else:
+            rows.append([sample])
+            used.append(n)
     return rows
-

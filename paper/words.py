@@ -80,7 +80,7 @@ def legible(tokenizer: Tokenizer, i: int) -> tuple[str, str]:
     that it lacks is shown as its code point.
     """
     try:
-        word = tokenizer.encoding.decode_single_token_bytes(i)
+        word = tokenizer.pairs.token_bytes(i)
     except KeyError:            # an id that the vocabulary leaves out
         return f"#{i}", "bytes and special tokens"
     if i in tokenizer.special.values():

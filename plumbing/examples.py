@@ -3,25 +3,26 @@ from dataclasses import dataclass
 
 from PIL import Image
 
-# In a turn's parts: the place of the example's next image. In a sequence of tokens (model.py): the place of a visual
-# token; no vocabulary has this id.
+# In a turn's parts: the place of the example's next image. In a sequence of tokens (model.py): the
+# place of a visual token; no vocabulary has this id.
 IMAGE = -1
 
 
 @dataclass
 class Turn:
-    """One message: its parts in order, each a string or IMAGE, the place of the sample's next image."""
-    role: str
-    parts: list
+    """One message of a chat."""
+    role: str                       # "user", "assistant" or "system"
+    parts: list[str | int]          # in their order: texts, and IMAGE for the example's next image
 
 
 @dataclass
 class Example:
-    """What every reader of a data set yields: images, turns that refer to them, and a name."""
+    """Images, the turns that refer to them, and a name."""
     images: list[Image.Image]
     turns: list[Turn]
     key: str
 
 
 class BadSample(Exception):
-    """An example that nothing can be learnt from: its kind (plumbing/streams.py, BAD_KINDS), and what is wrong."""
+    """An example from which nothing can be learnt: its kind (plumbing/streams.py, BAD_KINDS), and
+    what is wrong."""

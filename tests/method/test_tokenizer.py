@@ -145,7 +145,7 @@ def llama3_json(llama3, tmp_path_factory):
     printable = [*range(33, 127), *range(161, 173), *range(174, 256)]
     others = [b for b in range(256) if b not in printable]
     letter = {b: chr(b) for b in printable} | {b: chr(256 + i) for i, b in enumerate(others)}
-    ranks = llama3.encoding._mergeable_ranks
+    ranks = llama3.pairs.encoding._mergeable_ranks
     write = {token: "".join(letter[b] for b in token) for token in ranks}
     merges = [f"{write[token[:i]]} {write[token[i:]]}" for token, _ in sorted(ranks.items(), key=lambda item: item[1])
               for i in range(1, len(token)) if token[:i] in ranks and token[i:] in ranks]

@@ -144,7 +144,7 @@ def test_legible(tokenizer):
             b"\n": ("line end", "white space"), b"\xe4": ("0xE4", "bytes and special tokens"),
             b"\x07": ("U+0007", "punctuation")}
     for word, expected in said.items():
-        assert words.legible(tokenizer, tokenizer.encoding.encode_single_token(word)) == expected
+        assert words.legible(tokenizer, tokenizer.pairs.encoding.encode_single_token(word)) == expected
     begin = words.legible(tokenizer, tokenizer.special["<|begin_of_text|>"])
     assert begin == ("begin of text", "bytes and special tokens")
     vocabulary = [" the", "   ", "\n\n\t", " café", "中a", "--", " 12"]
