@@ -46,7 +46,8 @@ def use(model: nn.Module, inference: bool = False) -> None:
         for function in (attend, linear, multiply):
             if hasattr(module, function.__name__):
                 setattr(module, function.__name__, function)
-        if hasattr(module, "new_cache"):        # the decoder
+    for module in model.modules():              # a decoder's own layers are exchanged by now
+        if hasattr(module, "new_cache"):
             module.new_cache = functools.partial(suitable_cache, type(module).new_cache, module)
             if inference:
                 prepare_to_answer(module)
