@@ -24,7 +24,7 @@ from torch.autograd.function import once_differentiable
 
 from plumbing.weights import local_rows
 
-BLOCK_BYTES = 256 * 2 ** 20     # of the V-wide matrices of a block: one (n, V) forward, two backward
+BLOCK_BYTES = 256 * 2 ** 20     # of a block's V-wide matrices: one (n, V) forward, two backward
 CACHE_BYTES = 2 * 2 ** 20       # of the rows of a block that are in fp32 at a time: a CPU's cache
 
 
@@ -165,7 +165,7 @@ def multiply(a: Tensor, B: Tensor, out: Tensor, add: float = 0.0) -> Tensor:
 
 
 def softmax_layer_norm(z: Tensor, weight: Tensor, bias: Tensor, eps: float, out: Tensor) -> None:
-    """Write P = softmax(LayerNorm(z)) (n, V) to out, which may be z. In fp32, some rows at a time."""
+    """Write P = softmax(LayerNorm(z)) (n, V) to out, which may be z. In fp32, in chunks of rows."""
     wide = torch.promote_types(z.dtype, torch.float32)
     weight, bias = weight.to(wide), bias.to(wide)                       # (V,)
     for rows in row_chunks(z):

@@ -454,7 +454,7 @@ def rope(positions: Tensor, config: LlamaConfig) -> tuple[Tensor, Tensor]:
     low, high = config.rope_low_freq_factor, config.rope_high_freq_factor
     keep = ((config.rope_original_length / wavelength - low) / (high - low)).clamp(0, 1)
     freq = (1 - keep) * freq / config.rope_factor + keep * freq
-    angle = positions[:, None, :, None].float() * freq                      # (B, 1, L, head_dim / 2)
+    angle = positions[:, None, :, None].float() * freq              # (B, 1, L, head_dim / 2)
     cos, sin = angle.cos(), angle.sin()
     return torch.cat([cos, cos], dim=-1), torch.cat([-sin, sin], dim=-1)
 

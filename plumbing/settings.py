@@ -1,4 +1,7 @@
-"""Settings in JSON files, and the errors that bad input raises: one line that names the file and what to do."""
+"""Settings in JSON files, and the errors that bad input raises.
+
+An error is one line that names the file and what to do; the commands exit with status 2.
+"""
 import json
 import math
 from dataclasses import fields
@@ -6,15 +9,18 @@ from pathlib import Path
 
 
 class InputError(ValueError):
-    """Bad input: the message is one line that says what is wrong and what to do. The commands exit with status 2."""
+    """Bad input. The message is one line that says what is wrong and what to do."""
 
 
 class CheckpointError(InputError):
-    """A model folder that cannot be used; the message is one line that names the file and the key."""
+    """A model folder that cannot be used. The message names the file and the key."""
 
 
 class Settings:
-    """The settings in a JSON file or in one of its sections; every complaint about one names the file and the key."""
+    """The settings in a JSON file, or in one of its sections.
+
+    Every complaint about a setting is a CheckpointError that names the file and the key.
+    """
 
     def __init__(self, path: Path, values: dict | None = None, section: str = ""):
         self.path, self.section_name = path, section
@@ -26,22 +32,27 @@ class Settings:
     def number(self, key: str, default: float | None = None, kind: type = int) -> int | float:
         """A positive number; null is the same as absent, and without a default an error."""
         value = self.values.get(key)
-        value = default if value is None else value
+        if value is None:
+            value = default
         if value is None:
             raise self.error(key, "is missing")
-        if isinstance(value, bool) or not isinstance(value, (int, kind)) or not 0 < value < math.inf:
-            raise self.error(key, f"is {value!r}, not a positive {'integer' if kind is int else 'number'}")
+        is_number = isinstance(value, (int, kind)) and not isinstance(value, bool)
+        if not is_number or not 0 < value < math.inf:
+            wanted = "integer" if kind is int else "number"
+            raise self.error(key, f"is {value!r}, not a positive {wanted}")
         return kind(value)
 
     def only(self, key: str, *implemented):
-        """The value of a setting, which must be among the implemented ones; None stands for an absent one."""
+        """The value of a setting, which must be an implemented one; None stands for absent."""
         value = self.values.get(key)
         if value not in implemented:
-            names = " or ".join(json.dumps(name) for name in implemented if name is not None)
-            raise self.error(key, f"is {json.dumps(value)}: not implemented" + (f", only {names} is" if names else ""))
+            names = [json.dumps(name) for name in implemented if name is not None]
+            only = f", only {' or '.join(names)} is" if names else ""
+            raise self.error(key, f"is {json.dumps(value)}: not implemented{only}")
         return value
 
     def section(self, key: str) -> "Settings":
+        """A section, which is empty where it is absent."""
         values = self.values.get(key)
         if not isinstance(values, dict | None):
             raise self.error(key, "is not an object")
@@ -49,11 +60,13 @@ class Settings:
 
 
 def read_json(path: Path) -> dict:
+    """The object in a JSON file. Raises CheckpointError."""
     try:
         values = json.loads(path.read_text(encoding="utf-8"))
     except OSError as error:
-        raise CheckpointError(f"{path}: {error.strerror or error}; is {path.parent} a model folder?") from None
-    except (ValueError, RecursionError) as error:       # bytes that are no UTF-8, text that is no JSON
+        why = error.strerror or error
+        raise CheckpointError(f"{path}: {why}; is {path.parent} a model folder?") from None
+    except (ValueError, RecursionError) as error:       # bytes that are no UTF-8, or no JSON
         raise CheckpointError(f"{path}: not JSON ({error})") from None
     if not isinstance(values, dict):
         raise CheckpointError(f"{path}: not a JSON object")
@@ -61,14 +74,15 @@ def read_json(path: Path) -> dict:
 
 
 def saved_config(part: type, settings: Settings, **choices: tuple):
-    """A part's configuration, a dataclass, from its section of a config.json that `save` wrote.
+    """A part's configuration, a dataclass, from its section of a config.json of ours.
 
-    choices: settings that are no numbers, and their values. Raises CheckpointError for a wrong one.
+    choices: settings that are no numbers, and their values. Raises CheckpointError for a setting
+    that is unknown or has a wrong value.
     """
-    names = {f.name: type(f.default) for f in fields(part)}
-    for key in settings.values.keys() - names.keys():
+    kinds = {f.name: type(f.default) for f in fields(part)}
+    for key in settings.values.keys() - kinds.keys():
         raise settings.error(key, "is not a known setting")
-    for key, number in names.items():
+    for key, kind in kinds.items():
         value = settings.values.get(key)
         if key in choices:
             settings.only(key, *choices[key])
@@ -76,6 +90,8 @@ def saved_config(part: type, settings: Settings, **choices: tuple):
             n = settings.number("n_layers")
             if value is not None and value not in range(-n - 1, n + 1):
                 raise settings.error(key, f"is {value!r}, of an encoder with {n} layers")
-        elif key != "image_mean" or not isinstance(value, int | float):        # a mean may be 0
-            settings.number(key, kind=number)
+        elif key == "image_mean" and isinstance(value, int | float):
+            continue                                            # a mean may be 0
+        else:
+            settings.number(key, kind=kind)
     return part(**settings.values)
