@@ -11,7 +11,7 @@ import pytest
 import torch
 
 sys.path[:0] = [str(Path(__file__).resolve().parents[1]), str(Path(__file__).parent / "helpers")]
-pytest.register_assert_rewrite("commands", "sets", "tensors")
+pytest.register_assert_rewrite("commands", "sets", "small_models", "tensors")
 from commands import (ENV, HELPERS, ROOT, alone, launcher, run, sample, start,  # noqa: F401
                       torchrun)
 from tensors import close, n_parameters, randomise, shapes  # noqa: F401
