@@ -24,7 +24,8 @@ from plumbing.settings import CheckpointError
 from plumbing.tokenizers import BytePairs, TextError    # TextError: what Tokenizer.encode raises
 from vision import SigLIPConfig, tile, tile_boxes
 
-READ = "read the page"      # asks for a page read aloud: in training, and sample.py without --prompt
+# Asks for a page read aloud: in training, and when sample.py has no --prompt.
+READ = "read the page"
 
 
 # --------------------------------------------------------------------------------------------------
@@ -62,8 +63,8 @@ class Tokenizer:
 
     path: the file, or the folder that holds it. vocab_size: the model's, which must be the same.
     Attributes: path (of the file), special (name -> id), chat (its ChatFormat, or None), stop (the
-    ids after which an answer is over). Raises CheckpointError for a file that it cannot read or that
-    asks for something else (another model type, a normaliser, an unknown split of text).
+    ids after which an answer is over). Raises CheckpointError for a file that it cannot read, or
+    that asks for something else (another model type, a normaliser, an unknown split of text).
     """
 
     def __init__(self, path: str | Path, vocab_size: int | None = None):
@@ -88,8 +89,8 @@ class Tokenizer:
         return None
 
     def encode(self, text: str) -> list[int]:
-        """Text -> ids. Text is only ever text: `<|eot_id|>` in it is ten characters of prose, not the
-        token. Raises TextError, see plumbing/tokenizers.py."""
+        """Text -> ids. Text is only ever text: `<|eot_id|>` in it is ten characters of prose, not
+        the token. Raises TextError, see plumbing/tokenizers.py."""
         return self.pairs.encode(text)
 
     def decode(self, ids: list[int]) -> str:
@@ -142,9 +143,9 @@ def encode_chat(turns: list[Turn], tokenizer: Tokenizer,
                 visual_tokens: list[int]) -> tuple[Tensor, Tensor]:
     """Turns -> tokens and labels, (L,) int64 each, in the tokenizer's chat format.
 
-    Image i takes visual_tokens[i] positions. labels[t] is the token that should follow tokens[t], or
-    IGNORE outside the assistant's answers. Unless the last turn is the assistant's, the sequence ends
-    with its header. Raises CheckpointError where the tokenizer has no chat format.
+    Image i takes visual_tokens[i] positions. labels[t] is the token that should follow tokens[t],
+    or IGNORE outside the assistant's answers. Unless the last turn is the assistant's, the sequence
+    ends with its header. Raises CheckpointError where the tokenizer has no chat format.
     """
     if tokenizer.chat is None:
         raise CheckpointError(f"{tokenizer.path}: its special tokens fit no chat format "

@@ -1,7 +1,15 @@
-"""The samples of --data in their order: permuted, mixed, dealt out to the ranks, and counted where they are bad.
+"""The samples of --data in their order: permuted, mixed, dealt out to the ranks, and counted where
+they are bad.
 
-The order depends on the seed and the epoch alone, and a Position in it is all that a restart needs: neither the number
-of ranks nor that of loading processes matters. A sample that cannot be used leaves a hole, a Bad one, in its step.
+    documents = Documents(["cc12m/"], seed=0, prepare=functools.partial(data.prepare, ...))
+    sampler = deal(documents.draws(Position()), batch_size, rank, world)
+    loader = DataLoader(documents, batch_size=None, sampler=sampler)
+    for samples, position in steps_of(loader):          # a step's, of this rank
+        good = keep_good(samples, documents, counts)
+
+The order depends on the seed and the epoch alone, and a Position in it is all that a restart needs:
+neither the number of ranks nor that of loading processes matters. In the place of a sample that
+cannot be used stands a Bad one. What a sample is, `prepare` says; nothing here knows of tokens.
 """
 import functools
 import mmap
@@ -13,6 +21,8 @@ from collections import Counter
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TypeVar
 
 import numpy as np
 import torch
@@ -21,100 +31,127 @@ from torch.utils.data import Dataset
 from tqdm import tqdm
 
 from plumbing.examples import BadSample, Example
-from plumbing.formats import (MAX_RECORD, data_files, file_format, json_example, line_spans, list_spans,
-                              parquet_example, read_parquet, tar_example, tar_spans)
+from plumbing.formats import (MAX_RECORD, Span, data_files, file_format, json_example, line_spans,
+                              list_spans, parquet_example, read_parquet, tar_example, tar_spans)
 from plumbing.images import ImageError
 from plumbing.settings import InputError
 from plumbing.tokenizers import TextError
 
 BAD_KINDS = ["unreadable file", "broken record", "missing field", "empty answer", "image not found",
              "image outside the folder", "unreadable image", "too long"]
-GROUP = 8192                # samples that are shuffled together, at least
-BLOCK = 2 ** 20             # bytes of a JSON file that make a shard
-PARQUET_PARTS = 16          # shards of a parquet file
+GROUP = 8192            # samples that are shuffled together, at least
+BLOCK = 2 ** 20         # bytes of a JSON file that make a shard
+PARQUET_SHARDS = 16     # shards of a parquet file
+
+Sample = TypeVar("Sample")              # what `prepare` makes of an Example: a data.Sample
+Reference = tuple[int, int, int]        # a sample of a DataSet: (shard, start, stop)
+Place = tuple[int, int, int]            # in its order: (epoch, first shard of a group, taken of it)
 
 
 @dataclass
 class Bad:
-    """The hole that a bad sample leaves in its step."""
-    kind: str
+    """What stands in a step in the place of a sample that cannot be used."""
+    kind: str               # one of BAD_KINDS
     why: str
     reference: tuple        # where it lies: Documents.where says it in words
 
 
 @dataclass
 class Position:
-    """How far an order of samples has come: all that a restart needs, on any number of ranks and workers."""
+    """How far an order of samples has come: all that a restart needs, on any number of ranks and
+    workers."""
     epoch: int = 0
-    taken: list[int] = field(default_factory=list)      # samples drawn in this epoch, of each data set
-    places: list[tuple] = field(default_factory=list)   # where each data set is (DataSet.references)
+    taken: list[int] = field(default_factory=list)      # of each data set: samples of this epoch
+    places: list[Place] = field(default_factory=list)   # of each data set: where it is
+
+
+# --------------------------------------------------------------------------------------------------
+# One data set
 
 
 class DataSet:
     """Samples of files, streamed in an order that depends on (seed, epoch) alone.
 
-    A shard is a tar, 1 MB of a JSON file or a sixteenth of a parquet file's rows. Shards are permuted; those that
-    together hold GROUP samples are indexed, which reads headers and looks for line ends, and their samples permuted.
+    A shard is a tar, 1 MB of a JSON file or a sixteenth of a parquet file's rows. Shards are
+    permuted. Those that together hold GROUP samples are indexed, which reads headers and looks for
+    line ends, and their samples are permuted.
     """
 
     def __init__(self, paths: list[str], seed: int):
-        self.seed, self.files, self.shards = seed, [], []
-        for file, root in {file: root for root, files in map(data_files, paths) for file in files}.items():
-            kind, parts = file_format(file), 1
+        self.seed = seed
+        self.files: list[tuple[Path, Path, str | None]] = []    # (images' folder, file, format)
+        self.shards: list[tuple[int, int, int]] = []            # (file, part, parts)
+        roots: dict[Path, Path] = {}        # by file: what two of the paths name is there once
+        for path in paths:
+            root, files = data_files(path)
+            roots.update({file: root for file in files})
+        for file, root in roots.items():
+            kind = file_format(file)
+            parts = 1
             if kind in ("json", "jsonl"):
-                parts = -(-file.stat().st_size // BLOCK)
+                parts = -(-file.stat().st_size // BLOCK)            # rounded up
             elif kind == "parquet":
-                parts = PARQUET_PARTS
+                parts = PARQUET_SHARDS
             self.shards += [(len(self.files), part, parts) for part in range(parts)]
             self.files.append((root, file, kind))
         if not any(kind for _, _, kind in self.files):
             raise InputError(f"{self.files[0][1]}: neither tar nor parquet nor JSON")
 
-    def index(self, shard: int) -> list[tuple[int, int]]:
-        """The samples of a shard as (start, stop), in bytes or rows; stop is -1 where the file is damaged."""
-        file, part, parts = self.shards[shard]
-        _, path, kind = self.files[file]
+    def index(self, shard: int) -> list[Span]:
+        """The samples of a shard as (start, stop), in bytes or rows; stop is -1 where the file is
+        damaged."""
+        file_number, part, parts = self.shards[shard]
+        _, path, kind = self.files[file_number]
         try:
-            match kind:
-                case "tar":
-                    return tar_spans(path)
-                case "parquet":
-                    n = read_parquet(path).metadata.num_rows
-                    return [(row, row + 1) for row in range(n * part // parts, n * (part + 1) // parts)]
-                case "json" | "jsonl":
-                    with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as text:
-                        return (line_spans if kind == "jsonl" else list_spans)(text, part * BLOCK, (part + 1) * BLOCK)
+            if kind == "tar":
+                return tar_spans(path)
+            if kind == "parquet":
+                n_rows = read_parquet(path).metadata.num_rows
+                rows = range(n_rows * part // parts, n_rows * (part + 1) // parts)
+                return [(row, row + 1) for row in rows]
+            if kind in ("json", "jsonl"):
+                spans = line_spans if kind == "jsonl" else list_spans
+                with (path.open("rb") as file,
+                      mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as text):
+                    return spans(text, part * BLOCK, (part + 1) * BLOCK)
         except InputError:
             raise
         except (OSError, ValueError, tarfile.TarError):
             pass
-        return [(0, -1)] if part == 0 else []
+        return [(0, -1)] if part == 0 else []       # damaged from its start: said once
 
-    @functools.lru_cache(maxsize=8)         # the first one serves estimate() and the epoch
-    def group(self, epoch: int, first: int) -> tuple[list[tuple[int, int, int]], int]:
-        """The references (shard, start, stop) of a group in their order, and where in the shards the next begins."""
+    @functools.lru_cache(maxsize=8)         # the first group serves estimate() and the epoch
+    def group(self, epoch: int, first: int) -> tuple[list[Reference], int]:
+        """The references of a group in their order, and the place in the permuted shards where the
+        next group begins. The group begins at `first`."""
         order = np.random.default_rng([self.seed, epoch]).permutation(len(self.shards)).tolist()
-        references, after = [], first
+        references: list[Reference] = []
+        after = first
         while len(references) < GROUP and after < len(order):
-            references += [(order[after], *span) for span in self.index(order[after])]
+            shard = order[after]
+            references += [(shard, start, stop) for start, stop in self.index(shard)]
             after += 1
-        shuffled = np.random.default_rng([self.seed, epoch, first]).permutation(len(references))
-        return [references[i] for i in shuffled], after
+        permutation = np.random.default_rng([self.seed, epoch, first]).permutation(len(references))
+        return [references[i] for i in permutation], after
 
-    def references(self, epoch: int = 0, first: int = 0, taken: int = 0) -> Iterator[tuple]:
-        """(reference, place after it) from the place (epoch, first shard of the group, taken from the group) on, for
-        ever; None instead of a reference where an epoch ends."""
-        with ThreadPoolExecutor(1) as ahead:        # puts the next group into the cache while this one is used
+    def references(self, start: Place = (0, 0, 0)) -> Iterator[tuple[Reference | None, Place]]:
+        """(reference, place after it) from a place on, for ever; None for a reference where an
+        epoch ends. Raises InputError where there is not a single sample."""
+        epoch, first, taken = start
+        with ThreadPoolExecutor(1) as ahead:    # puts the next group into group()'s cache meanwhile
             while True:
                 while first < len(self.shards):
                     references, after = self.group(epoch, first)
                     if not references and after - first == len(self.shards):
                         raise InputError(f"{self.files[0][1]}: not a single sample there")
-                    ahead.submit(self.group, *((epoch, after) if after < len(self.shards) else (epoch + 1, 0)))
+                    is_last = after == len(self.shards)
+                    ahead.submit(self.group, *((epoch + 1, 0) if is_last else (epoch, after)))
                     for i in range(taken, len(references)):
                         yield references[i], (epoch, first, i + 1)
-                    first, taken = after, 0
-                epoch, first = epoch + 1, 0
+                    first = after
+                    taken = 0
+                epoch += 1
+                first = 0
                 yield None, (epoch, 0, 0)
 
     def estimate(self) -> int:
@@ -123,16 +160,17 @@ class DataSet:
         return round(len(references) * len(self.shards) / after)
 
     def where(self, shard: int, start: int, stop: int) -> str:
-        """Where a sample lies, in words: a tar's member, or the line of a JSONL file, which is counted now."""
+        """Where a sample lies, in words: a tar's member, or the line of a JSONL file, which is
+        counted now."""
         _, path, kind = self.files[self.shards[shard][0]]
-        if kind not in ("tar", "jsonl") or stop < 0:
-            return f"{path}, {'row' if kind == 'parquet' else 'byte'} {start}"
-        with path.open("rb") as file:
-            if kind == "tar":
+        if kind == "tar" and stop >= 0:
+            with path.open("rb") as file:
                 file.seek(start)
-                return f"{path}, {file.read(100).partition(bytes(1))[0].decode(errors='replace')}"
-            before = sum(block.count(b"\n") for block in iter(lambda: file.read(min(BLOCK, start - file.tell())), b""))
-        return f"{path}, line {before + 1}"
+                name = file.read(100).partition(bytes(1))[0]    # its header's first field
+            return f"{path}, {name.decode(errors='replace')}"
+        if kind == "jsonl" and stop >= 0:
+            return f"{path}, line {1 + count_lines(path, start)}"
+        return f"{path}, {'row' if kind == 'parquet' else 'byte'} {start}"
 
     def read(self, shard: int, start: int, stop: int) -> Example:
         """Read and decode one sample. Raises BadSample or ImageError."""
@@ -147,30 +185,61 @@ class DataSet:
         with path.open("rb") as file:
             file.seek(start)
             data = file.read(stop - start)
-        return tar_example(data, key) if kind == "tar" else json_example(data, (path.parent, root), key)
+        if kind == "tar":
+            return tar_example(data, key)
+        return json_example(data, (path.parent, root), key)
+
+
+def count_lines(path: Path, stop: int) -> int:
+    """How many lines end in the first `stop` bytes of a file."""
+    n = 0
+    with path.open("rb") as file:
+        while file.tell() < stop:
+            block = file.read(min(BLOCK, stop - file.tell()))
+            if not block:
+                break
+            n += block.count(b"\n")
+    return n
+
+
+# --------------------------------------------------------------------------------------------------
+# All data sets together
 
 
 class Documents(Dataset):
     """The samples of --data, ready for the model; a Bad one where a sample cannot be used.
 
-    specs: PATH, or PATH:WEIGHT for a data set of its own, of which WEIGHT samples are drawn for one of a set with
-    weight 1. An epoch ends when the first set is through; the others go on from there, and begin anew as they end.
+    specs: PATH, or PATH:WEIGHT for a data set of its own, of which WEIGHT samples are drawn for one
+    of a set with weight 1. An epoch ends when the first set is through; the others go on from
+    there, and begin anew as they end. prepare: makes a sample of an Example, as data.prepare does;
+    it may raise BadSample or TextError. Raises InputError.
     """
 
-    def __init__(self, specs: list[str], seed: int, prepare: "Callable[[Example], Sample]"):
-        parsed = [re.fullmatch(r"(.*?)(?::(\d+(?:\.\d+)?))?", spec, re.S).groups() for spec in specs]
-        if any(weight and float(weight) == 0 for _, weight in parsed):
-            raise InputError(f"{' '.join(specs)}: a weight is more than 0")
-        weighted = any(weight for _, weight in parsed)
-        self.sets = [DataSet([path], seed) for path, _ in parsed] if weighted else [DataSet(specs, seed)]
-        self.weights = [float(weight or 1) for _, weight in parsed] if weighted else [1.0]
+    def __init__(self, specs: list[str], seed: int, prepare: Callable[[Example], Sample]):
         self.prepare = prepare
+        self.sets: list[DataSet] = []
+        self.weights: list[float] = []
+        parsed = [re.fullmatch(r"(.*?)(?::(\d+(?:\.\d+)?))?", spec, re.S).groups()
+                  for spec in specs]                                # (path, weight or None)
+        if not any(weight for _, weight in parsed):                 # all of them are one data set
+            self.sets.append(DataSet(specs, seed))
+            self.weights.append(1.0)
+            return
+        for path, weight in parsed:
+            weight = float(weight or 1)
+            if weight == 0:
+                raise InputError(f"{' '.join(specs)}: a weight is more than 0")
+            self.sets.append(DataSet([path], seed))
+            self.weights.append(weight)
 
-    def __getitem__(self, reference: "tuple | Position") -> "Sample | Bad | Position":
-        if isinstance(reference, Position):         # the end of a step, on its way through the loader
+    def __getitem__(self, reference: tuple | Position) -> Sample | Bad | Position:
+        """reference: (number of the data set, shard, start, stop). A Position, which ends a step,
+        is handed through."""
+        if isinstance(reference, Position):
             return reference
+        number, *place = reference
         try:
-            return self.prepare(self.sets[reference[0]].read(*reference[1:]))
+            return self.prepare(self.sets[number].read(*place))
         except BadSample as bad:
             return Bad(*bad.args, reference)
         except ImageError as error:
@@ -186,47 +255,68 @@ class Documents(Dataset):
 
     def where(self, bad: Bad) -> str:
         """Where a bad sample lies, in words."""
-        return self.sets[bad.reference[0]].where(*bad.reference[1:])
+        number, *place = bad.reference
+        return self.sets[number].where(*place)
 
-    def draws(self, p: Position) -> Iterator[tuple[tuple | None, Position]]:
-        """(reference, position after it) for ever; None for a reference where an epoch ends."""
-        taken, places = p.taken or [0] * len(self.sets), p.places or [(0, 0, 0)] * len(self.sets)
-        epoch, streams = p.epoch, [s.references(*place) for s, place in zip(self.sets, places)]
+    def draws(self, start: Position) -> Iterator[tuple[tuple | None, Position]]:
+        """(reference, position after it) from a position on, for ever; None for a reference where
+        an epoch ends."""
+        n = len(self.sets)
+        epoch = start.epoch
+        taken = list(start.taken) or [0] * n
+        places = list(start.places) or [(0, 0, 0)] * n
+        streams = [data_set.references(place) for data_set, place in zip(self.sets, places)]
         while True:
-            i = min(range(len(self.sets)), key=lambda i: (taken[i] + 1) / self.weights[i])
-            reference, place = next(streams[i])
-            places = [*places[:i], place, *places[i + 1:]]
+            # The set that is furthest behind its weight is next.
+            progress = [(taken[i] + 1) / self.weights[i] for i in range(n)]
+            i = progress.index(min(progress))
+            reference, places[i] = next(streams[i])
             if reference is not None:
-                taken = [n + (i == k) for k, n in enumerate(taken)]
-            elif place[0] > epoch:
-                epoch, taken = epoch + 1, [0] * len(taken)
-            else:
-                continue        # it has been through less often than the one that makes the epochs
-            yield reference and (i, *reference), Position(epoch, taken, places)
+                taken[i] += 1
+                yield (i, *reference), Position(epoch, list(taken), list(places))
+            elif places[i][0] > epoch:
+                epoch += 1
+                taken = [0] * n
+                yield None, Position(epoch, list(taken), list(places))
+            # else: it has been through less often than the one that makes the epochs, and goes on
 
     def epoch_samples(self) -> int:
         """About how many samples an epoch has."""
-        return round(min(s.estimate() / w for s, w in zip(self.sets, self.weights)) * sum(self.weights))
+        rounds = min(data_set.estimate() / weight
+                     for data_set, weight in zip(self.sets, self.weights))
+        return round(rounds * sum(self.weights))
+
+
+# --------------------------------------------------------------------------------------------------
+# Steps
 
 
 def deal(draws: Iterator[tuple], batch_size: int, rank: int, world: int) -> Iterator:
-    """The references of one rank, and after those of each step the Position that all ranks have then reached.
+    """The references of one rank, and after those of each step the Position that all ranks have
+    then reached.
 
-    A step owns batch_size draws in a row, or what is left of an epoch; they are dealt out to the ranks in turn.
+    A step owns batch_size draws in a row, or what is left of an epoch; they are dealt out to the
+    ranks in turn.
     """
-    n, reached = 0, None
+    n = 0               # draws of this step
+    reached = None      # the Position after the last of them
     for reference, position in draws:
-        if n == batch_size or n and reference is None:
-            yield position if reference is None else reached
+        if reference is None:               # the epoch ends
+            if n > 0:
+                yield position
             n = 0
-        if reference is not None:
-            if n % world == rank:
-                yield reference
-            n, reached = n + 1, position
+            continue
+        if n == batch_size:
+            yield reached
+            n = 0
+        if n % world == rank:
+            yield reference
+        n += 1
+        reached = position
 
 
-def steps_of(loader) -> Iterator[tuple[list, Position]]:
-    """What the loader brings, step by step: samples (or holes) of this rank, and the Position after them."""
+def steps_of(loader) -> Iterator[tuple[list[Sample | Bad], Position]]:
+    """What the loader brings, step by step: samples of this rank, and the Position after them."""
     samples = []
     for item in loader:
         if isinstance(item, Position):
@@ -237,37 +327,48 @@ def steps_of(loader) -> Iterator[tuple[list, Position]]:
 
 
 def agree_on_position(position: Position, stop: bool) -> bool:
-    """Where ranks meet before a step: at the same place of the data, or they would repeat and lose samples.
+    """Before a step: see that all ranks are at the same place of the data, or they would repeat and
+    lose samples.
 
     Returns whether any of them was asked to stop. Raises InputError, on all ranks.
     """
     mark = zlib.crc32(repr(position).encode())
-    marks = torch.tensor([mark, -mark, stop])
-    dist.all_reduce(marks, dist.ReduceOp.MAX)
-    if marks[0] != -marks[1]:
-        raise InputError("the ranks read different data: is --data the same, and readable, on every node?")
-    return bool(marks[2])
+    highest = torch.tensor([mark, -mark, stop])
+    dist.all_reduce(highest, dist.ReduceOp.MAX)
+    if highest[0] != -highest[1]:           # the highest mark is not the lowest
+        raise InputError("the ranks read different data: is --data the same, and readable, on "
+                         "every node?")
+    return bool(highest[2])
 
 
-def keep_good(samples: "list[Sample | Bad]", documents: Documents, counts: Counter) -> "list[Sample]":
-    """The good ones of this rank's samples; adds to counts.
+def keep_good(samples: list[Sample | Bad], documents: Documents,
+              counts: Counter) -> list[Sample]:
+    """The good ones of this rank's samples; adds to counts, and shows the first bad one of a kind.
 
-    counts: samples seen, and bad ones by kind, of all ranks. The first bad one of a kind is shown on stderr.
+    counts: samples seen, and bad ones by kind, of all ranks.
     """
-    bad = [s for s in samples if isinstance(s, Bad)]
-    for first in {s.kind: s for s in reversed(bad) if not counts[s.kind]}.values():
-        why = " ".join(first.why.split())[:200]
-        tqdm.write(f"bad sample, {first.kind}: {documents.where(first)}: {why}", file=sys.stderr)
-    seen = torch.tensor([len(samples), *(sum(s.kind == kind for s in bad) for kind in BAD_KINDS)])
-    dist.all_reduce(seen)
-    counts.update(dict(zip(["seen", *BAD_KINDS], seen.tolist())))
-    return [s for s in samples if not isinstance(s, Bad)]
+    good = [sample for sample in samples if not isinstance(sample, Bad)]
+    bad = [sample for sample in samples if isinstance(sample, Bad)]
+    shown = {kind for kind in BAD_KINDS if counts[kind]}
+    for sample in bad:
+        if sample.kind not in shown:
+            shown.add(sample.kind)
+            why = " ".join(sample.why.split())[:200]
+            tqdm.write(f"bad sample, {sample.kind}: {documents.where(sample)}: {why}",
+                       file=sys.stderr)
+    kinds = Counter(sample.kind for sample in bad)
+    totals = torch.tensor([len(samples), *(kinds[kind] for kind in BAD_KINDS)])
+    dist.all_reduce(totals)
+    counts.update(dict(zip(["seen", *BAD_KINDS], totals.tolist())))
+    return good
 
 
 def check_bad_share(counts: Counter, max_bad: float) -> None:
-    """Raise InputError if more than a share of max_bad of the samples seen was bad."""
+    """Raise InputError if more than a share of max_bad of the samples seen was bad. counts:
+    keep_good's."""
     bad = {kind: counts[kind] for kind in BAD_KINDS if counts[kind]}
-    if sum(bad.values()) > max_bad * counts["seen"]:
+    n_bad = sum(bad.values())
+    if n_bad > max_bad * counts["seen"]:
         table = "".join(f"\n{n:10,}  {kind}" for kind, n in bad.items())
-        raise InputError(f"{sum(bad.values()):,} of {counts['seen']:,} samples were bad, more than --max-bad {max_bad}:"
-                         + table)
+        raise InputError(f"{n_bad:,} of {counts['seen']:,} samples were bad, more than --max-bad "
+                         f"{max_bad}:{table}")

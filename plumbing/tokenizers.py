@@ -55,8 +55,8 @@ class BytePairs:
         else:
             ranks, pattern, self.special = read_tokenizer_model(self.path)
         self.size = vocabulary_size(self.path, ranks, self.special)
-        # tiktoken panics at a byte that is no token, and the reference drops it. So such a byte gets
-        # an id of its own, from `size` on, and encode() drops those.
+        # tiktoken panics at a byte that is no token, and the reference drops it. So such a byte
+        # gets an id of its own, from `size` on, and encode() drops those.
         missing = [bytes([b]) for b in range(256) if bytes([b]) not in ranks]
         extra = {byte: self.size + i for i, byte in enumerate(missing)}
         self.has_missing = bool(missing)
@@ -85,7 +85,8 @@ class BytePairs:
             # arrives here is no Exception.
             if type(error).__name__ != "PanicException":
                 raise
-            raise TextError(f"text of {len(text):,} characters that tiktoken cannot split") from None
+            raise TextError(f"text of {len(text):,} characters that tiktoken cannot "
+                            "split") from None
         if self.has_missing:
             ids = [i for i in ids if i < self.size]
         return ids
@@ -112,8 +113,8 @@ def vocabulary_size(path: Path, ranks: dict[bytes, int], special: dict[str, int]
     ids = [*ranks.values(), *special.values()]
     are_numbers = all(type(i) is int and 0 <= i < 2 ** 31 for i in ids)
     if not ranks or not are_numbers or len(set(ids)) < len(ids):
-        raise CheckpointError(f"{path}: not a vocabulary: ids that are no numbers, or that two tokens "
-                              "share")
+        raise CheckpointError(f"{path}: not a vocabulary: ids that are no numbers, or that two "
+                              "tokens share")
     return 1 + max(ids)
 
 
@@ -136,7 +137,7 @@ def drop_missing(text: str, missing: str) -> str:
     """
     if not re.search(f"[{missing}]", text):
         return text
-    in_piece = r"(?:[^\w\s]|[_\x1c-\x1f])*"         # Python counts four control characters as spaces
+    in_piece = r"(?:[^\w\s]|[_\x1c-\x1f])*"     # Python counts four control characters as spaces
 
     def move_to_end(run: re.Match) -> str:
         last = run[1]
@@ -157,7 +158,8 @@ def read_tokenizer_model(path: Path) -> Vocabulary:
             token, rank = line.split()
             ranks[base64.b64decode(token, validate=True)] = int(rank)
     except OSError as error:
-        raise CheckpointError(f"{path}: {error.strerror}; a model folder holds its tokenizer") from None
+        raise CheckpointError(f"{path}: {error.strerror}; a model folder holds its "
+                              "tokenizer") from None
     except ValueError as error:
         raise CheckpointError(f"{path}: not lines of `base64 rank` ({error})") from None
     n_reserved = 256 - len(LLAMA3_SPECIALS)
@@ -214,7 +216,8 @@ def check_merges(top: Settings, vocabulary: dict[str, int], merges: list) -> Non
 
 
 def split_pattern(top: Settings) -> str:
-    """The regular expression that does what the file's pre_tokenizer does. Raises CheckpointError."""
+    """The regular expression that does what the file's pre_tokenizer does. Raises
+    CheckpointError."""
     steps = top.section("pre_tokenizer").values
     match steps.get("pretokenizers", [steps]):
         case [{"type": "ByteLevel", "add_prefix_space": False, **rest}] \
