@@ -1,20 +1,22 @@
 """Answer questions about documents, and score the answers: the paper's Tables 1, 2 and 3.
 
-    python eval.py                                              # the newest model reads 200 drawn documents
-    python eval.py --benchmark DocVQA=LMUData/DocVQA_VAL.tsv WTQ=DocDownstream-1.0/test/WikiTableQuestions_test.jsonl
-    torchrun --nproc_per_node 8 eval.py --checkpoint out/llama-3.2-1b/stage3 --benchmark LMUData/ChartQA_TEST.tsv
-    python eval.py --noise-relative 0.5 1 2                     # once more with noise on F, in standard deviations of F
-    python eval.py --vocab 50                                   # which words P_vocab takes on 50 pages (section 5.3)
-    python eval.py --score out/toy/stage3/eval/toy.jsonl        # scores predictions again, without a model
+    python eval.py                                      # the newest model reads 200 drawn documents
+    python eval.py --benchmark DocVQA=LMUData/DocVQA_VAL.tsv \\
+        WTQ=DocDownstream-1.0/test/WikiTableQuestions_test.jsonl
+    torchrun --nproc_per_node 8 eval.py --checkpoint out/1b/stage3 --benchmark ChartQA_TEST.tsv
+    python eval.py --noise-relative 0.5 1 2             # again with noise, in units of F's spread
+    python eval.py --vocab 50                           # which tokens P_vocab takes (section 5.3)
+    python eval.py --score out/toy/stage3/eval/toy.jsonl        # predictions again, without a model
 
-Predictions go to OUT/BENCHMARK.jsonl. The same command goes on where it was interrupted, on any number of processes.
-paper/benchmarks.py says which files are read, paper/metrics.py how answers are scored.
+Predictions go to OUT/BENCHMARK.jsonl. The same command goes on where it was interrupted, on any
+number of processes. paper/benchmarks.py says which files are read, paper/metrics.py how answers are
+scored.
 """
 import argparse
 import json
+import math
 import zlib
 from collections import Counter
-from collections.abc import Iterator
 from dataclasses import replace
 from datetime import timedelta
 from pathlib import Path
@@ -24,197 +26,282 @@ import torch.distributed as dist
 from PIL import Image
 from tqdm import tqdm
 
-from data import READ, Tokenizer, prepare
-from plumbing.examples import Example, Turn
-from model import IMAGE, AlignVLM
+from data import READ, Tokenizer
+from model import AlignVLM
 from paper.benchmarks import TOYS, Benchmark, open_benchmark
 from paper.metrics import METRICS, edit_distance
 from paper.noise import STD_PAGES, feature_std, noise_on
+from paper.patch_tokens import summary_line, vocab_report
 from paper.predictions import begin_predictions, join_predictions
 from paper.tables import check_scores, headline, score_files, show
-from paper.words import summary_line, vocab_report
+from plumbing import fast
 from plumbing.logs import open_log
-from plumbing.processes import roll_call, run_main, start_processes
-from plumbing.runs import IN_THE_BOX
+from plumbing.processes import name_stalled_rank, run_main, start_processes
 from plumbing.settings import InputError, read_json
-from sample import answer, default_model
+from sample import SHIPPED, answer, default_model
 from toy.looks import draw
 from toy.pages import KINDS, PAGES, held_out_documents
 from vision import tile, tile_boxes
 
+PAGES_AT_ONCE = 50
+# Ranks wait so long for one with longer answers, or for the first one, which scores.
+TIMEOUT = timedelta(hours=2)
 
-def held_out_scores(model: AlignVLM, tokenizer: Tokenizer, n: int, seed: int, look: str = "clean") -> dict[str, dict]:
-    """Read n held-out documents aloud and answer one question about each, greedily, 50 at a time.
+# -------------------------------------------------------------------------------------------------
+# Drawn pages that no training has seen
 
-    Returns exact_match (of answers), cer (edit distance over reference characters) and n, of each kind of page, of
-    pages of one and of several tiles, and last of all "held-out" ones.
+
+def held_out_scores(model: AlignVLM, tokenizer: Tokenizer, n: int, seed: int,
+                    look: str = "clean") -> dict[str, dict]:
+    """Read n held-out pages aloud and answer one question about each, greedily.
+
+    Returns exact_match (of answers), cer (edit distance over reference characters) and n: of each
+    kind of page, of pages of one and of several tiles, and last of all "held-out" ones.
     """
-    documents = held_out_documents(n, seed, list(PAGES) if look == "hard" else KINDS)      # what it has learnt
-    right, errors, characters, count = (Counter() for _ in range(4))
-    for first in tqdm(range(0, n, 50), desc="reading held-out pages"):
-        some = documents[first:first + 50]
+    kinds = list(PAGES) if look == "hard" else KINDS        # what it has learnt
+    documents = held_out_documents(n, seed, kinds)
+    right, errors, characters, count = Counter(), Counter(), Counter(), Counter()
+    for first in tqdm(range(0, n, PAGES_AT_ONCE), desc="reading held-out pages"):
+        some = documents[first:first + PAGES_AT_ONCE]
         images = [draw(page, look) for page, _, _ in some]
+        prompts = [prompt for _, prompt, _ in some]
         *_, texts = answer(model, tokenizer, images, [READ] * len(some))
-        *_, answers = answer(model, tokenizer, images, [prompt for _, prompt, _ in some])
+        *_, answers = answer(model, tokenizer, images, prompts)
         for (page, _, gold), text, prediction in zip(some, texts, answers):
-            for group in (page.kind, "several tiles" if page.large else "one tile", "held-out"):
+            size = "several tiles" if page.large else "one tile"
+            for group in (page.kind, size, "held-out"):
                 right[group] += prediction == gold
                 errors[group] += edit_distance(text, page.text)
                 characters[group] += len(page.text)
                 count[group] += 1
-    groups = sorted(set(count) - {"held-out"}) + ["held-out"]
-    return {group: {"exact_match": right[group] / count[group], "cer": errors[group] / characters[group],
-                    "n": count[group]} for group in groups}
+    groups = [*sorted(set(count) - {"held-out"}), "held-out"]
+    return {group: {"exact_match": right[group] / count[group],
+                    "cer": errors[group] / characters[group], "n": count[group]}
+            for group in groups}
 
 
 def report(folder: Path, n: int, seed: int, look: str, device: torch.device) -> None:
     """Score a trained toy: held_out.json in its folder, and a line for each kind of page."""
     model = AlignVLM.from_pretrained(folder, device=device).eval()
-    model.llm.pack()
-    scores = held_out_scores(model, Tokenizer(folder, model.config.llm.vocab_size), n, seed, look)
+    fast.use(model, inference=True)
+    tokenizer = Tokenizer(folder, model.config.llm.vocab_size)
+    scores = held_out_scores(model, tokenizer, n, seed, look)
     (folder / "held_out.json").write_text(json.dumps(scores, indent=2) + "\n")
     for group, s in scores.items():
         print(f"{group}: exact_match={s['exact_match']:.3f} cer={s['cer']:.3f} n={s['n']}")
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# -------------------------------------------------------------------------------------------------
 # The paper's benchmarks: predictions, OUT/BENCHMARK.jsonl, and what they score
 
 
-def fingerprint(model: AlignVLM) -> int:
-    """What tells one training of a model from another: a checksum of a thousand numbers of each tensor."""
-    crc = 0
-    for name, p in model.state_dict().items():
-        some = p.flatten()[::max(1, p.numel() // 1000)].float().cpu()
-        crc = zlib.crc32(some.numpy().tobytes(), zlib.crc32(name.encode(), crc))
-    return crc
+def evaluate_benchmark(model: AlignVLM, tokenizer: Tokenizer, benchmark: Benchmark, weights: int,
+                       args: argparse.Namespace) -> tuple[dict[str, float], list[dict]]:
+    """A benchmark's scores by name, and those with noise (evaluate_with_noise).
+
+    weights: the model's fingerprint. Predictions go to files in args.out. On all ranks but the
+    first both are empty.
+    """
+    benchmark = replace(benchmark, rows=benchmark.rows[:args.limit],
+                        prompts=benchmark.prompts[:args.limit])
+    settings = {"weights": weights, "benchmark": benchmark.name, "limit": args.limit,
+                "max_new_tokens": args.max_new_tokens, "max_tiles": args.max_tiles, "noise": 0.0}
+    stem = str(args.out / benchmark.name)
+    rows = predict(model, tokenizer, benchmark, stem, settings, args.batch_size)
+    scores = METRICS[benchmark.name](rows) if rows else {}
+    return scores, evaluate_with_noise(model, tokenizer, benchmark, settings, args)
+
+
+def evaluate_with_noise(model: AlignVLM, tokenizer: Tokenizer, benchmark: Benchmark,
+                        settings: dict, args: argparse.Namespace) -> list[dict]:
+    """Of each standard deviation that --noise or --noise-relative gives: the headline score.
+
+    Beside it stand sigma, std_F and the cosine_distance of the connector's output.
+    """
+    unit, std = "", 1.0
+    if args.noise_relative:
+        unit = "std"
+        pages = [benchmark.images(i) for i in range(min(STD_PAGES, len(benchmark.rows)))]
+        std = feature_std(model, pages, args.max_tiles)
+    runs = []
+    for given in args.noise or args.noise_relative or []:
+        stem = f"{args.out / benchmark.name}.noise-{given:g}{unit}"
+        sigma = float(f"{given * std:.6g}")
+        noisy = {**settings, "noise": sigma}
+        rows = predict(model, tokenizer, benchmark, stem, noisy, args.batch_size)
+        if rows:
+            measured = read_json(Path(f"{stem}.settings.json"))["measured"]
+            score = headline(METRICS[benchmark.name](rows))
+            runs.append({"sigma": sigma, **measured, "score": score})
+    return runs
 
 
 def predict(model: AlignVLM, tokenizer: Tokenizer, benchmark: Benchmark, stem: str, settings: dict,
             batch_size: int) -> list[dict]:
-    """Answer a benchmark's questions, greedily -> its rows with a prediction in each, which are then in STEM.jsonl.
+    """Answer a benchmark's questions, greedily -> its rows, each with a prediction.
 
-    Every rank calls this: it answers every world-th of the samples that are left, and writes each batch's answers to
-    its own STEM.rankR; the first one joins the files, in the benchmark's order, and returns the rows, the others none.
-    settings: max_new_tokens, max_tiles and noise (sigma), and what else must be the same for predictions to be
-    continued. Raises InputError.
+    Every rank calls this. It answers every world-th of the samples that are left, and writes each
+    batch's answers to its own STEM.rankR. The first one joins the files to STEM.jsonl, in the
+    benchmark's order, and returns the rows; the others return none.
+
+    settings: max_new_tokens, max_tiles and noise (sigma), and what else must be the same for
+    predictions to be continued. Raises InputError.
     """
     rank, world = dist.get_rank(), dist.get_world_size()
-    settings = {**settings, "samples": len(benchmark.rows),
-                "questions": zlib.crc32(json.dumps([benchmark.rows, benchmark.prompts]).encode())}
-    done = [begin_predictions(stem, settings, len(benchmark.rows)) if rank == 0 else None]
+    n = len(benchmark.rows)
+    questions = json.dumps([benchmark.rows, benchmark.prompts]).encode()
+    settings = {**settings, "samples": n, "questions": zlib.crc32(questions)}
+    done = [begin_predictions(stem, settings, n) if rank == 0 else None]
     dist.broadcast_object_list(done)
-    todo = [i for i in range(len(benchmark.rows)) if i not in done[0]][rank::world]
-    if todo:
-        with (open_log(Path(f"{stem}.rank{rank}")) as file, noise_on(model, settings["noise"]) as noise,
-              tqdm(total=len(todo), desc=Path(stem).name, disable=rank > 0) as bar):
-            for first in range(0, len(todo), batch_size):
-                batch = todo[first:first + batch_size]
-                images = [benchmark.images(i) for i in batch]
-                if noise:
-                    noise.samples = [(f"{benchmark.name}/{benchmark.rows[i]['index']}", count_tiles(
-                        model, pages, settings["max_tiles"])) for i, pages in zip(batch, images)]
-                *_, texts = answer(model, tokenizer, images, [benchmark.prompts[i] for i in batch],
-                                   settings["max_tiles"], max_new_tokens=settings["max_new_tokens"])
-                for i, text, measured in zip(batch, texts, noise.measured if noise else [None] * len(batch)):
-                    file.write(json.dumps({"sample": i, "prediction": text, "measured": measured}) + "\n")
-                bar.update(len(batch))
+    left = [i for i in range(n) if i not in done[0]]
+    mine = left[rank::world]
+    if mine:
+        answer_samples(model, tokenizer, benchmark, mine, stem, settings, batch_size)
     dist.barrier()
     return join_predictions(benchmark, stem, settings) if rank == 0 else []
+
+
+def answer_samples(model: AlignVLM, tokenizer: Tokenizer, benchmark: Benchmark, samples: list[int],
+                   stem: str, settings: dict, batch_size: int) -> None:
+    """Answer some of a benchmark's samples: a line of this rank's STEM.rankR for each."""
+    rank = dist.get_rank()
+    with (open_log(Path(f"{stem}.rank{rank}")) as file,
+          noise_on(model, settings["noise"]) as noise,
+          tqdm(total=len(samples), desc=Path(stem).name, disable=rank > 0) as bar):
+        for first in range(0, len(samples), batch_size):
+            batch = samples[first:first + batch_size]
+            images = [benchmark.images(i) for i in batch]
+            prompts = [benchmark.prompts[i] for i in batch]
+            if noise:
+                noise.samples = [
+                    (f"{benchmark.name}/{benchmark.rows[i]['index']}",
+                     count_tiles(model, pages, settings["max_tiles"]))
+                    for i, pages in zip(batch, images)]
+            *_, texts = answer(model, tokenizer, images, prompts, settings["max_tiles"],
+                               max_new_tokens=settings["max_new_tokens"])
+            measured = noise.measured if noise else [None] * len(batch)
+            for i, text, of_sample in zip(batch, texts, measured):
+                line = {"sample": i, "prediction": text, "measured": of_sample}
+                file.write(json.dumps(line) + "\n")
+            bar.update(len(batch))
 
 
 def count_tiles(model: AlignVLM, pages: list[Image.Image], max_tiles: int) -> int:
     return sum(len(tile_boxes(*page.size, model.config.vision, max_tiles)) for page in pages)
 
 
-def evaluate(model: AlignVLM, tokenizer: Tokenizer, benchmark: Benchmark, weights: int,
-             args) -> tuple[dict, list[dict]]:
-    """A benchmark's scores by name, and, for each of --noise, sigma, std_F, cosine_distance and the headline score.
+def fingerprint(model: AlignVLM) -> int:
+    """What tells one training from another: a checksum of a thousand numbers of each tensor."""
+    crc = 0
+    for name, p in model.state_dict().items():
+        step = max(1, p.numel() // 1000)
+        some = p.flatten()[::step].float().cpu()
+        crc = zlib.crc32(some.numpy().tobytes(), zlib.crc32(name.encode(), crc))
+    return crc
 
-    weights: the model's fingerprint.
-    """
-    settings = {"weights": weights, "benchmark": benchmark.name, "limit": args.limit,
-                "max_new_tokens": args.max_new_tokens, "max_tiles": args.max_tiles, "noise": 0.0}
-    benchmark = replace(benchmark, rows=benchmark.rows[:args.limit], prompts=benchmark.prompts[:args.limit])
-    rows = predict(model, tokenizer, benchmark, str(args.out / benchmark.name), settings, args.batch_size)
-    scores, noise = METRICS[benchmark.name](rows) if rows else {}, []
-    std = 1.0
-    if args.noise_relative:
-        pages = [benchmark.images(i) for i in range(min(STD_PAGES, len(benchmark.rows)))]
-        std = feature_std(model, pages, args.max_tiles)
-    for given in args.noise or args.noise_relative or []:
-        stem = f"{args.out / benchmark.name}.noise-{given:g}" + ("std" if args.noise_relative else "")
-        sigma = float(f"{given * std:.6g}")
-        rows = predict(model, tokenizer, benchmark, stem, {**settings, "noise": sigma}, args.batch_size)
-        if rows:
-            noise.append({"sigma": sigma, **read_json(Path(f"{stem}.settings.json"))["measured"],
-                          "score": headline(METRICS[benchmark.name](rows))})
-    return scores, noise
+
+# -------------------------------------------------------------------------------------------------
+# The command line
 
 
 def parse_args() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
-    add("--benchmark", nargs="+", default=["toy"], metavar="[NAME=]PATH", help="benchmarks as VLMEvalKit (TSV), "
-        "DocDownstream (JSONL) or VCR-wiki (parquet) have them; drawn documents, 200 or as many as one likes: "
-        f"{', '.join(TOYS)}, toy=N (default: toy)")
-    add("--checkpoint", type=Path, help="model folder (default: the newest under out/, or else the one in the box)")
-    add("--out", type=Path, help="where predictions, table.md and scores.json go (default: CHECKPOINT/eval, and "
-        "out/box/eval for the model in the box)")
+    add("--benchmark", nargs="+", default=["toy"], metavar="[NAME=]PATH", help="benchmarks as "
+        "VLMEvalKit (TSV), DocDownstream (JSONL) or VCR-wiki (parquet) have them; drawn documents, "
+        f"200 or as many as one likes: {', '.join(TOYS)}, toy=N (default: toy)")
+    add("--checkpoint", type=Path, help="model folder (default: the newest under out/, or else the "
+        "shipped one)")
+    add("--out", type=Path, help="where predictions, table.md and scores.json go (default: "
+        "CHECKPOINT/eval, and out/shipped/eval for the shipped model)")
     add("--score", nargs="+", metavar="[NAME=]FILE", help="only score files of predictions again")
-    add("--vocab", type=int, metavar="N", help="only average P_vocab over the first N samples' pages, into "
-        "OUT/vocab.png and vocab.json (needs `pip install matplotlib`)")
-    add("--limit", type=int, metavar="N", help="the first N samples of each benchmark (default: all)")
-    add("--batch-size", type=int, default=16, help="samples answered together by a process (default: %(default)s)")
+    add("--vocab", type=int, metavar="N", help="only average P_vocab over the first N samples' "
+        "pages, into OUT/vocab.png and vocab.json (needs `pip install matplotlib`)")
+    add("--limit", type=int, metavar="N", help="the first N samples of each benchmark (default: "
+        "all)")
+    add("--batch-size", type=int, default=16, help="samples answered together by a process "
+        "(default: %(default)s)")
     add("--max-new-tokens", type=int, default=256, help="longest answer (default: %(default)s)")
-    add("--max-tiles", type=int, default=9, help="tiles a page is cut into at most (default: %(default)s)")
-    noise = parser.add_mutually_exclusive_group().add_argument
-    noise("--noise", type=float, nargs="+", metavar="SIGMA", help="evaluate once more with Gaussian noise of this "
-          "standard deviation on the visual features F (the paper: 3)")
-    noise("--noise-relative", type=float, nargs="+", metavar="R", help="the same, in standard deviations of F")
+    add("--max-tiles", type=int, default=9, help="tiles a page is cut into at most (default: "
+        "%(default)s)")
+    noise = parser.add_mutually_exclusive_group()
+    noise.add_argument("--noise", type=float, nargs="+", metavar="SIGMA", help="evaluate once more "
+                       "with Gaussian noise of this standard deviation on the visual features F "
+                       "(the paper: 3)")
+    noise.add_argument("--noise-relative", type=float, nargs="+", metavar="R", help="the same, in "
+                       "standard deviations of F")
     args = parser.parse_args()
-    numbers = (args.limit, args.vocab, args.batch_size, args.max_new_tokens, args.max_tiles)
-    if min(1 if n is None else n for n in numbers) < 1:
-        parser.error("--limit, --vocab, --batch-size, --max-new-tokens and --max-tiles are at least 1")
-    if not all(0 < sigma < float("inf") for sigma in args.noise or args.noise_relative or []):
+    numbers = args.limit, args.vocab, args.batch_size, args.max_new_tokens, args.max_tiles
+    if any(number is not None and number < 1 for number in numbers):
+        parser.error("--limit, --vocab, --batch-size, --max-new-tokens and --max-tiles are at "
+                     "least 1")
+    if not all(0 < sigma < math.inf for sigma in args.noise or args.noise_relative or []):
         parser.error("the noise is more than 0: without any the benchmark is evaluated anyway")
     return args
+
+
+def default_out(folder: Path) -> Path:
+    """Where a model's scores go: into its folder, but nothing is written into the repository."""
+    if folder.resolve().parent == SHIPPED.resolve().parent:
+        return Path("out", "shipped", "eval")
+    return folder / "eval"
+
+
+def earlier_results(path: Path, weights: int) -> dict[str, dict]:
+    """The scores and noise that a scores.json has of this model's other benchmarks.
+
+    The table is of all that was measured. Raises InputError for those of another model.
+    """
+    results = {"scores": {}, "noise": {}}
+    if not path.exists():
+        return results
+    before = read_json(path)
+    if before.get("weights") != weights:
+        raise InputError(f"{path}: scores of another model: take another --out")
+    check_scores(before, path)
+    return {key: before.get(key, empty) for key, empty in results.items()}
+
+
+def report_vocab(model: AlignVLM, tokenizer: Tokenizer, benchmarks: list[Benchmark],
+                 args: argparse.Namespace) -> None:
+    """--vocab: a picture of P_vocab over the first samples' pages, and a line about it."""
+    samples = [(benchmark, i) for benchmark in benchmarks for i in range(len(benchmark.rows))]
+    pages = (tile(page, model.config.vision, args.max_tiles)
+             for benchmark, i in samples[:args.vocab] for page in benchmark.images(i))
+    args.out.mkdir(parents=True, exist_ok=True)
+    found = vocab_report(model, tokenizer, pages, args.out / "vocab.png")
+    print(summary_line(found, args.out))
 
 
 def main() -> None:
     args = parse_args()
     if args.score:
-        return score_files(args.score, args.out)
+        score_files(args.score, args.out)
+        return
     benchmarks = [open_benchmark(spec) for spec in args.benchmark]
     if len({benchmark.name for benchmark in benchmarks}) < len(benchmarks):
         raise InputError(f"--benchmark {' '.join(args.benchmark)}: one file for each benchmark")
     folder = args.checkpoint or default_model()
-    args.out = args.out or (Path("out", "box") if folder.resolve().parent == IN_THE_BOX.resolve() else folder) / "eval"
-    timeout = timedelta(hours=2)        # of ranks that wait for one with longer answers, or for the first to score
-    device, _ = start_processes(timeout)
+    args.out = args.out or default_out(folder)
+    device = start_processes(TIMEOUT)
     model = AlignVLM.from_pretrained(folder, device=device).eval()
-    weights = fingerprint(model)
-    model.llm.pack()
+    weights = fingerprint(model)            # before they are laid out anew
+    fast.use(model, inference=True)
     tokenizer = Tokenizer(folder, model.config.llm.vocab_size)
     if args.vocab:
-        files = [(b, i) for b in benchmarks for i in range(len(b.rows))][:args.vocab]
-        pages = (tile(page, model.config.vision, args.max_tiles) for b, i in files for page in b.images(i))
-        args.out.mkdir(parents=True, exist_ok=True)
-        return print(summary_line(vocab_report(model, tokenizer, pages, args.out / "vocab.png"), args.out))
-    results = {"model": str(folder), "weights": weights, "scores": {}, "noise": {}}
-    if (args.out / "scores.json").exists():     # of other benchmarks: the table is of all that was measured
-        before = read_json(args.out / "scores.json")
-        if before.get("weights") != results["weights"]:
-            raise InputError(f"{args.out / 'scores.json'}: scores of another model: take another --out")
-        check_scores(before, args.out / "scores.json")
-        results |= {key: before[key] for key in ("scores", "noise") if key in before}
-    with roll_call(timeout):
+        report_vocab(model, tokenizer, benchmarks, args)
+        return
+    results = {"model": str(folder), "weights": weights,
+               **earlier_results(args.out / "scores.json", weights)}
+    with name_stalled_rank(TIMEOUT):
         for benchmark in benchmarks:
-            scores, noise = evaluate(model, tokenizer, benchmark, weights, args)
+            scores, noise = evaluate_benchmark(model, tokenizer, benchmark, weights, args)
             results["scores"][benchmark.name] = scores
             if noise:
-                noise = {run["sigma"]: run for run in [*results["noise"].get(benchmark.name, []), *noise]}
-                results["noise"][benchmark.name] = list(noise.values())
+                runs = [*results["noise"].get(benchmark.name, []), *noise]
+                newest = {run["sigma"]: run for run in runs}
+                results["noise"][benchmark.name] = list(newest.values())
         if dist.get_rank() == 0:
             show(results, args.out)
         dist.barrier()

@@ -483,8 +483,8 @@ class KVCache:
         self.rows = torch.arange(batch, device=device)[:, None]             # (B, 1)
         if prefix:
             for layer in layers:
-                self.k[layer][:, :, :self.start] = prefix.k[layer]
-                self.v[layer][:, :, :self.start] = prefix.v[layer]
+                self.k[layer][:, :, :self.start] = prefix.k[layer][:, :, :self.start]
+                self.v[layer][:, :, :self.start] = prefix.v[layer][:, :, :self.start]
 
     def grow(self) -> None:
         """Attention reads one position more from now on."""

@@ -1,19 +1,18 @@
 """Ask a trained AlignVLM about a document.
 
-    python sample.py --image doc.png                                    # reads the page aloud
+    python sample.py --image doc.png                                # reads the page aloud
     python sample.py --image doc.png --prompt "what is TAX?"
-    python sample.py --image page1.png page2.png --prompt "which is newer?"                     # both in one prompt
-    python sample.py --image pages/ --prompt "what is TAX?"             # each image of a folder by itself, a line each
-    python sample.py --questions pages/questions.jsonl --answers answers.jsonl                  # JSONL in, JSONL out
-    python sample.py --image doc.png --interactive                      # read the page once, then type questions
-    python sample.py --image doc.png --explain words.png                # the word that every patch is mapped to
-    python sample.py --align-vocab 100 --choose-from pages/*.png        # choose the connector's words, and store them
-    python sample.py --align-vocab 100 --image doc.png                  # with these words alone
-    python sample.py --llm Llama-3.2-1B-Instruct --prompt "What is the capital of France?"      # the bare LLM
+    python sample.py --image page1.png page2.png --prompt "which is newer?"     # both in one prompt
+    python sample.py --image pages/ --prompt "what is TAX?"         # each of a folder by itself
+    python sample.py --questions pages/questions.jsonl --answers answers.jsonl
+    python sample.py --image doc.png --interactive                  # reads it once; type questions
+    python sample.py --image doc.png --explain tokens.png           # the token of every patch
+    python sample.py --image doc.png --align-vocab      # with the tokens of `paper.align_vocab`
+    python sample.py --llm Llama-3.2-1B-Instruct --prompt "What is the capital of France?"
 
-Without --checkpoint the newest trained model under out/ is taken, or else the one in the box, toy/stage3. --llm is the
-first thing to try on new weights: a downloaded folder, in hub format or Meta's, talks in its own chat format and sees
-no image.
+Without --checkpoint the newest trained model under out/ answers, or else the shipped one in
+toy/stage3. --llm asks the bare LLM of a downloaded folder, in hub format or Meta's, without an
+image. It is the first thing to try on new weights.
 """
 import argparse
 import json
@@ -29,181 +28,101 @@ from PIL import Image
 from torch import Tensor
 from tqdm import tqdm
 
-from data import READ, TextError, Tokenizer, encode_chat, prepare
-from plumbing.examples import Example, Turn
-from model import IMAGE, AlignVLM, KVCache, Llama
-from paper.align_vocab import choose_align_vocab, use_align_vocab
-from paper.words import explain
-from plumbing.runs import IN_THE_BOX
-from plumbing.settings import InputError
+from data import READ, Sample, TextError, Tokenizer, encode_chat, prepare
+from model import AlignVLM, Llama
+from plumbing import fast
+from plumbing.examples import IMAGE, Example, Turn
 from plumbing.images import read_image
-from vision import tile
+from plumbing.settings import InputError
 
-BATCH = 16      # pages that are asked about together
+SHIPPED = Path(__file__).parent / "toy" / "stage3"      # the model that comes with this repository
+BATCH = 16                      # pages that are asked about together
 MAX_QUESTION = 4096             # tokens that --interactive takes in one question
 
-
-def newest_checkpoint(out: Path = Path("out")) -> Path:
-    """The highest stage of the run that was trained last, of the runs out/*/stageN."""
-    stages = [path.parent for path in out.glob("*/stage[123]/config.json")]
-    if not stages:
-        raise InputError(f"no trained model under {out}/: run `python train.py` first, or name one with --checkpoint")
-    run = max(stages, key=lambda folder: (folder / "config.json").stat().st_mtime).parent
-    return max(folder for folder in stages if folder.parent == run)
+# -------------------------------------------------------------------------------------------------
+# From a page to an answer
 
 
-def default_model() -> Path:
-    """The newest trained model, or else the one in the box. Raises InputError where there is neither."""
-    try:
-        return newest_checkpoint()
-    except InputError:
-        if not (IN_THE_BOX / "stage3" / "config.json").exists():
-            raise
-        print("nothing is trained under out/: this is the model in the box", file=sys.stderr)
-        return IN_THE_BOX / "stage3"
+def answer(model: AlignVLM, tokenizer: Tokenizer, images: list[Image.Image | list[Image.Image]],
+           prompts: list[str], max_tiles: int = 9, **generation) -> Iterator[list[str]]:
+    """Answer each (image or images, prompt), all of them as one batch.
 
+    Yields the answers so far after every token, and once more at the end.
 
-def image_files(paths: list[str]) -> list[Path]:
-    """The images of a folder, in the order of their names, or the paths as they are. Raises InputError."""
-    folders = [path for path in map(Path, paths) if path.is_dir()]
-    if not folders:
-        return [Path(path) for path in paths]
-    if len(paths) > 1:
-        raise InputError(f"{folders[0]}: a folder goes alone, or else name its images")
-    endings = {ending for ending, kind in Image.registered_extensions().items() if kind in Image.OPEN}
-    files = sorted(file for file in folders[0].iterdir() if file.suffix.lower() in endings and file.is_file())
-    if not files:
-        raise InputError(f"{folders[0]}: no image in this folder")
-    for file in files:
-        read_image(file)            # a bad one is found before anything is answered
-    return files
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Answers
-
-
-def answer(model: AlignVLM, tokenizer: Tokenizer, images: list[Image.Image | list[Image.Image]], prompts: list[str],
-           max_tiles: int = 9, **generation) -> Iterator[list[str]]:
-    """Answer each (image or images, prompt) as one batch; yields the answers so far after every token,
-    and once more at the end.
-
-    generation: what AlignVLM.generate takes (max_new_tokens, temperature, top_p, seed). An empty prompt asks for a
-    caption: the user's turn is the image alone, as in stage 1.
+    generation: what AlignVLM.generate takes (max_new_tokens, temperature, top_p, seed).
+    An empty prompt asks for a caption: the user's turn is the image alone, as in stage 1.
     """
-    samples = []
+    questions = []
     for pages, prompt in zip(images, prompts):
-        pages = pages if isinstance(pages, list) else [pages]
-        turn = Turn("user", [IMAGE] * len(pages) + ([prompt] if prompt else []))
-        samples.append(prepare(Example(pages, [turn], ""), tokenizer, model.config.vision, max_tiles,
-                               tile_tokens=model.config.tile_tokens))
-    ids: list[list[int]] = [[] for _ in samples]
-    for step in model.generate([s.tokens for s in samples], [s.pixels for s in samples], tokenizer.stop, **generation):
-        for row, token in zip(ids, step):
-            row += [] if token is None else [token]
-        yield [tokenizer.decode(row) for row in ids]
-    yield [tokenizer.decode(row) for row in ids]
+        if not isinstance(pages, list):
+            pages = [pages]
+        questions.append(prepare_question(model, tokenizer, pages, prompt, max_tiles))
+    tokens = [question.tokens for question in questions]        # (L_b,) of each
+    pixels = [question.pixels for question in questions]        # (T_b, 3, S, S) of each
+
+    answers: list[list[int]] = [[] for _ in questions]
+    for step in model.generate(tokens, pixels, tokenizer.stop, **generation):
+        for ids, token in zip(answers, step):
+            if token is not None:
+                ids.append(token)
+        yield [tokenizer.decode(ids) for ids in answers]
+    yield [tokenizer.decode(ids) for ids in answers]
 
 
-def chat(llm: Llama, tokenizer: Tokenizer, prompt: str, **generation) -> Iterator[list[str]]:
-    """The bare LLM's answer to a prompt, so far, after every token."""
-    return go_on(llm, tokenizer, encode_chat([Turn("user", [prompt])], tokenizer, [])[0], **generation)
+def prepare_question(model: AlignVLM, tokenizer: Tokenizer, pages: list[Image.Image], prompt: str,
+                     max_tiles: int) -> Sample:
+    """A user's turn, the pages and then the prompt, as tokens and tiles for the model."""
+    parts = [IMAGE] * len(pages)
+    if prompt:
+        parts.append(prompt)
+    example = Example(pages, [Turn("user", parts)], "")
+    return prepare(example, tokenizer, model.config.vision, max_tiles,
+                   tile_tokens=model.config.tile_tokens)
 
 
-def go_on(llm: Llama, tokenizer: Tokenizer, tokens: Tensor, **generation) -> Iterator[list[str]]:
+def continue_text(llm: Llama, tokenizer: Tokenizer, tokens: Tensor,
+                  **generation) -> Iterator[list[str]]:
     """What the LLM writes after tokens (L,), so far, after every token."""
-    x, ids = llm.embed_tokens(tokens[None].to(llm.embed_tokens.weight.device)), []          # (1, L, D)
+    x = llm.embed_tokens(tokens[None].to(llm.embed_tokens.weight.device))       # (1, L, D)
+    ids = []
     for [token] in llm.generate(x, [len(tokens)], tokenizer.stop, **generation):
         ids.append(token)
         yield [tokenizer.decode(ids)]
 
 
-def answer_each(model: AlignVLM, tokenizer: Tokenizer, files: list[Path], prompts: list[str], what: str,
-                **generation) -> Iterator[str]:
-    """The answer to each prompt about the image of its own, BATCH at a time, beside a bar that says `what`."""
-    with tqdm(total=len(files), desc=what) as bar:
-        for first in range(0, len(files), BATCH):
-            images = [read_image(file) for file in files[first:first + BATCH]]
-            *_, texts = answer(model, tokenizer, images, prompts[first:first + BATCH], **generation)
-            yield from texts
-            bar.update(len(images))
-
-
-def read_questions(path: Path) -> list[dict]:
-    """The rows of a JSONL file with an image, relative to the file, and a prompt in each. Raises InputError."""
-    rows = []
-    try:
-        lines = path.read_text(encoding="utf-8-sig").split("\n")      # splitlines() would also cut inside a string
-        for number, line in enumerate(lines, 1):
-            if line.strip():
-                rows.append(json.loads(line))
-                if not all(isinstance(rows[-1][key], str) for key in ("image", "prompt")):
-                    raise TypeError("both are strings")
-                if not (path.parent / rows[-1]["image"]).is_file():
-                    name = str(path.parent / rows[-1]["image"])[:200]
-                    raise InputError(f"{path}, line {number}: no file {name!r}")
-                read_image(path.parent / rows[-1]["image"])        # a bad one is found before anything is answered
-    except UnicodeDecodeError:
-        raise InputError(f"{path}: not UTF-8 text") from None
-    except InputError:
-        raise
-    except (ValueError, RecursionError, KeyError, TypeError):
-        raise InputError(f'{path}, line {number}: not JSON with an "image" and a "prompt", both strings') from None
-    return rows
-
-
-def answer_file(model: AlignVLM, tokenizer: Tokenizer, args, **generation) -> None:
-    """The rows of --questions with a `prediction` in each; written beside --answers, then renamed."""
-    rows = read_questions(Path(args.questions))
-    answers = Path(args.answers).resolve()
-    if answers.exists() and not answers.is_file():
-        raise InputError(f"--answers {args.answers}: a folder or a device, not a file")
-    files, prompts = [Path(args.questions).parent / row["image"] for row in rows], [row["prompt"] for row in rows]
-    answers.parent.mkdir(parents=True, exist_ok=True)
-    partial = answers.with_name(answers.name + ".partial")
-    with partial.open("w", encoding="utf-8") as out:
-        predictions = answer_each(model, tokenizer, files, prompts, "questions", max_tiles=args.max_tiles, **generation)
-        for prediction, row in zip(predictions, rows):
-            out.write(json.dumps({**row, "prediction": prediction}) + "\n")
-    os.replace(partial, answers)
-
-
-def answer_folder(model: AlignVLM, tokenizer: Tokenizer, files: list[Path], prompt: str, max_tiles: int,
-                  **generation) -> None:
-    """Ask the same about each image by itself: a line `name: answer` for each, in which a line's end is a slash."""
-    texts = answer_each(model, tokenizer, files, [prompt] * len(files), "pages", max_tiles=max_tiles, **generation)
-    for text, file in zip(texts, files):
-        tqdm.write(f"{file.name}: {' / '.join(text.splitlines())}")
-
-
-def explain_files(model: AlignVLM, tokenizer: Tokenizer, files: list[Path], out: Path, max_tiles: int) -> None:
-    """A picture of each image's words: `out`, or of several images one each, numbered."""
-    for number, file in enumerate(tqdm(files, desc="explaining"), 1):
-        path = out if len(files) == 1 else out.with_name(f"{out.stem}-{number}{out.suffix}")
-        explain(model, tokenizer, read_image(file), path, max_tiles, file.name)
-        tqdm.write(f"{file}: the word of every patch is drawn in {path}")
+# -------------------------------------------------------------------------------------------------
+# A conversation: the pages are read once
 
 
 class Conversation:
-    """Questions about the same images, which are read once: their keys and values stay, for every question anew."""
+    """Questions about the same images: what was read of them stays in a cache for every question.
 
-    def __init__(self, model: AlignVLM, tokenizer: Tokenizer, images: list[Image.Image], max_tiles: int = 9):
-        self.model, self.tokenizer, self.images = model, tokenizer, [IMAGE] * len(images)
-        sample = prepare(Example(images, [Turn("user", self.images)], ""), tokenizer, model.config.vision, max_tiles,
-                         tile_tokens=model.config.tile_tokens)
-        tokens = sample.tokens[:after_images(sample.tokens)]                    # (P,), the same for every question
+    No question knows of those before it.
+    """
+
+    def __init__(self, model: AlignVLM, tokenizer: Tokenizer, images: list[Image.Image],
+                 max_tiles: int = 9):
+        self.model = model
+        self.tokenizer = tokenizer
+        self.n_images = len(images)
+        sample = prepare_question(model, tokenizer, images, "", max_tiles)
+        tokens = sample.tokens[:after_images(sample.tokens)]        # (P,), those of every question
         with torch.inference_mode():
-            x = model.embed(tokens[None], sample.pixels.to(model.llm.embed_tokens.weight))      # (1, P, D)
-            self.read = KVCache(model.config.llm, 1, len(tokens), x.device, x.dtype)
-            model.llm.hidden(x, None, self.read, torch.arange(len(tokens), device=x.device)[None])
+            E_text = model.llm.embed_tokens.weight
+            x = model.embed(tokens[None], sample.pixels.to(E_text))             # (1, P, D)
+            self.read = model.llm.new_cache(1, len(tokens))
+            self.read.reach = len(tokens)               # it may have more room than that
+            model.llm.hidden(x, cache=self.read)
 
     def ask(self, prompt: str, **generation) -> Iterator[list[str]]:
-        """The answer so far, after every token, as `answer` gives it. Raises TextError."""
-        tokens, _ = encode_chat([Turn("user", [*self.images, prompt])], self.tokenizer, [1] * len(self.images))
+        """The answer so far, after every token. Raises TextError for a question that is no text."""
+        turn = Turn("user", [IMAGE] * self.n_images + [prompt])
+        tokens, _ = encode_chat([turn], self.tokenizer, [1] * self.n_images)
         tokens = tokens[after_images(tokens):]                                  # (L,)
         if len(tokens) > MAX_QUESTION:
             raise TextError(f"a question of {len(tokens):,} tokens: at most {MAX_QUESTION:,}")
-        yield from go_on(self.model.llm, self.tokenizer, tokens, prefix=self.read, **generation)
+        yield from continue_text(self.model.llm, self.tokenizer, tokens, prefix=self.read,
+                                 **generation)
 
 
 def after_images(tokens: Tensor) -> int:
@@ -211,30 +130,34 @@ def after_images(tokens: Tensor) -> int:
     return int((tokens == IMAGE).nonzero()[-1]) + 1
 
 
-def converse(model: AlignVLM, tokenizer: Tokenizer, images: list[Image.Image], max_tiles: int, **generation) -> None:
+def converse(model: AlignVLM, tokenizer: Tokenizer, images: list[Image.Image], max_tiles: int,
+             **generation) -> None:
     """Answer what is typed, a question a line, until an empty one or the input's end."""
     start = time.perf_counter()
     conversation = Conversation(model, tokenizer, images, max_tiles)
-    print(f"read in {time.perf_counter() - start:.2f} s; an empty line ends", file=sys.stderr)
+    seconds = time.perf_counter() - start
+    print(f"read in {seconds:.2f} s; an empty line ends", file=sys.stderr)
     while True:
         try:
             question = input("> ")
-            if not question.strip():
-                return
-            start = time.perf_counter()
-            times = show(conversation.ask(question, **generation))
         except EOFError:
-            return print()
+            print()
+            return
+        if not question.strip():
+            return
+        start = time.perf_counter()
+        try:
+            times = show(conversation.ask(question, **generation))
         except TextError as error:
             print(error, file=sys.stderr)
-            continue
-        if times:
-            print(speed(model.llm, start, times), file=sys.stderr)
+        else:
+            print_speed(model.llm, start, times)
 
 
 def show(answers: Iterator[list[str]]) -> list[float]:
     """Print an answer as it grows; returns when each of its tokens came."""
-    shown, times = 0, []
+    shown = 0
+    times = []
     for [text] in answers:
         times.append(time.perf_counter())
         text = text.rstrip("\ufffd")        # the first bytes of a character wait for the rest of it
@@ -244,113 +167,255 @@ def show(answers: Iterator[list[str]]) -> list[float]:
     return times
 
 
-def speed(llm: Llama, start: float, times: list[float]) -> str:
-    """What it took: seconds until the first token, then tokens, and bytes of weights read for them, per second."""
+def print_speed(llm: Llama, start: float, times: list[float]) -> None:
+    """Say how long the first token took, and how fast the others and the weights for them came."""
+    if not times:
+        return
     line = f"first token after {times[0] - start:.2f} s"
     if len(times) > 1:
         rate = (len(times) - 1) / (times[-1] - times[0])
-        read = sum(p.nbytes for p in llm.layers.parameters()) + llm.head.nbytes
+        read = sum(p.nbytes for p in llm.layers.parameters()) + llm.head.nbytes     # for a token
         line += f", then {rate:.1f} tokens/s ({read * rate / 1e9:.1f} GB/s)"
-    return line
+    print(line, file=sys.stderr)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# -------------------------------------------------------------------------------------------------
+# Files of questions, and folders of pages
+
+
+def image_files(paths: list[str]) -> list[Path]:
+    """The images of a folder, in the order of their names, or the paths as they are.
+
+    Those of a folder are read once, so that a bad one is found before anything is answered.
+    Raises InputError.
+    """
+    folders = [Path(path) for path in paths if os.path.isdir(path)]
+    if not folders:
+        return [Path(path) for path in paths]
+    if len(paths) > 1:
+        raise InputError(f"{folders[0]}: a folder goes alone, or else name its images")
+    endings = {ending for ending, kind in Image.registered_extensions().items()
+               if kind in Image.OPEN}
+    files = [file for file in sorted(folders[0].iterdir())
+             if file.is_file() and file.suffix.lower() in endings]
+    if not files:
+        raise InputError(f"{folders[0]}: no image in this folder")
+    for file in files:
+        read_image(file)
+    return files
+
+
+def read_questions(path: Path) -> list[dict]:
+    """The rows of a JSONL file, each with an image, relative to the file, and a prompt.
+
+    Every image is read once, so that a bad one is found before anything is answered.
+    Raises InputError.
+    """
+    try:
+        text = path.read_text(encoding="utf-8-sig")
+    except UnicodeDecodeError:
+        raise InputError(f"{path}: not UTF-8 text") from None
+    rows = []
+    for number, line in enumerate(text.split("\n"), 1):     # splitlines() would cut inside a string
+        if line.strip():
+            rows.append(read_question(line, path.parent, f"{path}, line {number}"))
+    return rows
+
+
+def read_question(line: str, folder: Path, where: str) -> dict:
+    """A line of --questions as its row. Raises InputError."""
+    try:
+        row = json.loads(line)
+        image, prompt = row["image"], row["prompt"]
+    except (ValueError, RecursionError, KeyError, TypeError):
+        image = prompt = None
+    if not isinstance(image, str) or not isinstance(prompt, str):
+        raise InputError(f'{where}: not JSON with an "image" and a "prompt", both strings')
+    if not (folder / image).is_file():
+        raise InputError(f"{where}: no file {str(folder / image)[:200]!r}")
+    read_image(folder / image)
+    return row
+
+
+def answer_each(model: AlignVLM, tokenizer: Tokenizer, files: list[Path], prompts: list[str],
+                **options) -> Iterator[str]:
+    """The answer to each prompt about the image of its own, BATCH at a time, beside a bar.
+
+    options, here and below: max_tiles and generation, as `answer` takes them.
+    """
+    with tqdm(total=len(files), desc="answering") as bar:
+        for first in range(0, len(files), BATCH):
+            images = [read_image(file) for file in files[first:first + BATCH]]
+            some = prompts[first:first + BATCH]
+            *_, texts = answer(model, tokenizer, images, some, **options)
+            yield from texts
+            bar.update(len(images))
+
+
+def answer_questions(model: AlignVLM, tokenizer: Tokenizer, questions: Path, answers: Path,
+                     **options) -> None:
+    """Write the rows of `questions`, each with a `prediction`, beside `answers`, then rename."""
+    rows = read_questions(questions)
+    files = [questions.parent / row["image"] for row in rows]
+    prompts = [row["prompt"] for row in rows]
+    if answers.exists() and not answers.is_file():
+        raise InputError(f"--answers {answers}: a folder or a device, not a file")
+    answers = answers.resolve()             # a link stays one
+    answers.parent.mkdir(parents=True, exist_ok=True)
+    partial = answers.with_name(answers.name + ".partial")
+    with partial.open("w", encoding="utf-8") as out:
+        for row, prediction in zip(rows, answer_each(model, tokenizer, files, prompts, **options)):
+            out.write(json.dumps({**row, "prediction": prediction}) + "\n")
+    os.replace(partial, answers)
+
+
+def answer_folder(model: AlignVLM, tokenizer: Tokenizer, files: list[Path], prompt: str,
+                  **options) -> None:
+    """Ask the same about each image: a line `name: answer` each, its own line ends as slashes."""
+    texts = answer_each(model, tokenizer, files, [prompt] * len(files), **options)
+    for file, text in zip(files, texts):
+        tqdm.write(f"{file.name}: {' / '.join(text.splitlines())}")
+
+
+# -------------------------------------------------------------------------------------------------
 # The command line
 
 
+def newest_checkpoint(out: Path = Path("out")) -> Path | None:
+    """The highest stage of the run that was trained last, of the runs out/*/stageN."""
+    stages = [path.parent for path in out.glob("*/stage[123]/config.json")]
+    if not stages:
+        return None
+    newest = max(stages, key=lambda folder: (folder / "config.json").stat().st_mtime)
+    return max(folder for folder in stages if folder.parent == newest.parent)
+
+
+def default_model() -> Path:
+    """The newest trained model, or else the shipped one. Raises InputError if there is neither."""
+    newest = newest_checkpoint()
+    if newest is not None:
+        return newest
+    if not (SHIPPED / "config.json").exists():
+        raise InputError("no trained model under out/: run `python train.py` first, or name one "
+                         "with --checkpoint")
+    print("nothing is trained under out/: this is the shipped model", file=sys.stderr)
+    return SHIPPED
+
+
 def parse_args() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
-    add("--image", nargs="+", help="the document: PNG, JPEG, TIFF, ... in any mode and of any size; several are "
-        "shown together; of a folder each image is answered by itself")
+    add("--image", nargs="+", help="the document: PNG, JPEG, TIFF, ... in any mode, of any size; "
+        "several are shown together; of a folder each image is answered by itself")
     add("--prompt", help=f"what to ask about it (default: {READ!r}); '' gives a caption")
-    add("--interactive", action="store_true", help="read --image once, then answer the questions that are typed, a "
-        "line each, until an empty one; none knows of those before it")
-    add("--explain", type=Path, metavar="OUT.png", help="draw --image with the word that each patch is mapped to, the "
-        "more opaque the likelier; of several images OUT-1.png, OUT-2.png, ... (Align connector only)")
-    add("--questions", help="JSONL with an image (relative to the file) and a prompt in each row")
-    add("--answers", help="where to write the rows of --questions with a prediction in each")
-    add("--align-vocab", type=int, metavar="K", help="let the connector mix only the K words that --choose-from chose "
-        "for this model (default: the whole vocabulary)")
-    add("--choose-from", nargs="+", metavar="IMAGE", help="choose the K words that carry the probability on these "
-        "pages, store them in the model's folder and print what they change")
-    add("--checkpoint", help="model folder (default: the newest under out/, else the one in the box)")
-    add("--llm", help="folder with a released Llama and its tokenizer: ask it --prompt, with no image")
+    add("--interactive", action="store_true", help="read --image once, then answer the questions "
+        "that are typed, a line each, until an empty one; none knows of those before it")
+    add("--explain", type=Path, metavar="OUT.png", help="draw --image with the token of each "
+        "patch, the more opaque the likelier; of several images OUT-1.png, OUT-2.png, ...")
+    add("--questions", type=Path, metavar="JSONL", help="rows with an image (relative to the file) "
+        "and a prompt")
+    add("--answers", type=Path, metavar="JSONL", help="where to write the rows of --questions with "
+        "a prediction in each")
+    add("--align-vocab", action="store_true", help="mix only the tokens that `python -m "
+        "paper.align_vocab` chose for this model")
+    add("--checkpoint", type=Path, help="model folder (default: the newest under out/, else the "
+        "shipped one)")
+    add("--llm", type=Path, help="folder with a released Llama and its tokenizer: ask it --prompt, "
+        "with no image")
     add("--max-new-tokens", type=int, default=256, help="longest answer (default: %(default)s)")
     add("--temperature", type=float, default=0.0, help="0 is greedy (default: %(default)s)")
-    add("--top-p", type=float, default=1.0, help="sample from this much of the probability (default: all)")
     add("--seed", type=int, default=0, help="of the sampling (default: %(default)s)")
-    add("--max-tiles", type=int, default=9, help="tiles a page is cut into at most (default: %(default)s)")
+    add("--max-tiles", type=int, default=9, help="tiles a page is cut into at most (default: "
+        "%(default)s)")
     add("--device", choices=["cpu", "cuda", "mps"], help="default: the fastest there is")
     args = parser.parse_args()
-    if sum(map(bool, (args.image, args.questions, args.llm, args.choose_from))) != 1 or (
-            bool(args.questions) != bool(args.answers)):
-        parser.error("give either --image, or --questions with --answers, or --llm with --prompt, or --choose-from")
-    if args.choose_from and (args.align_vocab is None or args.prompt is not None):
-        parser.error("--choose-from needs --align-vocab K, and asks no --prompt")
-    if args.align_vocab is not None and (args.align_vocab < 1 or args.llm):
-        parser.error("--align-vocab is at least 1, and --llm has no connector")
-    if (args.interactive or args.explain) and (not args.image or args.prompt is not None):
-        parser.error("--interactive and --explain need an --image and go without --prompt")
-    if args.interactive and (args.explain or any(map(os.path.isdir, args.image))):
-        parser.error("--interactive goes without --explain, and its --image is no folder")
-    if args.llm and (args.prompt is None or args.checkpoint):
-        parser.error("--llm needs a --prompt and goes without --checkpoint")
-    if args.questions and args.prompt is not None:
-        parser.error("--questions brings its own prompts: leave out --prompt")
-    if not 0 <= args.temperature < math.inf or not 0 < args.top_p <= 1 or args.max_tiles < 1:
-        parser.error("--temperature is at least 0, --top-p in (0, 1], --max-tiles at least 1")
-    if not 1 <= args.max_new_tokens <= 100_000 or not 0 <= args.seed < 2 ** 63:
-        parser.error("--max-new-tokens is from 1 to 100,000, --seed from 0 to 2**63 - 1")
-    there = {"cpu": True, "cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available()}
-    args.device = args.device or next(device for device in ("cuda", "mps", "cpu") if there[device])
+    cuda, mps = torch.cuda.is_available(), torch.backends.mps.is_available()
+    there = {"cuda": cuda, "mps": mps, "cpu": True}         # the fastest first
+    args.device = args.device or next(device for device in there if there[device])
     if not there[args.device]:
         parser.error(f"--device {args.device}: this machine, or this torch, has none")
+    for wrong, what_to_do in impossible(args):
+        if wrong:
+            parser.error(what_to_do)
     return args
+
+
+def impossible(args: argparse.Namespace) -> list[tuple[bool, str]]:
+    """What can be wrong with the options, whether it is, and what to do then."""
+    sources = sum(source is not None for source in (args.image, args.questions, args.llm))
+    folders = [path for path in args.image or [] if os.path.isdir(path)]
+    return [
+        (sources != 1 or (args.questions is None) != (args.answers is None),
+         "give either --image, or --questions with --answers, or --llm with --prompt"),
+        (args.llm and (args.prompt is None or args.checkpoint or args.align_vocab),
+         "--llm needs a --prompt and goes without --checkpoint and --align-vocab"),
+        (args.questions and args.prompt is not None,
+         "--questions brings its own prompts: leave out --prompt"),
+        ((args.interactive or args.explain) and (not args.image or args.prompt is not None),
+         "--interactive and --explain need an --image and go without --prompt"),
+        (args.interactive and (args.explain or folders),
+         "--interactive goes without --explain, and its --image is no folder"),
+        (not 0 <= args.temperature < math.inf or not 0 <= args.seed < 2 ** 63,
+         "--temperature is at least 0, --seed from 0 to 2**63 - 1"),
+        (args.max_tiles < 1 or not 1 <= args.max_new_tokens <= 100_000,
+         "--max-tiles is at least 1, --max-new-tokens from 1 to 100,000"),
+    ]
+
+
+def ask_llm(folder: Path, args: argparse.Namespace, **generation) -> None:
+    """--llm: the bare LLM's answer."""
+    llm = Llama.from_pretrained(folder, device=args.device).eval()
+    fast.use(llm, inference=True)
+    tokenizer = Tokenizer(folder, llm.config.vocab_size)
+    print(f"model: {folder} on {args.device}", file=sys.stderr)
+    tokens, _ = encode_chat([Turn("user", [args.prompt])], tokenizer, [])       # (L,)
+    start = time.perf_counter()
+    times = show(continue_text(llm, tokenizer, tokens, **generation))
+    print_speed(llm, start, times)
+
+
+def ask_model(folder: Path, args: argparse.Namespace, **generation) -> None:
+    """--questions or --image: a file of answers, a picture, a conversation, or an answer."""
+    model = AlignVLM.from_pretrained(folder, device=args.device).eval()
+    tokenizer = Tokenizer(folder, model.config.llm.vocab_size)
+    print(f"model: {folder} on {args.device}", file=sys.stderr)
+    if args.align_vocab:
+        from paper.align_vocab import use_align_vocab
+        use_align_vocab(model, folder)
+    fast.use(model, inference=True)
+    options = {"max_tiles": args.max_tiles, **generation}
+    if args.questions:
+        return answer_questions(model, tokenizer, args.questions, args.answers, **options)
+    files = image_files(args.image)
+    prompt = READ if args.prompt is None else args.prompt
+    if args.explain:
+        from paper.patch_tokens import explain_files
+        return explain_files(model, tokenizer, files, args.explain, args.max_tiles)
+    if os.path.isdir(args.image[0]):
+        return answer_folder(model, tokenizer, files, prompt, **options)
+    images = [read_image(file) for file in files]
+    if args.interactive:
+        return converse(model, tokenizer, images, **options)
+    start = time.perf_counter()
+    *times, _ = show(answer(model, tokenizer, [images], [prompt], **options))
+    print_speed(model.llm, start, times)
 
 
 def main() -> None:
     args = parse_args()
-    # A terminal that cannot show a character is no reason to stop; nor is a question that is no text, which the
-    # tokenizer refuses by itself.
+    # A terminal that cannot show a character is no reason to stop; nor is a question that is no
+    # text, which the tokenizer refuses by itself.
     for stream, errors in (sys.stdout, "replace"), (sys.stdin, "surrogateescape"):
         if hasattr(stream, "reconfigure"):
             stream.reconfigure(errors=errors)
-    generation = {name: getattr(args, name) for name in ("max_new_tokens", "temperature", "top_p", "seed")}
+    generation = {"max_new_tokens": args.max_new_tokens, "temperature": args.temperature,
+                  "seed": args.seed}
     try:
-        folder = Path(args.llm or args.checkpoint or default_model())
-        model = (Llama if args.llm else AlignVLM).from_pretrained(folder, device=args.device).eval()
-        llm = model if args.llm else model.llm
-        llm.pack()
-        tokenizer = Tokenizer(folder, llm.config.vocab_size)
-        print(f"model: {folder} on {args.device}", file=sys.stderr)
-        if args.align_vocab and (kind := model.config.connector.kind) != "align":
-            raise InputError(f"--align-vocab: {folder} has the connector {kind}, which mixes none of the LLM's words")
-        if args.choose_from:
-            pixels = [tile(read_image(file), model.config.vision, args.max_tiles)
-                      for file in image_files(args.choose_from)]
-            return print(json.dumps(choose_align_vocab(model, folder, pixels, args.align_vocab)))
-        if args.align_vocab:
-            use_align_vocab(model, folder, args.align_vocab)
-        if args.questions:
-            return answer_file(model, tokenizer, args, **generation)
-        prompt = READ if args.prompt is None else args.prompt
         if args.llm:
-            start = time.perf_counter()
-            times = show(chat(llm, tokenizer, prompt, **generation))
+            ask_llm(args.llm, args, **generation)
         else:
-            files = image_files(args.image)
-            if args.explain:
-                return explain_files(model, tokenizer, files, args.explain, args.max_tiles)
-            if os.path.isdir(args.image[0]):
-                return answer_folder(model, tokenizer, files, prompt, args.max_tiles, **generation)
-            images = [read_image(file) for file in files]
-            if args.interactive:
-                return converse(model, tokenizer, images, args.max_tiles, **generation)
-            start = time.perf_counter()
-            times = show(answer(model, tokenizer, [images], [prompt], args.max_tiles, **generation))[:-1]
-        if times:
-            print(speed(llm, start, times), file=sys.stderr)
+            ask_model(args.checkpoint or default_model(), args, **generation)
     except (InputError, OSError) as error:
         print(f"sample.py: {error}", file=sys.stderr)
         sys.exit(2)

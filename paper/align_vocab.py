@@ -1,78 +1,139 @@
-"""The words that the Align connector can do with (second version): K that carry P_vocab on some pages, for AlignTopK.
+"""The few tokens that the Align connector can do with (the paper's second version).
 
-    python sample.py --align-vocab 100 --choose-from pages/*.png        # choose them, and store them with the model
-    python sample.py --align-vocab 100 --image doc.png                  # with these words alone
+    python -m paper.align_vocab toy/stage3 100 pages/*.png      # choose 100, and store them there
+    python sample.py --checkpoint toy/stage3 --image doc.png --align-vocab      # with these alone
+
+The K tokens that carry P_vocab on some pages are stored in the model's folder, in align_vocab.json.
+AlignTopK mixes only them.
 """
+import argparse
 import json
 import os
+import sys
 from pathlib import Path
 
 import torch
-import torch.nn.functional as nnf
+import torch.nn.functional as nnf       # F is the paper's name for the features
 from torch import Tensor
 
-from connector import Align, AlignTopK, blocks, spread
+from connector import Align, AlignTopK, spread, token_blocks
 from model import AlignVLM
+from plumbing.images import read_image
 from plumbing.settings import CheckpointError, InputError, Settings
+from vision import tile
 
-ALIGN_VOCAB = "align_vocab.json"    # in a model's folder: the words that the connector can do with
+ALIGN_VOCAB = "align_vocab.json"        # in a model's folder
 
 
 @torch.inference_mode()
-def choose_words(align: Align, pages: list[Tensor], E_text: Tensor, K: int) -> tuple[Tensor, dict[str, float]]:
-    """The K words with most probability over all features F (N, d) of the pages, ids (K,), and what they change in F'.
+def choose_tokens(align: Align, pages: list[Tensor], E_text: Tensor,
+                  K: int) -> tuple[Tensor, dict[str, float]]:
+    """The K tokens with most probability over all features F (N, d) of some pages.
 
-    Of several pages each is measured with the words that the others would choose. Measured are the share of the
-    probability that lies on them, the mean cosine distance of F' with them from F', and its largest relative error.
+    Returns their ids (K,), and what it changes in F' to mix only them. Of several pages each is
+    measured with the tokens that the others would choose. Measured are the share of the probability
+    that lies on them, the mean cosine distance of F' with them from F', and its largest relative
+    error.
     """
-    m, C = spread(align.W2.weight)
-    V = len(E_text)
-    mass = torch.stack([sum(align.p_vocab(F[block]).sum(0, dtype=m.dtype) for block in blocks(len(F), 12 * V))
-                        for F in pages])                                # (pages, V)
+    m, C = spread(align.W2.weight)                                      # (D,), (D, D)
+    mass = torch.stack([probability_mass(align, F, len(E_text), m.dtype) for F in pages])
     kept, distances, errors = [], [], []
     for i, F in enumerate(pages):
-        others = [j for j in range(len(pages)) if j != i or len(pages) == 1]
-        words = mass[others].sum(0).topk(K).indices
-        few, full = (x.to(m.dtype) for x in (AlignTopK(align, words, m, C)(F, E_text), align(F, E_text)))   # (N, D)
-        kept.append(mass[i, words].sum() / mass[i].sum())
+        others = [j for j in range(len(pages)) if j != i] or [i]
+        token_ids = mass[others].sum(0).topk(K).indices                 # (K,)
+        few = AlignTopK(align, token_ids, m, C)(F, E_text).to(m.dtype)  # (N, D)
+        full = align(F, E_text).to(m.dtype)                             # (N, D)
+        kept.append(mass[i, token_ids].sum() / mass[i].sum())
         distances.append(1 - nnf.cosine_similarity(few, full, dim=-1))
         errors.append((few - full).norm(dim=-1) / full.norm(dim=-1))
-    deviation = {"probability": torch.stack(kept).mean(), "mean_cosine_distance": torch.cat(distances).mean(),
-                 "largest_relative_error": torch.cat(errors).max()}
-    return mass.sum(0).topk(K).indices, {name: value.item() for name, value in deviation.items()}
+    deviation = {"probability": torch.stack(kept).mean().item(),
+                 "mean_cosine_distance": torch.cat(distances).mean().item(),
+                 "largest_relative_error": torch.cat(errors).max().item()}
+    return mass.sum(0).topk(K).indices, deviation
+
+
+def probability_mass(align: Align, F: Tensor, V: int, dtype: torch.dtype) -> Tensor:
+    """P_vocab summed over the features F (N, d) of a page -> (V,)."""
+    mass = torch.zeros(V, dtype=dtype, device=F.device)
+    for block in token_blocks(len(F), 12 * V):
+        mass += align.p_vocab(F[block]).sum(0, dtype=dtype)
+    return mass
 
 
 @torch.inference_mode()
 def choose_align_vocab(model: AlignVLM, folder: Path, pixels: list[Tensor], K: int) -> dict:
-    """Choose the K words that carry P_vocab on some pages, tiles (T, 3, S, S) of each, for use_align_vocab.
+    """Choose the K tokens that carry P_vocab on some pages, tiles (T, 3, S, S) of each.
 
-    Writes them to ALIGN_VOCAB in the model's folder, with what they change in F' (choose_words), and returns
-    the latter. Raises InputError if the vocabulary has no K words.
+    Writes them to ALIGN_VOCAB in the model's folder, with what they change in F' (choose_tokens),
+    and returns the latter. Raises InputError if the vocabulary has no K tokens.
     """
-    E_text = model.llm.embed_tokens.weight
+    E_text = model.llm.embed_tokens.weight                              # (V, D)
     if not 1 <= K <= len(E_text):
-        raise InputError(f"{K} words to keep: the vocabulary has {len(E_text)}")
-    pages = [model.vision(page.to(E_text.device, E_text.dtype)).flatten(0, 1) for page in pixels]   # F (T * N, d) each
-    words, deviation = choose_words(model.connector, pages, E_text, K)
+        raise InputError(f"{K} tokens to keep: the vocabulary has {len(E_text)}")
+    pages = [model.vision(page.to(E_text.device, E_text.dtype)).flatten(0, 1)
+             for page in pixels]                                        # F (T * N, d) each
+    token_ids, deviation = choose_tokens(model.connector, pages, E_text, K)
     deviation = {"pages": len(pages), **deviation}
     partial = folder / f"{ALIGN_VOCAB}.partial"
-    partial.write_text(json.dumps({**deviation, "words": words.tolist()}) + "\n")
+    partial.write_text(json.dumps({**deviation, "tokens": token_ids.tolist()}) + "\n")
     os.replace(partial, folder / ALIGN_VOCAB)
     return deviation
 
 
-def use_align_vocab(model: AlignVLM, folder: Path, K: int) -> None:
-    """From here on the connector mixes only the K words that choose_align_vocab stored in the folder: for inference.
+def use_align_vocab(model: AlignVLM, folder: Path) -> None:
+    """From here on the connector mixes only the tokens that were chosen: for inference.
 
-    Raises CheckpointError if it holds none, others than K, or no ids of this vocabulary.
+    Replaces model.connector. Raises InputError for a connector that mixes no tokens, and
+    CheckpointError if the folder holds none, or no ids of this vocabulary.
     """
+    check_align(model, folder)
     if not (folder / ALIGN_VOCAB).exists():
-        raise CheckpointError(f"{folder / ALIGN_VOCAB}: no such file: no words have been chosen for this model yet")
+        raise CheckpointError(f"{folder / ALIGN_VOCAB}: no such file: choose this model's tokens "
+                              "with `python -m paper.align_vocab` first")
     settings = Settings(folder / ALIGN_VOCAB)
-    words, V = settings.values.get("words"), model.config.llm.vocab_size
-    if not isinstance(words, list) or not all(type(i) is int and 0 <= i < V for i in words):
-        raise settings.error("words", f"is not a list of word ids from 0 to {V - 1}")
-    if len(words) != K or len(set(words)) != K:
-        raise settings.error("words", f"holds {len(set(words))} words, not {K}: choose them anew")
-    W2 = model.connector.W2.weight
-    model.connector = AlignTopK(model.connector, torch.tensor(words, device=W2.device), *spread(W2))
+    ids = settings.values.get("tokens")
+    V = model.config.llm.vocab_size
+    if (not isinstance(ids, list) or not all(type(i) is int and 0 <= i < V for i in ids)
+            or not ids or len(set(ids)) < len(ids)):
+        raise settings.error("tokens", f"is not a list of different token ids from 0 to {V - 1}: "
+                             "choose them anew")
+    W2 = model.connector.W2.weight                                      # (V, D)
+    m, C = spread(W2)
+    model.connector = AlignTopK(model.connector, torch.tensor(ids, device=W2.device), m, C)
+
+
+def check_align(model: AlignVLM, folder: Path) -> None:
+    """Raises InputError for a model whose connector mixes none of the LLM's tokens."""
+    kind = model.config.connector.kind
+    if kind != "align":
+        raise InputError(f"{folder} has the connector {kind}, which mixes none of the LLM's tokens")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    add = parser.add_argument
+    add("checkpoint", type=Path, help="model folder")
+    add("K", type=int, help="tokens to keep")
+    add("images", nargs="+", metavar="image", help="pages that say which")
+    add("--max-tiles", type=int, default=9, help="tiles a page is cut into at most (default: "
+        "%(default)s)")
+    args = parser.parse_args()
+    if args.max_tiles < 1:
+        parser.error("--max-tiles is at least 1")
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    model = AlignVLM.from_pretrained(args.checkpoint, device=device).eval()
+    check_align(model, args.checkpoint)
+    pixels = [tile(read_image(image), model.config.vision, args.max_tiles)
+              for image in args.images]                                 # (T, 3, S, S) each
+    print(json.dumps(choose_align_vocab(model, args.checkpoint, pixels, args.K)))
+
+
+if __name__ == "__main__":
+    try:
+        main()
+    except (InputError, OSError) as error:
+        print(f"paper/align_vocab.py: {error}", file=sys.stderr)
+        sys.exit(2)
+    except KeyboardInterrupt:
+        sys.exit(130)

@@ -14,7 +14,7 @@ from conftest import close, randomise
 from connector import AlignTopK, spread
 from data import Tokenizer
 from model import ALIGNVLM_PRESETS, AlignVLM
-from paper import words
+from paper import patch_tokens
 from plumbing.settings import InputError
 from toy.pages import write_toy_tokenizer
 from vision import SigLIPConfig, tile, tile_boxes
@@ -68,7 +68,7 @@ def test_a_patch_lies_where_its_pixels_come_from(config, size):
     for canvas, box in zip(pixels, tile_boxes(width, height, config)):
         there = canvas[2] < 0.25                                # no blue: page, not mid-grey canvas
         step = max(box[2] - box[0], box[3] - box[1]) / config.image_size        # page pixels to a canvas pixel
-        for i, (left, top, right, bottom) in enumerate(words.patch_boxes(box, config)):
+        for i, (left, top, right, bottom) in enumerate(patch_tokens.patch_boxes(box, config)):
             row, column = (i // side) * patch, (i % side) * patch
             here = np.s_[row:row + patch, column:column + patch]
             assert box[0] <= left <= right <= box[2] and box[1] <= top <= bottom <= box[3]
@@ -88,15 +88,15 @@ def test_every_word_is_drawn_over_its_patch(tokenizer, tmp_path, size):
     black = np.random.default_rng(0).random((size[1] // 14, size[0] // 14)) < 0.5
     page = Image.fromarray(np.kron(~black, np.ones((14, 14))).astype(np.uint8) * 255).convert("RGB")
     boxes, model = tile_boxes(*size, config), ink_reader(config)
-    ids, p = words.words_of(model, tile(page, config))
+    ids, p = patch_tokens.likeliest_tokens(model, tile(page, config))
     tiles = slice(1, None) if len(boxes) > 1 else slice(0, 1)
-    named = {i: words.legible(tokenizer, i) for i in ids.unique().tolist()}
-    picture = np.asarray(words.panel(page, boxes[tiles], ids[tiles], p[tiles], named, config)).astype(int)
-    assert picture.shape == (*(words.CELL * side // 14 for side in size[::-1]), 3)
+    named = {i: patch_tokens.legible(tokenizer, i) for i in ids.unique().tolist()}
+    picture = np.asarray(patch_tokens.panel(page, boxes[tiles], ids[tiles], p[tiles], named, config)).astype(int)
+    assert picture.shape == (*(patch_tokens.CELL * side // 14 for side in size[::-1]), 3)
     for (row, column), dark in np.ndenumerate(black):
-        corner = picture[row * words.CELL + 6, column * words.CELL + 6]         # beside the word
+        corner = picture[row * patch_tokens.CELL + 6, column * patch_tokens.CELL + 6]         # beside the word
         assert (corner[2] > corner[0]) == dark, (row, column)
-    words.explain(model, tokenizer, page, tmp_path / "words.png", title="page")
+    patch_tokens.explain(model, tokenizer, page, tmp_path / "words.png", title="page")
     with Image.open(tmp_path / "words.png") as drawn:
         assert drawn.width > picture.shape[1] and drawn.height > picture.shape[0]
     assert [path.name for path in tmp_path.iterdir()] == ["words.png"]
@@ -105,16 +105,16 @@ def test_every_word_is_drawn_over_its_patch(tokenizer, tmp_path, size):
 def test_opacity_is_the_probability():
     page, box = Image.new("RGB", (112, 112), "white"), (0, 0, 112, 112)
     ids, opacity = torch.zeros(1, 64, dtype=torch.long), torch.linspace(0, 1, 64)[None]
-    picture = np.asarray(words.panel(page, [box], ids, opacity, {0: ("a", "letters")}, SigLIPConfig(image_size=112)))
-    red = [int(picture[i // 8 * words.CELL + 6, i % 8 * words.CELL + 6, 0]) for i in range(64)]
+    picture = np.asarray(patch_tokens.panel(page, [box], ids, opacity, {0: ("a", "letters")}, SigLIPConfig(image_size=112)))
+    red = [int(picture[i // 8 * patch_tokens.CELL + 6, i % 8 * patch_tokens.CELL + 6, 0]) for i in range(64)]
     assert red[0] == 255 and red == sorted(red, reverse=True) and len(set(red)) > 30
 
 
 @pytest.mark.parametrize("size", [(1, 1), (3, 4000), (2500, 40)])
 def test_pages_of_any_shape_are_drawn(tokenizer, tmp_path, size):
-    words.explain(vlm(), tokenizer, Image.new("RGB", size, "grey"), tmp_path / "words.png")
+    patch_tokens.explain(vlm(), tokenizer, Image.new("RGB", size, "grey"), tmp_path / "words.png")
     with Image.open(tmp_path / "words.png") as drawn:
-        assert drawn.width * drawn.height < 2 * words.MAX_PIXELS
+        assert drawn.width * drawn.height < 2 * patch_tokens.MAX_PIXELS
 
 
 def test_of_a_connector_with_few_words_these_are_named():
@@ -122,7 +122,7 @@ def test_of_a_connector_with_few_words_these_are_named():
     W2, chosen = model.connector.W2.weight, torch.tensor([7, 300, 41])
     pixels = torch.randn(1, 3, 112, 112)
     model.connector = AlignTopK(model.connector, chosen, *spread(W2))
-    ids, p = words.words_of(model, pixels)
+    ids, p = patch_tokens.likeliest_tokens(model, pixels)
     with torch.no_grad():
         expected = model.connector.p_vocab(model.vision(pixels))                # (1, N, 3)
     assert torch.equal(ids, chosen[expected.argmax(-1)])
@@ -133,9 +133,9 @@ def test_no_words_is_one_line(tokenizer, tmp_path):
     model = vlm()
     model.connector = nn.Linear(3, 3)
     with pytest.raises(InputError, match="Linear maps patches to no words"):
-        words.explain(model, tokenizer, Image.new("RGB", (30, 30)), tmp_path / "words.png")
+        patch_tokens.explain(model, tokenizer, Image.new("RGB", (30, 30)), tmp_path / "words.png")
     with pytest.raises(InputError, match="words.jpg: the picture is a PNG"):
-        words.explain(vlm(), tokenizer, Image.new("RGB", (30, 30)), tmp_path / "words.jpg")
+        patch_tokens.explain(vlm(), tokenizer, Image.new("RGB", (30, 30)), tmp_path / "words.jpg")
     assert not list(tmp_path.iterdir())
 
 
@@ -144,17 +144,17 @@ def test_legible(tokenizer):
             b"\n": ("line end", "white space"), b"\xe4": ("0xE4", "bytes and special tokens"),
             b"\x07": ("U+0007", "punctuation")}
     for word, expected in said.items():
-        assert words.legible(tokenizer, tokenizer.pairs.encoding.encode_single_token(word)) == expected
-    begin = words.legible(tokenizer, tokenizer.special["<|begin_of_text|>"])
+        assert patch_tokens.legible(tokenizer, tokenizer.pairs.encoding.encode_single_token(word)) == expected
+    begin = patch_tokens.legible(tokenizer, tokenizer.special["<|begin_of_text|>"])
     assert begin == ("begin of text", "bytes and special tokens")
     vocabulary = [" the", "   ", "\n\n\t", " café", "中a", "--", " 12"]
     other = types.SimpleNamespace(special={}, encoding=types.SimpleNamespace(
         decode_single_token_bytes=lambda i: dict(enumerate(word.encode() for word in vocabulary))[i]))
-    assert [words.legible(other, i)[0] for i in range(8)] == [
+    assert [patch_tokens.legible(other, i)[0] for i in range(8)] == [
         "·the", "3 spaces", "2 line ends, tab", "·cafe", "U+4E2Da", "--", "·12", "#7"]
     for word in ["a", "·international", "3 spaces", "U+4E2DU+4E2DU+4E2D", "x" * 200]:
-        size, lines = words.fit(word, 46, 48, 26)
-        left, top, right, bottom = words.RULER.multiline_textbbox((0, 0), lines, font=words.font(size), spacing=1)
+        size, lines = patch_tokens.fit(word, 46, 48, 26)
+        left, top, right, bottom = patch_tokens.RULER.multiline_textbbox((0, 0), lines, font=patch_tokens.font(size), spacing=1)
         assert right - left <= 46 and bottom - top <= 48 and size >= 8
 
 
@@ -174,7 +174,7 @@ def report_pages():
 def test_averages_are_those_of_all_p_vocab_at_once(tokenizer, tmp_path, monkeypatch):
     monkeypatch.setattr(connector, "BLOCK_BYTES", 12 * 542 * 48)       # 48 patches a block
     model, pages = vlm(), report_pages()
-    report = words.vocab_report(model, tokenizer, pages, tmp_path / "vocab.png")
+    report = patch_tokens.vocab_report(model, tokenizer, pages, tmp_path / "vocab.png")
     with torch.no_grad():
         P = torch.cat([model.connector.p_vocab(model.vision(page)).flatten(0, 1) for page in pages]).double()
     mean, order = P.mean(0).sort(descending=True)
@@ -196,7 +196,7 @@ def test_averages_are_those_of_all_p_vocab_at_once(tokenizer, tmp_path, monkeypa
         i: taken[i].item() for i in taken.nonzero()[:, 0].tolist()}
     for row in report["blank"]:
         assert row["probability"] == pytest.approx(P[blank][:, row["id"]].mean().item(), rel=1e-5)
-        assert row["word"] == words.legible(tokenizer, row["id"])[0]
+        assert row["word"] == patch_tokens.legible(tokenizer, row["id"])[0]
     assert json.loads((tmp_path / "vocab.json").read_text()) == report
     assert sorted(path.name for path in tmp_path.iterdir()) == ["vocab.json", "vocab.png"]
     with Image.open(tmp_path / "vocab.png") as drawn:
@@ -208,23 +208,23 @@ def test_principal_components_are_numpys(V, D, K):
     torch.manual_seed(V)
     E_text = torch.randn(V, D) * torch.linspace(3, 0.3, D) + torch.randn(D)
     kept = torch.randperm(V)[:K]
-    points, own, best = words.principal_components(E_text, kept)
+    points, own, best = patch_tokens.principal_components(E_text, kept)
     E = E_text.double().numpy()
     E = E - E.mean(0)
     _, s, axes = np.linalg.svd(E, full_matrices=False)
     expected = torch.from_numpy(E @ axes[:2].T).float()
     close(points.abs(), expected.abs(), 1e-4)                  # an axis has no sign
     few = E[kept.numpy()] - E[kept.numpy()].mean(0)
-    theirs = np.linalg.svd(few, full_matrices=False)[2][:words.COMPONENTS]
+    theirs = np.linalg.svd(few, full_matrices=False)[2][:patch_tokens.COMPONENTS]
     assert own == pytest.approx(((E @ theirs.T) ** 2).sum() / (E ** 2).sum(), abs=1e-4)
-    assert best == pytest.approx((s[:words.COMPONENTS] ** 2).sum() / (s ** 2).sum(), abs=1e-4)
+    assert best == pytest.approx((s[:patch_tokens.COMPONENTS] ** 2).sum() / (s ** 2).sum(), abs=1e-4)
     assert own <= best + 1e-6
 
 
 def test_no_pages_and_no_matplotlib_are_one_line(tokenizer, tmp_path, monkeypatch):
     with pytest.raises(InputError, match="no pages"):
-        words.vocab_report(vlm(), tokenizer, [], tmp_path / "vocab.png")
+        patch_tokens.vocab_report(vlm(), tokenizer, [], tmp_path / "vocab.png")
     monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
     with pytest.raises(InputError, match="pip install matplotlib"):
-        words.vocab_report(vlm(), tokenizer, report_pages(), tmp_path / "vocab.png")
+        patch_tokens.vocab_report(vlm(), tokenizer, report_pages(), tmp_path / "vocab.png")
     assert not list(tmp_path.iterdir())
