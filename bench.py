@@ -33,7 +33,7 @@ from torch.nn.utils.rnn import pad_sequence
 
 from connector import MLP, Align
 from model import ALIGNVLM_PRESETS, IGNORE, IMAGE, AlignVLM, AlignVLMConfig, Llama, LlamaConfig
-from plumbing.costs import step_flops
+from paper.plan import step_flops
 from plumbing.fast import linear
 from plumbing.processes import keep_heap, run_main
 from vision import SIGLIP_PRESETS, SigLIP, SigLIPConfig, on_canvas, tile, tile_boxes

@@ -1,44 +1,93 @@
-"""log.jsonl, a line per step: written while training, read again, drawn."""
+"""log.jsonl, a line per step: written while training, and read again. paper/curves.py draws it."""
 import json
 import math
 import os
+import sys
 import time
 from collections import Counter
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
+from typing import TextIO
 
 import torch
 import torch.distributed as dist
+from torch import Tensor
 from tqdm import tqdm
 
-from plumbing.costs import mfu, peak_memory
 from plumbing.settings import InputError
 
+# Peak FLOP/s in dense bf16, by a part of the device's name; the first that fits counts.
+PEAKS = {"B200": 2250e12, "H200": 989e12, "H100 PCIe": 756e12, "H100 NVL": 835e12, "H100": 989e12,
+         "A100": 312e12, "L40S": 362e12}
+BAD_STEPS = 10          # so many skipped steps in a row end the training
+SHOWN_KEYS = 100        # of the samples that they had
 
-def open_log(path: Path):
-    """log.jsonl, to be continued, a line at once; one that a kill has cut off is taken away."""
+
+def mfu(flops_per_s: float, device: torch.device) -> float | str:
+    """Model FLOP/s of one device as a share of its peak; "unknown" where that is."""
+    if device.type != "cuda":
+        return "unknown"
+    name = torch.cuda.get_device_name(device)
+    for part, peak in PEAKS.items():
+        if part in name:
+            return flops_per_s / peak
+    return "unknown"
+
+
+def peak_memory(device: torch.device) -> int | str:
+    """The most bytes that this process has had: of the device, or of a CPU's memory."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    if sys.platform == "win32":
+        return "unknown"
+    import resource
+    unit = 1 if sys.platform == "darwin" else 1024
+    return unit * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+
+
+def open_log(path: Path) -> TextIO:
+    """log.jsonl, to be continued, a line at once. Changes the file: a line that a kill has cut off goes."""
     if path.is_file():
         os.truncate(path, path.read_bytes().rfind(b"\n") + 1)
     return open(path, "a", buffering=1)
 
 
+@dataclass
+class Step:
+    """A step that was taken and is not judged yet."""
+    row: dict                           # of its line: step, epoch, lr, bad
+    counts: Counter                     # train.match_ranks's
+    keys: list[list[str]]               # its samples' names, row by row
+    numbers: Tensor | None              # train.take_step's: loss, gradient's norm, losses of this rank's rows
+    sent: torch.cuda.Event | None       # after it the numbers are there
+
+
 class StepLog:
     """The first rank's log.jsonl and its bar: a line per step, per resumption and per evaluation.
 
-    A step is judged and logged when its numbers are there: a GPU sends them while the host is busy with the next one.
+    A step is judged and logged when its numbers are there: a GPU sends them while the host is busy with the
+    next step. All ranks judge, from the same loss and norm; only the first one's log is a file.
+
+    Attributes: skipped, the steps so far whose loss or gradient was not finite, and bad_in_a_row, how many
+    of them came last. Both are of the steps that were judged.
     """
 
-    def __init__(self, path: Path, stage: int, n_steps: int, progress, device: torch.device,
-                 flops: Callable[[Counter], float]):
-        """progress: a train.Progress, whose skipped steps are counted here; flops: of a step with its counts."""
-        self.stage, self.progress, self.device, self.flops = stage, progress, device, flops
-        self.under_way, self.blamed = [], []        # the step that is not judged; the suspects of each skipped one
-        self.file = open_log(path if dist.get_rank() == 0 else Path(os.devnull))
-        self.bar = tqdm(desc=f"stage {stage}", total=n_steps, initial=progress.step, disable=dist.get_rank() > 0,
+    def __init__(self, path: Path, stage: int, step: int, n_steps: int, skipped: int,
+                 device: torch.device, flops: Callable[[Counter], float]):
+        """step: the next one, of n_steps. skipped: steps before it that were. flops: of a step, from its
+        counts."""
+        self.stage, self.device, self.flops = stage, device, flops
+        self.skipped = skipped
+        self.suspects: list[list[str]] = []     # names of samples, for each skipped step since the last good one
+        self.under_way: Step | None = None
+        main_rank = dist.get_rank() == 0
+        self.file = open_log(path if main_rank else Path(os.devnull))
+        self.bar = tqdm(desc=f"stage {stage}", total=n_steps, initial=step, disable=not main_rank,
                         mininterval=1)
         self.start = time.perf_counter()
         if self.file.tell():
-            self.write(resumed=progress.step, processes=dist.get_world_size())
+            self.write(resumed=step, processes=dist.get_world_size())
 
     def __enter__(self) -> "StepLog":
         return self
@@ -47,60 +96,82 @@ class StepLog:
         self.bar.close()
         self.file.close()
 
+    @property
+    def bad_in_a_row(self) -> int:
+        return len(self.suspects)
+
     def write(self, **row) -> None:
-        """Add a line; the next step's time begins after it."""
+        """Add a line. The next step's time begins after it."""
         self.file.write(json.dumps({"stage": self.stage, **row}) + "\n")
         self.start = time.perf_counter()
 
-    def step(self, row: dict, counts: Counter, keys: list[list[str]], numbers: torch.Tensor | None,
-             sent: torch.cuda.Event | None) -> None:
-        """Log a step. keys: its samples', row by row; numbers and sent: train.take_step's. Raises InputError."""
+    def add(self, step: Step) -> None:
+        """Take a step on. Judges and logs the one before it, and on a CPU this one too. Raises InputError."""
         self.settle()
-        self.under_way.append((row, counts, keys, numbers, sent))
-        if sent is None:        # on a CPU nothing is under way any more
+        self.under_way = step
+        if step.sent is None:
             self.settle()
 
     def settle(self) -> None:
-        """Judge and log what is under way. Raises InputError, on all ranks, after ten skipped steps in a row."""
-        if not self.under_way:
+        """Judge and log the step that is under way, if any: waits for its numbers, counts it in `skipped` if
+        it was. Raises InputError, on all ranks, after ten skipped steps in a row."""
+        step, self.under_way = self.under_way, None
+        if step is None:
             return
-        row, counts, keys, numbers, sent = self.under_way.pop()
-        if sent:
-            sent.synchronize()
+        if step.sent:
+            step.sent.synchronize()
         now = time.perf_counter()
-        seconds = now - self.start
-        loss, norm, *losses = [None, None] if numbers is None else numbers.tolist()
-        if loss is not None and not (math.isfinite(loss) and math.isfinite(norm)):
-            suspects = [key for row_keys, n in zip(keys, losses) if not math.isfinite(n) for key in row_keys]
-            self.blamed.append(suspects or sum(keys, []))
-            self.progress.skipped, loss, norm = self.progress.skipped + 1, None, None
+        loss, norm, *row_losses = [None, None] if step.numbers is None else step.numbers.tolist()
+        if loss is None or math.isfinite(loss) and math.isfinite(norm):
+            self.suspects.clear()
         else:
-            self.blamed.clear()
-        check_blamed(self.blamed, row["step"])
-        speed, flops_per_s = (counts["tokens"] - counts["blank"]) / seconds, self.flops(counts) / seconds
-        self.write(**row, loss=loss, grad_norm=norm, tokens_per_s=speed, images_per_s=counts["images"] / seconds,
-                   padding=counts["blank"] / max(1, counts["tokens"]), peak_memory=peak_memory(self.device),
-                   flops_per_s=flops_per_s, mfu=mfu(flops_per_s / dist.get_world_size(), self.device),
-                   skipped=self.progress.skipped)
+            self.skipped += 1
+            self.suspects.append(suspects_of(step.keys, row_losses))
+            loss, norm = None, None
+        if self.bad_in_a_row >= BAD_STEPS:
+            raise diverged(self.suspects, step.row["step"])
+        self.write_step(step, loss, norm, now - self.start)
         self.start = now
+
+    def write_step(self, step: Step, loss: float | None, norm: float | None, seconds: float) -> None:
+        """The line and the bar of a step that took so long."""
+        counts = step.counts
+        tokens_per_s = (counts["tokens"] - counts["blank"]) / seconds
+        flops_per_s = self.flops(counts) / seconds
+        self.write(**step.row, loss=loss, grad_norm=norm, tokens_per_s=tokens_per_s,
+                   images_per_s=counts["images"] / seconds,
+                   padding=counts["blank"] / max(1, counts["tokens"]),
+                   peak_memory=peak_memory(self.device), flops_per_s=flops_per_s,
+                   mfu=mfu(flops_per_s / dist.get_world_size(), self.device), skipped=self.skipped)
         self.bar.update()
-        self.bar.set_postfix_str(f"loss {math.nan if loss is None else loss:.3f}, lr {row['lr']:.1e}, "
-                                 f"{speed:,.0f} tokens/s", refresh=False)
+        shown = math.nan if loss is None else loss
+        self.bar.set_postfix_str(f"loss {shown:.3f}, lr {step.row['lr']:.1e}, {tokens_per_s:,.0f} tokens/s",
+                                 refresh=False)
 
 
-def check_blamed(blamed: list[list[str]], step: int) -> None:
-    """Raise InputError, on all ranks, after ten skipped steps in a row; blamed: this rank's suspects of each."""
-    if len(blamed) < 10:
-        return
+def suspects_of(keys: list[list[str]], row_losses: list[float]) -> list[str]:
+    """The samples of the rows whose loss is not finite; if there are none, of all rows."""
+    suspects = []
+    for row_keys, loss in zip(keys, row_losses):
+        if not math.isfinite(loss):
+            suspects += row_keys
+    return suspects or [key for row_keys in keys for key in row_keys]
+
+
+def diverged(suspects: list[list[str]], step: int) -> InputError:
+    """The error after too many skipped steps in a row, up to `step`. suspects: this rank's samples, for each
+    of the steps. Every rank calls this."""
     everyone = [None] * dist.get_world_size()
-    dist.all_gather_object(everyone, blamed)
-    keys = dict.fromkeys(key for mine in everyone for step_keys in mine for key in step_keys)
-    raise InputError(f"ten steps in a row, up to {step}, had a loss or gradient that is not finite: lower --lr, or "
-                     f"look at these samples: {', '.join([*keys][:100])}" + ", ..." * (len(keys) > 100))
+    dist.all_gather_object(everyone, suspects)
+    keys = list(dict.fromkeys(key for mine in everyone for step_keys in mine for key in step_keys))
+    more = ", ..." if len(keys) > SHOWN_KEYS else ""
+    return InputError(f"ten steps in a row, up to {step}, had a loss or gradient that is not finite: lower "
+                      f"--lr, or look at these samples: {', '.join(keys[:SHOWN_KEYS])}{more}")
 
 
 def read_log(path: Path) -> list[dict]:
-    """The rows of a log.jsonl in the order of their steps; of steps that were done twice the last counts."""
+    """The rows of a log.jsonl in the order of their steps; of steps that were done twice the last counts.
+    Raises InputError."""
     rows: dict = {}
     try:
         for line in path.read_text().splitlines():
@@ -112,30 +183,3 @@ def read_log(path: Path) -> list[dict]:
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise InputError(f"{path}: not a log.jsonl ({error})") from None
     return list(rows.values())
-
-
-def plot(paths: list[Path], out: Path) -> None:
-    """Draw loss (held-out ones dashed) and throughput of log.jsonl files, or of those in runs' folders, into a PNG."""
-    try:
-        from matplotlib.figure import Figure
-    except ImportError:
-        raise InputError("--plot needs `pip install matplotlib`") from None
-    logs = [log for path in paths for log in (sorted(path.glob("**/*log.jsonl")) if path.is_dir() else [path])]
-    if not logs:
-        raise InputError(f"--plot {' '.join(map(str, paths))}: no log.jsonl there")
-    figure = Figure(figsize=(10, 7), layout="constrained")
-    loss, speed = figure.subplots(2, 1)
-    for log in logs:
-        rows = read_log(log)
-        steps = [row for row in rows if {"loss", "tokens_per_s"} <= row.keys()]
-        [line] = loss.plot([r["step"] for r in steps], [math.nan if r["loss"] is None else r["loss"] for r in steps],
-                           linewidth=0.8, label=str(log.parent if log.name == "log.jsonl" else log))
-        held_out = [row for row in rows if "held_out_loss" in row]
-        loss.plot([r["step"] for r in held_out], [r["held_out_loss"] for r in held_out], "o--", color=line.get_color())
-        speed.plot([r["step"] for r in steps], [r["tokens_per_s"] for r in steps], linewidth=0.8)
-    loss.set(ylabel="loss, nats a token (dashed: held out)", yscale="log")
-    speed.set(xlabel="step", ylabel="tokens a second", ylim=(0, None))
-    loss.legend()
-    out.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(out, dpi=90)
-    print(f"{len(logs)} logs drawn in {out}")

@@ -20,9 +20,12 @@ from plumbing.settings import InputError
 
 
 def keep_heap() -> None:
-    """Let glibc keep freed memory: by default each large buffer goes back to the kernel, and its pages fault in anew
-    at the next operation, a third of a training step on a CPU."""
-    if sys.platform == "linux" and hasattr(libc := ctypes.CDLL(None), "mallopt"):
+    """Let glibc keep freed memory: by default each large buffer goes back to the kernel, and its pages fault
+    in anew at the next operation, a third of a training step on a CPU."""
+    if sys.platform != "linux":
+        return
+    libc = ctypes.CDLL(None)
+    if hasattr(libc, "mallopt"):
         m_trim_threshold, m_mmap_max = -1, -4
         libc.mallopt(m_mmap_max, 0)
         libc.mallopt(m_trim_threshold, 2 ** 31 - 1)
@@ -30,49 +33,52 @@ def keep_heap() -> None:
 
 def keep_files_open() -> None:
     """Let a process open as many files as it may: each tensor that a loading process hands over is one."""
-    if sys.platform != "win32":
-        import resource
-        most = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
-        with contextlib.suppress(ValueError):       # macOS reports no limit and then refuses to have none
-            resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
+    if sys.platform == "win32":
+        return
+    import resource
+    most = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
+    with contextlib.suppress(ValueError):       # macOS reports no limit and then refuses to have none
+        resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
 
 
-def start_processes(timeout: timedelta = timedelta(minutes=10)) -> tuple[torch.device, bool]:
-    """Join torchrun's processes, or be the only one; nccl on CUDA, gloo on a CPU. timeout: of waiting for another.
+def start_processes(timeout: timedelta = timedelta(minutes=10)) -> torch.device:
+    """Join torchrun's processes, or be the only one; nccl on CUDA, gloo on a CPU. Returns this one's device.
 
-    Returns the device of this process, and whether torchrun has restarted any of them.
+    timeout: of waiting for another. Changes the process: its heap, its limit of open files, its default
+    process group and, on CUDA, its device.
     """
     keep_heap()
     keep_files_open()
     device = torch.device("cpu")
+    backend = "gloo"
     if torch.cuda.is_available():
         device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
         torch.cuda.set_device(device)
-    backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"        # counts travel over gloo
+        backend = "cpu:gloo,cuda:nccl"          # counts travel over gloo
+    rank, world, store = 0, 1, None
     if "RANK" in os.environ:
         store, rank, world = next(dist.rendezvous("env://", timeout=timeout))
-        dist.init_process_group(backend, timeout=timeout, world_size=world, rank=rank,
-                                store=own_part(store, rank, world, timeout))
-    else:
-        dist.init_process_group(backend, timeout=timeout, world_size=1, rank=0, store=dist.HashStore())
-    restarts = torch.tensor(int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)))       # of this node's processes
-    dist.all_reduce(restarts, dist.ReduceOp.MAX)
-    return device, bool(restarts > 0)
+        store = own_part(store, rank, world, timeout)
+    dist.init_process_group(backend, timeout=timeout, world_size=world, rank=rank,
+                            store=store or dist.HashStore())
+    return device
 
 
 def own_part(store: dist.Store, rank: int, world: int, timeout: timedelta) -> dist.Store:
     """A part of torchrun's store that no earlier attempt has written to.
 
-    torchrun keeps its store when it restarts the processes, so they would find the dead ones' addresses (pytorch issue
-    135712), and its count of restarts differs between nodes. So the first rank invents a name; another rank takes the
-    one it finds only after it was answered under it, which no rank of an earlier attempt can do.
+    torchrun keeps its store when it restarts the processes, so they would find the dead ones' addresses
+    (pytorch issue 135712), and its count of restarts differs between nodes. So the first rank invents a name;
+    another rank takes the one it finds only after it was answered under it, which no rank of an earlier
+    attempt can do.
     """
-    me, until = uuid.uuid4().hex, time.monotonic() + timeout.total_seconds()
+    me = uuid.uuid4().hex
     if rank == 0:
         store.set("attempt", me)
         for other in range(1, world):
             store.set(f"{me}/{store.get(f'{me}/{other}').decode()}", "welcome")
         return dist.PrefixStore(me, store)
+    until = time.monotonic() + timeout.total_seconds()
     while time.monotonic() < until:
         name = store.get("attempt").decode()
         store.set(f"{name}/{rank}", me)
@@ -83,7 +89,7 @@ def own_part(store: dist.Store, rank: int, world: int, timeout: timedelta) -> di
 
 
 @contextlib.contextmanager
-def roll_call(timeout: timedelta) -> Iterator[None]:
+def name_stalled_rank(timeout: timedelta) -> Iterator[None]:
     """If ranks wait in vain for another in here, raise InputError with its name."""
     control = dist.new_group(backend="gloo")
     try:
@@ -98,16 +104,17 @@ def roll_call(timeout: timedelta) -> Iterator[None]:
         raise
 
 
-def whole(model: nn.Module) -> nn.Module:
-    """A copy of a model that is cut among ranks, in one piece on each: for small ones."""
+def gather_model(model: nn.Module) -> nn.Module:
+    """A copy of a model that is cut among ranks, in one piece on each: for small ones. Every rank calls this."""
     weights = {name: p.full_tensor() for name, p in model.state_dict().items()}
-    copy = type(model)(model.config).to(next(iter(weights.values())).device).eval()
+    device = next(iter(weights.values())).device
+    copy = type(model)(model.config).to(device).eval()
     copy.load_state_dict(weights)
     return copy
 
 
 def ignore_signals(*_) -> None:
-    """A cluster's SIGTERM, or Ctrl-C, reaches the loading processes too, whose samples the last step still needs."""
+    """A cluster's SIGTERM, or Ctrl-C, reaches the loading processes too, whose samples the last step needs."""
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
     signal.signal(signal.SIGINT, signal.SIG_IGN)
 
@@ -122,6 +129,7 @@ def run_main(main: Callable[[], None]) -> None:
     except KeyboardInterrupt:
         os._exit(130)
     except Exception as error:
-        ours = isinstance(error, (InputError, OSError, SafetensorError))        # OSError: a disk is full
-        print(f"{Path(sys.argv[0]).name}: {error}" if ours else traceback.format_exc(), file=sys.stderr, flush=True)
-        os._exit(2 if ours else 1)
+        bad_input = isinstance(error, (InputError, OSError, SafetensorError))       # OSError: a disk is full
+        message = f"{Path(sys.argv[0]).name}: {error}" if bad_input else traceback.format_exc()
+        print(message, file=sys.stderr, flush=True)
+        os._exit(2 if bad_input else 1)

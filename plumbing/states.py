@@ -2,6 +2,7 @@
 import json
 import os
 import shutil
+from concurrent.futures import Future
 from datetime import timedelta
 from pathlib import Path
 
@@ -14,20 +15,25 @@ from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_di
 
 from plumbing.settings import InputError
 
+KEPT = 2        # states of a run; while one is being written there is a third
+
 
 class States:
-    """The states of a training run, FOLDER/step-00000100: written beside, then renamed; the last `keep` stay.
+    """The states of a training run, FOLDER/step-00000100: written beside, then renamed; the last two stay.
 
-    Written by torch.distributed.checkpoint, each rank its part, from copies and while training goes on. PyTorch pickles
-    the index inside: load your own only; what one gives to others is the exported model, which is safetensors.
+    Written by torch.distributed.checkpoint, each rank its part, from copies and while training goes on.
+    PyTorch pickles the index inside: load your own only. What one gives to others is the exported model,
+    which is safetensors.
     """
 
-    def __init__(self, folder: Path, model: nn.Module, optimizer: torch.optim.Optimizer, keep: int, timeout: timedelta):
-        self.folder, self.model, self.optimizer, self.keep = folder, model, optimizer, keep
-        self.step = None            # of the newest state, written or loaded
-        self.writing = None         # what is written now: a Future, and where it will be
+    def __init__(self, folder: Path, model: nn.Module, optimizer: torch.optim.Optimizer, timeout: timedelta):
+        """Gives moments to every parameter of the optimizer: those that never get a gradient belong to the
+        state too. Every rank calls this, as all methods."""
+        self.folder, self.model, self.optimizer = folder, model, optimizer
+        self.step: int | None = None            # of the newest state, written or loaded
+        self.writing: tuple[Future, Path] | None = None     # the state on its way to the disk, and its place
         self.group = dist.new_group(backend="gloo", timeout=timeout)    # the writers talk while training does
-        self.state()        # gives moments to every parameter: those that get no gradient belong to the state too
+        self.state()                            # makes the moments, in a step that counts as one
         for moments in optimizer.state.values():
             moments["step"].zero_()
 
@@ -40,28 +46,33 @@ class States:
         self.finish()
         if step == self.step:
             return
-        self.step, path = step, self.folder / f"step-{step:08}"
+        self.step = step
+        path = self.folder / f"step-{step:08}"
         partial = path.with_suffix(".partial")
         try:
             if dist.get_rank() == 0:
                 partial.mkdir(exist_ok=True)        # the other ranks' writers make it as well
                 (partial / "progress.json").write_text(json.dumps(progress))
-            self.writing = dcp.async_save(self.state(), checkpoint_id=partial, process_group=self.group), path
+            future = dcp.async_save(self.state(), checkpoint_id=partial, process_group=self.group)
+            self.writing = future, path
         except OSError as error:
             raise self.not_written(error, partial) from None
 
     def finish(self, wait: bool = True) -> None:
-        """Put what was written in its place: when that is done, or, without `wait`, if it is. Ranks may come to that at
-        different steps: they exchange nothing here. Raises InputError."""
-        if self.writing is None or not (wait or self.writing[0].done()):
+        """Put what was written in its place, and drop the oldest: when that is done, or, without `wait`, if it
+        is. Ranks may come to that at different steps: they exchange nothing here. Raises InputError."""
+        if self.writing is None:
             return
-        (future, path), self.writing = self.writing, None
+        future, path = self.writing
+        if not wait and not future.done():
+            return
+        self.writing = None
         partial = path.with_suffix(".partial")
         try:
             future.result()         # of the first rank: all have written
             if dist.get_rank() == 0:
                 os.rename(partial, path)
-                for old in sorted(self.folder.glob("step-????????"))[:-self.keep]:
+                for old in sorted(self.folder.glob("step-????????"))[:-KEPT]:
                     shutil.rmtree(old)
         except (OSError, CheckpointException) as error:
             if "timed out" in str(error).lower():
@@ -69,16 +80,20 @@ class States:
             raise self.not_written(error, partial) from None
 
     def not_written(self, error: Exception, partial: Path) -> InputError:
+        """The error to raise where a state could not be written. What there is of it goes."""
         if dist.get_rank() == 0:
             shutil.rmtree(partial, ignore_errors=True)
-        why, free = (str(error).strip().splitlines() or [repr(error)])[-1], shutil.disk_usage(self.folder).free / 1e9
-        return InputError(f"{self.folder}: the training state could not be written ({why}; {free:.1f} GB free); the "
-                          f"last good one: {newest_state(self.folder) or 'none'}")
+        lines = str(error).strip().splitlines() or [repr(error)]
+        free = shutil.disk_usage(self.folder).free / 1e9
+        return InputError(f"{self.folder}: the training state could not be written ({lines[-1]}; "
+                          f"{free:.1f} GB free); the last good one: {newest_state(self.folder) or 'none'}")
 
     def load(self, path: Path) -> dict:
-        """Take over the state at `path`, whatever number of ranks wrote it; returns its progress. Raises InputError."""
+        """Take over the state at `path`, whatever number of ranks wrote it, into model and optimizer. Returns
+        the progress that goes with it. Raises InputError."""
         try:
-            progress, state = json.loads((path / "progress.json").read_text()), self.state()
+            progress = json.loads((path / "progress.json").read_text())
+            state = self.state()
             dcp.load(state, checkpoint_id=path)
             set_state_dict(self.model, self.optimizer, model_state_dict=state["model"],
                            optim_state_dict=state["optimizer"])
@@ -89,15 +104,16 @@ class States:
             raise InputError(f"{path}: not a complete training state of this stage ({why})") from None
 
 
-def check_room(folder: Path, model: nn.Module, keep: int) -> None:
+def check_room(folder: Path, model: nn.Module) -> None:
     """Raise InputError if the disk has no room for a run's states (fp32: weights, two moments) and its model."""
     weights = 4 * sum(p.numel() for p in model.parameters())
     moments = 8 * sum(p.numel() for p in model.parameters() if p.requires_grad)
     there = sum(file.stat().st_size for file in folder.glob("step-*/*"))
-    need, free = (keep + 1) * (weights + moments) + weights - there, shutil.disk_usage(folder).free
+    need = (KEPT + 1) * (weights + moments) + weights - there
+    free = shutil.disk_usage(folder).free
     if free < need:
-        raise InputError(f"{folder}: {free / 1e9:.1f} GB free, but {keep} training states, one being written, and the "
-                         f"model take {need / 1e9:.1f} GB more: free some, or lower --keep")
+        raise InputError(f"{folder}: {free / 1e9:.1f} GB free, but {KEPT} training states, one being written, "
+                         f"and the model take {need / 1e9:.1f} GB more: free some, or take another --out")
 
 
 def newest_state(folder: Path) -> Path | None:
@@ -106,5 +122,6 @@ def newest_state(folder: Path) -> Path | None:
 
 
 def drop_states(folder: Path) -> None:
+    """Delete all training states in a folder."""
     for state in folder.glob("step-*"):
         shutil.rmtree(state)

@@ -59,7 +59,7 @@ else:
     from model import AlignVLM, Llama
     from plumbing.processes import start_processes
 
-    device, _ = start_processes()
+    device = start_processes()
     if what == "ranks":
         from torch.distributed.fsdp import fully_shard
 

@@ -16,7 +16,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from data import Sample
 from model import ALIGNVLM_PRESETS, IMAGE, AlignVLM, AlignVLMConfig, LlamaConfig
-from plumbing.costs import memory
+from paper.plan import memory
 from plumbing.processes import start_processes
 from train import RECIPES, optimizer_of, shard, take_step
 from vision import SigLIPConfig
@@ -41,7 +41,7 @@ def extra_bytes(work) -> int:
 SHORT = AlignVLMConfig(replace(MID.vision, n_layers=3), replace(MID.llm, n_layers=3))
 config = {"toy": ALIGNVLM_PRESETS["toy"], "mid": MID, "short": SHORT}[sys.argv[1]]
 torch.backends.mkldnn.is_available = lambda: False      # the plan is a GPU's: oneDNN's products need some memory more
-device, _ = start_processes()
+device = start_processes()
 torch.manual_seed(0)
 model = AlignVLM(config)
 model.vision.init_weights()

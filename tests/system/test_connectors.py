@@ -32,7 +32,7 @@ from sample import answer
 from model import ALIGNVLM_PRESETS, IMAGE, AlignVLM, AlignVLMConfig, LlamaConfig, read_config
 from paper.connectors import NOISE, patch_words
 from paper.connectors import table as race_table
-from plumbing.costs import memory, step_flops
+from paper.plan import memory, step_flops
 from plumbing.processes import start_processes
 from plumbing.settings import CheckpointError, InputError
 from toy.pages import draw, eye_chart, write_toy_tokenizer
@@ -381,7 +381,7 @@ def test_the_races_table_has_mean_and_spread():
 
 
 if __name__ == "__main__":
-    device, _ = start_processes(timedelta(seconds=60))
+    device = start_processes(timedelta(seconds=60))
     everything = {kind: sharded_losses(kind, device) for kind in OTHERS}
     if torch.distributed.get_rank() == 0:
         print(json.dumps(everything))

@@ -9,7 +9,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from conftest import ROOT, run, torchrun
 from model import ALIGNVLM_PRESETS, IMAGE, AlignVLM, AlignVLMConfig, LlamaConfig
-from plumbing.costs import step_flops
+from paper.plan import step_flops
 from plumbing.logs import read_log
 from vision import SigLIPConfig
 

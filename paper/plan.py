@@ -1,0 +1,272 @@
+"""What training takes before one has paid for it: memory of each GPU, FLOPs and time of a step, days.
+
+    python -m paper.plan --preset llama-3.2-1b --stage 2 --gpus 8 --gpu-memory 24
+    python -m paper.plan --vision siglip-base-patch16-224 --llm SmolLM2-135M --gpus 1      # released folders
+
+The recipes are train.py's (paper/recipes.py), and so are the flags that change them. Memory is that of the
+longest row of a step; train.py logs what a step really takes.
+"""
+import argparse
+import math
+import sys
+from collections import Counter
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import torch
+
+from connector import BLOCK_BYTES, CACHE_BYTES, CONNECTORS
+from model import ALIGNVLM_PRESETS, LOGITS, AlignVLM, AlignVLMConfig, read_llama
+from paper.recipes import RECIPES, Recipe, lr_share, positive, preset_for, recipe_for
+from plumbing.logs import PEAKS
+from plumbing.settings import InputError
+from vision import read_siglip
+
+
+@dataclass
+class StageData:
+    """What a stage is taken to learn from, and how much of that the paper has."""
+    samples: int
+    tiles: int | None           # of a sample; None: as many as --max-tiles allows, and the whole page
+    text: int                   # tokens of a sample that are no visual ones
+    supervised: int             # of these, those to be learnt
+
+
+# Captions come with one tile, documents with as many as they may have.
+PAPER_DATA = {1: StageData(8_100_000, 1, 64, 32),
+              2: StageData(7_500_000, None, 768, 640),
+              3: StageData(570_000, None, 128, 32)}
+LOW_RESOURCE_DATA = {1: StageData(558_000, 1, 64, 32), 2: StageData(779_000, 5, 384, 256)}
+
+
+# ---------------------------------------------------------------------------------------------------------
+# FLOPs
+
+
+def step_flops(config: AlignVLMConfig, trainable: tuple[str, ...], counts: Counter) -> float:
+    """Floating-point operations of a training step by the model's formula, recomputation not counted.
+
+    counts: train.match_ranks's. A token's product with a matrix of n numbers is 2 n; backward as much again
+    for the weights' gradient, if they train, and for the input's, if anything before does.
+    """
+    flops, any_before = 0, False
+    for module, multiplications in products(config, counts):
+        flops += 2 * multiplications * (1 + (module in trainable) + any_before)
+        any_before = any_before or module in trainable
+    return flops
+
+
+def products(config: AlignVLMConfig, counts: Counter) -> list[tuple[str, float]]:
+    """The multiplications of a step's forward pass, (module whose weights they are with, how many), in the
+    order of the pass."""
+    v, l = config.vision, config.llm
+    d, D, V, N = v.hidden_size, l.hidden_size, l.vocab_size, v.n_patches
+    T = counts["tiles"]
+    vision_layer = 4 * d ** 2 + 2 * d * v.intermediate_size + 2 * N * d        # of a patch
+    q, kv = l.n_heads * l.head_dim, l.n_kv_heads * l.head_dim
+    llm_layer = 2 * D * (q + kv) + 3 * D * l.intermediate_size                 # of a token, without attention
+    attention = counts["squares"] * q       # causal: half of 2 q L^2
+    with_F, then = connector_products(config)
+    mixes_E_text = config.connector.kind == "align"
+    return [("vision", T * N * 3 * v.patch_size ** 2 * d),
+            ("vision", T * N * v.n_layers * vision_layer),
+            ("connector", T * with_F),
+            ("connector", T * then),
+            ("llm", T * N * D * V * mixes_E_text),                             # F' = P_vocab E_text
+            ("llm", counts["supervised"] * D * V
+                    + l.n_layers * (counts["tokens"] * llm_layer + attention))]
+
+
+def connector_products(config: AlignVLMConfig) -> tuple[float, float]:
+    """A tile's multiplications in the connector: those with F itself, whose gradient only the vision encoder
+    needs, and those that follow."""
+    c = config.connector
+    d, D, V, N = config.vision.hidden_size, config.llm.hidden_size, config.llm.vocab_size, config.vision.n_patches
+    match c.kind:
+        case "align":
+            return N * d * D, N * D * V
+        case "mlp":
+            return N * d * D, N * D ** 2
+        case "ovis":
+            return N * d * c.table_size, N * c.table_size * D
+        case "perceiver":
+            q, kv, n = c.n_heads * c.head_dim, c.n_kv_heads * c.head_dim, c.n_latents
+            layer = n * (2 * D * q + 12 * D ** 2) + (N + n) * (2 * D * kv + 2 * n * q)
+            return 8 * N * d * D, 4 * N * D ** 2 + c.depth * layer
+
+
+# ---------------------------------------------------------------------------------------------------------
+# Memory
+
+
+def memory(config: AlignVLMConfig, trainable: tuple[str, ...], ranks: int, tokens: int, tiles: int,
+           supervised: int, recompute: bool = False, size: int = 2) -> dict[str, float]:
+    """Bytes of each part on one of `ranks` GPUs that hold a model between them, for the longest row of a step.
+
+    tokens, tiles, supervised: what the row holds. size: bytes of a number in the computation: 2 in bf16
+    (CUDA), 4 in fp32 (CPU).
+    """
+    with torch.device("meta"):
+        model = AlignVLM(config)
+    n = {name: n_parameters(module) for name, module in model.named_children()}
+    training = sum(n[name] for name in trainable)
+    return {
+        "parameters": 4 * sum(n.values()) / ranks,
+        "gradients": 4 * training / ranks,
+        "optimizer": 8 * training / ranks,
+        # One process alone, in fp32, computes on its own weights.
+        "gathered": gathered_bytes(model, trainable, size) if ranks > 1 or size == 2 else 0,
+        "activations": activation_bytes(config, trainable, tokens, tiles, recompute, size),
+        "connector": connector_bytes(config, tiles, size),
+        "head": min(supervised * config.llm.vocab_size, LOGITS) * (size + 8),  # logits, in fp32, their gradient
+        "data": tiles * 3 * config.vision.image_size ** 2 * 4,
+    }
+
+
+def n_parameters(module: torch.nn.Module) -> int:
+    return sum(p.numel() for p in module.parameters())
+
+
+def gathered_bytes(model: AlignVLM, trainable: tuple[str, ...], size: int) -> float:
+    """What FSDP keeps whole. A unit is whole while it runs, and the next one is fetched; its gradient is whole
+    until it is summed in fp32. The root (token embedding, head) stays whole, and so does its gradient."""
+    vision_block, llm_block = model.vision.encoder["layers"][0], model.llm.layers[0]
+    unit = max(n_parameters(module) for module in (vision_block, llm_block, model.connector))
+    root = n_parameters(model.llm) - len(model.llm.layers) * n_parameters(llm_block)
+    weights = size * root + 2 * size * unit
+    gradients = (size + 4) * (root * ("llm" in trainable) + unit)
+    return weights + gradients
+
+
+def activation_bytes(config: AlignVLMConfig, trainable: tuple[str, ...], tokens: int, tiles: int,
+                     recompute: bool, size: int) -> float:
+    """Counted along the blocks' code: the vectors that autograd keeps between two operations."""
+    v, l = config.vision, config.llm
+    d, D, visual = v.hidden_size, l.hidden_size, tiles * v.n_patches
+    q, kv = l.n_heads * l.head_dim, l.n_kv_heads * l.head_dim
+    learns_to_see = "vision" in trainable
+    llm_block = tokens * (2 * max(4, size) * D + size * (4 * D + 3 * q + 2 * kv + 4 * l.intermediate_size))
+    vision_block = visual * size * (8 * d + 2 * v.intermediate_size) * learns_to_see
+    if not recompute:
+        return l.n_layers * llm_block + v.n_layers * vision_block
+    inputs = l.n_layers * tokens * size * D + v.n_layers * visual * size * d * learns_to_see
+    return inputs + max(llm_block, vision_block)
+
+
+def connector_bytes(config: AlignVLMConfig, tiles: int, size: int) -> float:
+    """What the connector keeps; and of connector.Mixture's blocks two (n, V), and one or two fp32 copies of a
+    few rows."""
+    l, c = config.llm, config.connector
+    D, visual = l.hidden_size, tiles * config.vision.n_patches
+    keeps = visual * D * {"align": 3, "mlp": 3, "ovis": 1, "perceiver": 17 + 2 * c.depth}[c.kind]
+    if c.kind == "perceiver":       # keys and values of the features, and all that is done with the latents
+        latent = 12 * D + c.head_dim * (c.n_heads + c.n_kv_heads)
+        keeps += 2 * c.depth * (visual * c.n_kv_heads * c.head_dim + tiles * c.n_latents * latent)
+    wide = {"align": l.vocab_size, "ovis": c.table_size}.get(c.kind, 0)        # a row of what Mixture makes
+    block = min(BLOCK_BYTES, 2 * size * 16 * math.ceil(visual / 16) * wide)
+    rows = min(CACHE_BYTES if size > 2 else BLOCK_BYTES // 4, 4 * visual * wide)
+    return size * keeps + block + 1.5 * rows
+
+
+# ---------------------------------------------------------------------------------------------------------
+# The command
+
+
+def print_stage(stage: int, recipe: Recipe, config: AlignVLMConfig, args: argparse.Namespace) -> None:
+    """What a stage takes on --gpus: memory per GPU, FLOPs and time of a step, days."""
+    data = (LOW_RESOURCE_DATA if args.preset == "low-resource" else PAPER_DATA)[stage]
+    most_tiles = 1 if args.max_tiles == 1 else args.max_tiles + 1       # with the whole page
+    tiles = data.tiles or most_tiles
+    length = tiles * config.tile_tokens + data.text
+    print(f"\nstage {stage} of {args.preset} on {args.gpus} GPUs, one copy on {args.shard_size} of them: "
+          f"{' + '.join(recipe.trainable)} trained, {recipe.batch_size} samples a step, each of {tiles} tiles "
+          f"and {data.text} tokens of text ({length:,} tokens)")
+    print_memory(recipe, config, data, tiles, args)
+    samples = recipe.batch_size
+    counts = Counter(tokens=samples * length, supervised=samples * data.supervised, tiles=samples * tiles,
+                     squares=samples * length ** 2)
+    flops = step_flops(config, recipe.trainable, counts)
+    seconds = flops / (args.gpus * args.mfu * PEAKS["H100"])
+    steps = recipe.steps or math.ceil(data.samples * recipe.epochs / samples)
+    hours = steps * seconds / 3600
+    time = f"{hours / 24:.1f} days" if hours > 48 else f"{hours:.2g} hours"
+    print(f"  {flops:.3g} FLOPs a step, {seconds:.3g} s at {args.mfu:.0%} of an H100's peak (a third more with "
+          f"--recompute); {steps:,} steps in {time}")
+
+
+def print_memory(recipe: Recipe, config: AlignVLMConfig, data: StageData, tiles: int,
+                 args: argparse.Namespace) -> None:
+    """Bytes a GPU with train.py's flags that save more and more of them, up to the first that fits."""
+    length = tiles * config.tile_tokens + data.text
+    a_share = math.ceil(recipe.batch_size / args.gpus)          # of a step's samples
+    for flags, recompute, row_tokens in [("as asked", False, recipe.row_tokens),
+                                         ("--recompute", True, recipe.row_tokens),
+                                         (f"--recompute --row-tokens {length}", True, length)]:
+        in_row = max(1, min(a_share, row_tokens // length))     # samples
+        parts = memory(config, recipe.trainable, args.shard_size, in_row * length, in_row * tiles,
+                       in_row * data.supervised, recompute)
+        total = sum(parts.values()) / 1e9
+        fits = total <= 0.9 * args.gpu_memory       # the rest is for CUDA, NCCL and fragments
+        verdict = "which fits" if fits else f"more than 90 % of {args.gpu_memory:g}"
+        print(f"  {flags}: {total:.3g} GB a GPU, {verdict}")
+        print("    " + ", ".join(f"{name} {size / 1e9:.3g}" for name, size in parts.items()))
+        if fits:
+            return
+    more = "" if args.shard_size == args.gpus else f", or --shard-size {args.gpus}"
+    print(f"  nothing fits: more GPUs{more}")
+
+
+def parse_args() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(prog="python -m paper.plan", description=__doc__,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    add = parser.add_argument
+    add("--preset", choices=list(RECIPES),
+        help="recipe (default: by the size of --llm; without one llama-3.2-1b)")
+    add("--stage", type=int, choices=[1, 2, 3], help="this stage only (default: all)")
+    add("--gpus", type=positive(int), default=64, help="how many (default: %(default)s)")
+    add("--gpu-memory", type=positive(float), default=80, help="GB of each (default: %(default)s)")
+    add("--mfu", type=positive(float), default=0.4,
+        help="share of an H100's 989 TFLOP/s that is reached (default: %(default)s)")
+    add("--vision", type=Path, help="folder with a released SigLIP (default: the preset's sizes)")
+    add("--llm", type=Path, help="folder with a released Llama (default: the preset's sizes)")
+    same = parser.add_argument_group("as in train.py").add_argument
+    same("--connector", choices=CONNECTORS, default="align", help="(default: %(default)s)")
+    same("--batch-size", type=positive(int), help="samples a step, over all GPUs (default: the recipe's)")
+    same("--row-tokens", type=positive(int), help="tokens a forward pass (default: the recipe's)")
+    same("--epochs", type=positive(int), help="passes over the stage's data (default: the recipe's)")
+    same("--lr-scale", type=lr_share, nargs="+", default=[], metavar="MODULE=SHARE",
+         help="0 freezes a module, any other share trains it (default: the recipe's)")
+    same("--max-tiles", type=positive(int), default=9, help="tiles a page is cut into at most "
+         "(default: %(default)s)")
+    same("--shard-size", type=positive(int), help="GPUs that hold one copy of the model (default: all)")
+    args = parser.parse_args()
+    if bool(args.vision) != bool(args.llm):
+        parser.error("--vision and --llm go together: two folders with released weights")
+    args.shard_size = min(args.shard_size or args.gpus, args.gpus)
+    if args.gpus % args.shard_size:
+        parser.error(f"--shard-size {args.shard_size} does not divide --gpus {args.gpus}")
+    return args
+
+
+def main() -> None:
+    args = parse_args()
+    if args.llm:
+        config = AlignVLMConfig(read_siglip(args.vision)[0], read_llama(args.llm)[0])
+        args.preset = args.preset or preset_for(config.llm)
+    else:
+        args.preset = args.preset or "llama-3.2-1b"
+        config = ALIGNVLM_PRESETS.get(args.preset, ALIGNVLM_PRESETS["llama-3.2-1b"])
+    config = replace(config, connector=replace(config.connector, kind=args.connector))
+    changes = {name: getattr(args, name) for name in ("batch_size", "row_tokens", "epochs")}
+    stages = [args.stage] if args.stage else [stage for stage in RECIPES[args.preset] if stage > 0]
+    for stage in stages:
+        recipe = recipe_for(args.preset, stage, changes, dict(args.lr_scale))
+        print_stage(stage, recipe, config, args)
+
+
+if __name__ == "__main__":
+    try:
+        main()
+    except (InputError, OSError) as error:
+        print(f"paper.plan: {error}", file=sys.stderr)
+        sys.exit(2)
