@@ -1,0 +1,242 @@
+"""plumbing/images.py: pages of every mode, damaged ones and hostile ones."""
+import io
+import resource
+import struct
+import sys
+import warnings
+import zlib
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from plumbing.images import ImageError, read_image
+from vision import SIGLIP_PRESETS, tile
+
+
+def written(tmp_path: Path, image: Image.Image, name: str, **options) -> Path:
+    image.save(tmp_path / name, **options)
+    return tmp_path / name
+
+
+def pixel_of(image: Image.Image) -> tuple[int, ...]:
+    assert image.mode == "RGB"
+    return image.getpixel((0, 0))
+
+
+def plain(mode: str, colour, size: int = 3) -> Image.Image:
+    return Image.new(mode, (size, 2 if size == 3 else size), colour)
+
+
+def palette_image() -> Image.Image:
+    image = plain("P", 1)
+    image.putpalette([0, 0, 0, 10, 20, 30, 200, 100, 50] + [0] * 759)
+    image.putpixel((1, 0), 2)
+    return image
+
+
+WHITE = (255, 255, 255)
+# One colour in each mode, as it is saved, and what a viewer on white paper shows.
+COLOURS = {
+    "RGB":                  (plain("RGB", (10, 20, 30)), "a.png", {}, (10, 20, 30)),
+    "RGBA opaque":          (plain("RGBA", (10, 20, 30, 255)), "a.png", {}, (10, 20, 30)),
+    "RGBA transparent":     (plain("RGBA", (10, 20, 30, 0)), "a.png", {}, WHITE),
+    "RGBA between":         (plain("RGBA", (0, 100, 255, 51)), "a.png", {}, (204, 224, 255)),
+    "LA opaque":            (plain("LA", (40, 255)), "a.png", {}, (40, 40, 40)),
+    "LA transparent":       (plain("LA", (40, 0)), "a.png", {}, WHITE),
+    "L":                    (plain("L", 77), "a.png", {}, (77, 77, 77)),
+    "L with a clear grey":  (plain("L", 77), "a.png", {"transparency": 77}, WHITE),
+    "RGB with a clear one": (plain("RGB", (1, 2, 3)), "a.png", {"transparency": (1, 2, 3)}, WHITE),
+    "P":                    (palette_image(), "a.png", {}, (10, 20, 30)),
+    "P transparent":        (palette_image(), "a.png", {"transparency": 1}, WHITE),
+    "P, another clear":     (palette_image(), "a.png", {"transparency": 2}, (10, 20, 30)),
+    "P in a GIF":           (palette_image(), "a.gif", {"transparency": 1}, WHITE),
+    "1-bit black":          (plain("1", 0), "a.png", {}, (0, 0, 0)),
+    "1-bit white":          (plain("1", 1), "a.tiff", {}, WHITE),
+    "CMYK TIFF":            (plain("CMYK", (255, 0, 0, 0)), "a.tiff", {}, (0, 255, 255)),
+    "CMYK black":           (plain("CMYK", (0, 0, 0, 255)), "a.tiff", {}, (0, 0, 0)),
+    "CMYK JPEG":            (plain("CMYK", (0, 255, 255, 0), 16), "a.jpg", {"quality": 100},
+                             (255, 0, 0)),
+    "YCbCr JPEG":           (plain("RGB", WHITE, 16), "a.jpg", {}, WHITE),
+    "WebP":                 (plain("RGBA", (9, 9, 9, 0), 16), "a.webp", {"lossless": True}, WHITE),
+    "BMP":                  (plain("RGB", (10, 20, 30)), "a.bmp", {}, (10, 20, 30)),
+}
+
+
+@pytest.mark.parametrize("case", COLOURS)
+def test_read_image_modes(tmp_path, case):
+    image, name, options, colour = COLOURS[case]
+    path = written(tmp_path, image, name, **options)
+    got = read_image(path)
+    assert got.size == image.size
+    off = max(abs(a - b) for a, b in zip(pixel_of(got), colour))
+    assert off <= (2 if name.endswith("jpg") else 0)
+    assert read_image(str(path)).tobytes() == got.tobytes()
+    assert read_image(io.BytesIO(path.read_bytes())).tobytes() == got.tobytes()
+
+
+RAMP = np.array([[0, 1000, 32768], [50_000, 65_534, 65_535]])
+
+
+@pytest.mark.parametrize("dtype, name", [(np.uint16, "a.png"), (np.uint16, "a.tiff"),
+                                         (np.int32, "a.tiff"), (np.float32, "a.tiff")],
+                         ids=["I;16 PNG", "I;16 TIFF", "I", "F"])
+def test_read_image_16_bit_grey(tmp_path, dtype, name):
+    """65535 is white: Pillow's own conversion would turn all above 255 into white."""
+    path = written(tmp_path, Image.fromarray(RAMP.astype(dtype)), name)
+    with Image.open(path) as image:
+        assert image.mode.startswith("I") or image.mode == "F"
+    image = read_image(path)
+    assert image.mode == "RGB" and image.size == (3, 2)
+    expected = np.array([[0, 4, 128], [195, 255, 255]])
+    assert np.array_equal(np.asarray(image), np.repeat(expected[..., None], 3, axis=-1))
+
+
+# What a viewer must do with the stored picture for each value of the EXIF tag 274, "Orientation".
+UPRIGHT = {1: lambda a: a,
+           2: lambda a: a[:, ::-1],
+           3: lambda a: a[::-1, ::-1],
+           4: lambda a: a[::-1],
+           5: lambda a: a.swapaxes(0, 1),
+           6: lambda a: np.rot90(a, -1),
+           7: lambda a: np.rot90(a, 2).swapaxes(0, 1),
+           8: lambda a: np.rot90(a)}
+
+
+@pytest.mark.parametrize("orientation", UPRIGHT)
+def test_read_image_applies_exif_rotation(tmp_path, orientation):
+    stored = np.zeros((32, 48, 3), np.uint8)
+    stored[:16, :16] = 250, 0, 0
+    stored[:16, 16:] = 0, 250, 0
+    stored[16:, :16] = 0, 0, 250
+    stored[16:, 16:] = 250, 250, 0
+    exif = Image.Exif()
+    exif[274] = orientation
+    path = written(tmp_path, Image.fromarray(stored), "a.jpg", exif=exif, quality=100,
+                   subsampling=0)
+    got = np.asarray(read_image(path)).astype(int)
+    expected = UPRIGHT[orientation](stored).astype(int)
+    assert got.shape == expected.shape
+    assert abs(got - expected).max() < 20       # JPEG
+
+
+@pytest.mark.parametrize("mode", ["RGB", "L", "1", "P", "RGBA", "LA", "I;16"])
+def test_one_pixel_becomes_a_tile(tmp_path, mode):
+    image = read_image(written(tmp_path, Image.new(mode, (1, 1)), "a.png"))
+    assert image.size == (1, 1)
+    assert tile(image, SIGLIP_PRESETS["toy"]).shape == (1, 3, 112, 112)
+
+
+def png(width: int, height: int, rows: bytes = b"", depth: int = 1) -> bytes:
+    """A grey PNG that claims a size; `rows` are its scanlines."""
+    def chunk(kind: bytes, data: bytes) -> bytes:
+        checksum = struct.pack(">I", zlib.crc32(kind + data))
+        return struct.pack(">I", len(data)) + kind + data + checksum
+
+    header = struct.pack(">IIBBBBB", width, height, depth, 0, 0, 0, 0)
+    chunks = [chunk(b"IHDR", header), chunk(b"IDAT", zlib.compress(rows, 9)), chunk(b"IEND", b"")]
+    return b"\x89PNG\r\n\x1a\n" + b"".join(chunks)
+
+
+def bytes_of(kind: str) -> bytes:
+    """A file of noise."""
+    noise = np.random.default_rng(0).integers(0, 256, (30, 40, 3), dtype=np.uint8)
+    file = io.BytesIO()
+    Image.fromarray(noise).save(file, kind)
+    return file.getvalue()
+
+
+def refused(path: Path) -> str:
+    """read_image's message for a file that it must refuse: one line, and the file named.
+
+    Nothing else may be printed.
+    """
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        with pytest.raises(ImageError) as error:
+            read_image(path)
+    message = str(error.value)
+    assert "\n" not in message and path.name in message
+    return message
+
+
+BAD = {
+    "truncated.png": bytes_of("PNG")[:1500],
+    "truncated.jpg": bytes_of("JPEG")[:1000],
+    "truncated.gif": bytes_of("GIF")[:900],
+    "truncated.tiff": bytes_of("TIFF")[:1000],
+    "truncated.webp": bytes_of("WEBP")[:500],
+    "truncated.bmp": bytes_of("BMP")[:900],
+    "header.png": bytes_of("PNG")[:8],
+    "half_a_header.png": bytes_of("PNG")[:20],
+    "header.jpg": bytes_of("JPEG")[:3],
+    "wrong_checksum.png": bytes_of("PNG").replace(b"IHDR", b"IHDR\xff", 1),
+    "no_rows.png": png(9, 9),
+    "text.png": b"this is no image\n" * 9,
+    "empty.png": b"",
+    "zeros.jpg": bytes(999),
+    "zero_wide.png": png(0, 5),
+    # Pillow has its own errors for what it knows and can't do.
+    "unknown_format.dds": bytes_of("DDS")[:80] + struct.pack("<I", 26) + bytes_of("DDS")[84:],
+    "page.pdf": b"%PDF-1.4\n",
+    "page.svg": b"<svg xmlns='http://www.w3.org/2000/svg' width='9' height='9'/>",
+}
+
+
+@pytest.mark.parametrize("name", BAD)
+def test_read_image_refuses(tmp_path, name):
+    (tmp_path / name).write_bytes(BAD[name])
+    refused(tmp_path / name)
+    with open(tmp_path / name, "rb") as file, pytest.raises(ImageError, match=name):
+        read_image(file)
+
+
+def test_read_image_refuses_what_is_no_file(tmp_path):
+    assert "no such file" in refused(tmp_path / "missing.png")
+    refused(tmp_path)
+
+
+@pytest.mark.parametrize("kind", ["PNG", "JPEG", "GIF", "TIFF", "WEBP", "BMP"])
+def test_damaged_files_give_an_image_or_an_image_error(tmp_path, kind):
+    """Random damage, 40 files a format: nothing but ImageError may come out."""
+    good, rng = bytes_of(kind), np.random.default_rng(0)
+    errors = 0
+    for i in range(40):
+        bad = bytearray(good)
+        for _ in range(rng.integers(1, 9)):
+            bad[rng.integers(min(len(bad), 2000 if i % 2 else 64))] = rng.integers(256)
+        (tmp_path / "bad").write_bytes(bad)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            try:
+                assert read_image(tmp_path / "bad").mode == "RGB"
+            except ImageError as error:
+                errors += 1
+                assert "\n" not in str(error)
+    assert errors > 0
+
+
+def test_decompression_bombs_are_refused_without_decoding(tmp_path):
+    """A header that claims 50,000 x 50,000.
+
+    And small files that really hold 144 and just over 100 megapixels.
+    """
+    (tmp_path / "claim.png").write_bytes(png(50_000, 50_000))
+    (tmp_path / "bomb.png").write_bytes(png(12_000, 12_000, (b"\0" + bytes(1500)) * 12_000))
+    (tmp_path / "long.png").write_bytes(png(8, 12_500_001, b"\0\0" * 12_500_001))
+    unit = 1 if sys.platform == "darwin" else 1024      # of ru_maxrss, the most memory ever held
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    for name in ("claim.png", "bomb.png", "long.png"):
+        assert "100,000,000" in refused(tmp_path / name)
+    after = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    assert (after - before) * unit < 20_000_000     # one byte a pixel would be 100,000,000 or more
+
+
+def test_a_large_page_is_read_in_silence(tmp_path):
+    """95 megapixels are allowed; Pillow would print a warning from 89 on."""
+    (tmp_path / "large.png").write_bytes(png(9_500, 10_000, (b"\0" + b"\xff" * 1188) * 10_000))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        image = read_image(tmp_path / "large.png")
+    assert image.size == (9_500, 10_000) and pixel_of(image) == WHITE
