@@ -1,10 +1,10 @@
 """How the paper's benchmarks score an answer (section 4, Tables 1 and 2): one function per metric.
 
-METRICS[benchmark](rows) takes rows with "prediction" (what the model wrote), "answers" (the golds, never empty),
-"question" and "split", and returns scores from 0 to 1 by name, the headline first: nan without rows. They have to
-compare with published numbers, so each does what the benchmark's own evaluation does, oddities included.
+METRICS[benchmark](rows) takes rows with "prediction" (what the model wrote), "answers" (the golds,
+never empty), "question" and "split". It returns scores from 0 to 1 by name, the headline first, and
+nan without rows. They have to compare with published numbers, so each does what the benchmark's own
+evaluation does, oddities included.
 """
-import contextlib
 import math
 import re
 import unicodedata
@@ -13,14 +13,22 @@ from difflib import SequenceMatcher
 
 from paper.benchmarks import TOYS
 
+Metric = Callable[[list[dict]], dict[str, float]]
+
 
 def mean(scores: list[float]) -> float:
     return sum(scores) / len(scores) if scores else math.nan
 
 
-def averaged(name: str, score: Callable[[str, list[str]], float]) -> Callable[[list[dict]], dict[str, float]]:
+def averaged(name: str, score: Callable[[str, list[str]], float]) -> Metric:
     """The metric that is the mean over all rows of score(prediction, answers)."""
-    return lambda rows: {name: mean([score(row["prediction"], row["answers"]) for row in rows])}
+    def metric(rows: list[dict]) -> dict[str, float]:
+        return {name: mean([score(row["prediction"], row["answers"]) for row in rows])}
+    return metric
+
+
+# -------------------------------------------------------------------------------------------------
+# The toy, TabFact
 
 
 def exact_match(prediction: str, answers: list[str]) -> float:
@@ -29,199 +37,346 @@ def exact_match(prediction: str, answers: list[str]) -> float:
 
 
 def tabfact(prediction: str, answers: list[str]) -> float:
-    """TabFact (DocOwl 1.5): 1 if the prediction is the gold less its last ".": never for "true", "True." or ""."""
-    golds = [gold.replace("\n", "").strip().removesuffix(".") for gold in answers]
-    return float(prediction.replace("\n", "").strip() in golds)
+    """TabFact (DocOwl 1.5): 1 if the prediction is the gold less its last ".", else 0.
+
+    So "true", "True." and an empty answer never score.
+    """
+    golds = [without_line_ends(gold).removesuffix(".") for gold in answers]
+    return float(without_line_ends(prediction) in golds)
+
+
+def without_line_ends(text: str) -> str:
+    return text.replace("\n", "").strip()
+
+
+# -------------------------------------------------------------------------------------------------
+# DocVQA, InfoVQA
 
 
 def edit_distance(a: str, b: str) -> int:
-    """Levenshtein distance: the fewest insertions, deletions and substitutions of characters from a to b."""
-    row = list(range(len(b) + 1))
+    """Levenshtein distance, in characters.
+
+    These are the fewest insertions, deletions and substitutions that make b of a.
+    """
+    row = list(range(len(b) + 1))       # from a's first i characters to b's first j
     for i, x in enumerate(a, 1):
-        diagonal, row[0] = row[0], i
+        diagonal = row[0]
+        row[0] = i
         for j, y in enumerate(b, 1):
-            diagonal, row[j] = row[j], min(row[j] + 1, row[j - 1] + 1, diagonal + (x != y))
+            above = row[j]
+            row[j] = min(above + 1, row[j - 1] + 1, diagonal + (x != y))
+            diagonal = above
     return row[-1]
 
 
 def anls(prediction: str, answers: list[str]) -> float:
-    """DocVQA, InfoVQA (Biten et al. 2019; VLMEvalKit): normalised Levenshtein similarity with the nearest gold, or 0.
+    """DocVQA, InfoVQA (Biten et al. 2019; VLMEvalKit): likeness with the nearest gold, or 0.
 
-    Case and the amount of white space do not count in the distance, but the length that divides it is the raw one.
-    From 0.5, itself included, to 1; what is less alike is 0, and so is an empty answer, unless a gold is empty too.
+    It is 1 less the normalised Levenshtein distance: from 0.5, itself included, to 1. What is less
+    alike is 0, and so is an empty answer, unless a gold is empty too.
     """
-    pairs = [(" ".join(gold.lower().split()), " ".join(prediction.lower().split()), gold) for gold in answers]
-    similarity = 1 - min(edit_distance(a, b) / max(len(gold), len(prediction), 1) for a, b, gold in pairs)
+    similarity = max(levenshtein_similarity(prediction, gold) for gold in answers)
     return similarity if similarity >= 0.5 else 0.0
 
 
+def levenshtein_similarity(prediction: str, gold: str) -> float:
+    """Case and the amount of white space don't count in the distance; the length is the raw one."""
+    distance = edit_distance(" ".join(gold.lower().split()), " ".join(prediction.lower().split()))
+    return 1 - distance / max(len(gold), len(prediction), 1)
+
+
+# -------------------------------------------------------------------------------------------------
+# ChartQA
+
+
 def relaxed_accuracy(prediction: str, answers: list[str]) -> float:
-    """ChartQA (Masry et al. 2022; pix2struct, VLMEvalKit): 1 if within 5 % of a gold number, or the same text, else 0.
+    """ChartQA (Masry et al. 2022; pix2struct, VLMEvalKit): 1 if it fits one of the golds, else 0.
 
-    |p - t| <= 0.05 |t|, where x% is x / 100; "1,000" and "5 kg" are no numbers. A gold of 0, or where either is no
-    number, takes the same text, whatever its case. An empty answer is wrong.
+    Numbers fit within 5 %: |p - t| <= 0.05 |t|. A gold of 0, or where either is no number, takes
+    the same text, whatever its case. An empty answer is wrong.
     """
-    def number(text: str) -> float | None:
-        try:
-            return float(text.rstrip("%")) / 100 if text.endswith("%") else float(text)
-        except ValueError:
-            return None
+    return float(any(fits_in_chart(prediction.strip(), gold) for gold in answers))
 
-    def correct(text: str, gold: str) -> bool:
-        p, t = number(text), number(gold)
-        return abs(p - t) / abs(t) <= 0.05 if p is not None and t else text.lower() == gold.lower()
 
-    return float(any(correct(prediction.strip(), gold) for gold in answers))
+def fits_in_chart(text: str, gold: str) -> bool:
+    p = chart_number(text)
+    t = chart_number(gold)
+    if p is None or t is None or t == 0:
+        return text.lower() == gold.lower()
+    return abs(p - t) / abs(t) <= 0.05
+
+
+def chart_number(text: str) -> float | None:
+    """x% is x / 100; "1,000" and "5 kg" are no numbers."""
+    try:
+        if text.endswith("%"):
+            return float(text.rstrip("%")) / 100
+        return float(text)
+    except ValueError:
+        return None
 
 
 def chartqa(rows: list[dict]) -> dict[str, float]:
     """ChartQA's relaxed accuracy over all rows, and over each of its two splits."""
     metric = averaged("relaxed_accuracy", relaxed_accuracy)
-    splits = {split: [row for row in rows if row["split"] == split] for split in ("human", "augmented")}
-    return metric(rows) | {split: metric(some)["relaxed_accuracy"] for split, some in splits.items()}
+    scores = metric(rows)
+    for split in ("human", "augmented"):
+        scores[split] = metric([row for row in rows if row["split"] == split])["relaxed_accuracy"]
+    return scores
 
 
-NUMBERS = {word: str(n) for n, word in enumerate("zero one two three four five six seven eight nine ten".split())}
-CONTRACTIONS = {form[:i] + form[i + 1:]: form for form in """
-    ain't aren't can't could've couldn't couldn't've didn't doesn't don't hadn't hadn't've hasn't haven't he'd he'd've
-    he's how'd how'll how's isn't it'd it'd've it'll ma'am mightn't mightn't've might've mustn't must've needn't not've
-    o'clock oughtn't 'ow's'at shan't she'd've should've shouldn't shouldn't've somebody'd somebody'd've somebody'll
-    somebody's someone'd someone'd've someone'll someone's something'd something'd've something'll that's there'd
-    there'd've there're there's they'd they'd've they'll they're they've 'twas wasn't we'd've we've weren't what'll
-    what're what's what've when's where'd where's where've who'd who'd've who'll who's who've why'll why're why's won't
-    would've wouldn't wouldn't've y'all y'all'll y'all'd've you'd you'd've you'll you're you've
-    """.split() for i, letter in enumerate(form) if letter == "'"}       # the word without one of its apostrophes -> it
+# -------------------------------------------------------------------------------------------------
+# TextVQA
+
+NUMBERS = {"none": "0", "zero": "0", "one": "1", "two": "2", "three": "3", "four": "4", "five": "5",
+           "six": "6", "seven": "7", "eight": "8", "nine": "9", "ten": "10"}
+CONTRACTIONS = """
+    ain't aren't can't could've couldn't couldn't've didn't doesn't don't hadn't hadn't've hasn't
+    haven't he'd he'd've he's how'd how'll how's isn't it'd it'd've it'll ma'am mightn't mightn't've
+    might've mustn't must've needn't not've o'clock oughtn't 'ow's'at shan't she'd've should've
+    shouldn't shouldn't've somebody'd somebody'd've somebody'll somebody's someone'd someone'd've
+    someone'll someone's something'd something'd've something'll that's there'd there'd've there're
+    there's they'd they'd've they'll they're they've 'twas wasn't we'd've we've weren't what'll
+    what're what's what've when's where'd where's where've who'd who'd've who'll who's who've why'll
+    why're why's won't would've wouldn't wouldn't've y'all y'all'll y'all'd've you'd you'd've you'll
+    you're you've
+    """.split()
+
+
+def apostrophes(contractions: list[str]) -> dict[str, str]:
+    """Each word without one of its apostrophes -> the word."""
+    whole = {}
+    for word in contractions:
+        for i, letter in enumerate(word):
+            if letter == "'":
+                whole[word[:i] + word[i + 1:]] = word
+    return whole
+
+
+APOSTROPHES = apostrophes(CONTRACTIONS)
 
 
 def vqa_normalise(text: str) -> str:
-    """The VQA evaluation's normal form: lower case, no punctuation, no articles, number words as digits.
+    """The VQA evaluation's normal form: lower case, no marks, no articles, number words as digits.
 
-    A mark becomes a space, as in "red/blue", or nothing if the text has it beside a space, or a comma within a number.
+    A mark becomes a space, as in "red/blue", or nothing if the text has it beside a space, or a
+    comma within a number.
     """
-    original = text = text.replace("\n", " ").replace("\t", " ").strip()
+    original = text.replace("\n", " ").replace("\t", " ").strip()
+    text = original
+    has_thousands = re.search(r"\d,\d", original)
     for mark in ';/[]"{}()=+\\_-><@`,?!':
-        vanishes = f"{mark} " in original or f" {mark}" in original or re.search(r"\d,\d", original)
+        vanishes = has_thousands or f"{mark} " in original or f" {mark}" in original
         text = text.replace(mark, "" if vanishes else " ")
-    words = re.sub(r"\.(?!\d)", "", text).lower().split()
-    words = [NUMBERS.get(word, "0" if word == "none" else word) for word in words]
-    return " ".join(CONTRACTIONS.get(word, word) for word in words if word not in ("a", "an", "the"))
+    text = re.sub(r"\.(?!\d)", "", text)        # all dots but those of decimals
+    words = [NUMBERS.get(word, word) for word in text.lower().split()]
+    words = [word for word in words if word not in ("a", "an", "the")]
+    return " ".join(APOSTROPHES.get(word, word) for word in words)
 
 
 def vqa_accuracy(prediction: str, answers: list[str]) -> float:
-    """TextVQA (Antol et al. 2015; VLMEvalKit), from 0 to 1: the answer is right if 3 of the 10 people gave it.
+    """TextVQA (Antol et al. 2015; VLMEvalKit): right if 3 of the 10 people gave the answer.
 
-    For each gold in turn min(1, how many of the others the prediction equals / 3), and of that the mean. A single gold
-    leaves no others, so it scores 0. An empty answer equals golds of nothing but articles and marks.
+    For each gold in turn min(1, how many of the others the prediction equals / 3), and of that the
+    mean, from 0 to 1. A single gold leaves no others, so it scores 0. An empty answer equals golds
+    of nothing but articles and marks.
     """
-    same = [vqa_normalise(gold) == vqa_normalise(prediction) for gold in answers]
-    return mean([min(1, (sum(same) - this) / 3) for this in same])
+    normal = vqa_normalise(prediction)
+    equal = [vqa_normalise(gold) == normal for gold in answers]
+    return mean([min(1, (sum(equal) - this) / 3) for this in equal])
+
+
+# -------------------------------------------------------------------------------------------------
+# WTQ, and TableVQABench's vwtq
+
+
+def denotation(prediction: str, answers: list[str]) -> float:
+    """WTQ (Pasupat and Liang 2015; as in DUE and TableVQABench): 1 if the answer has all values.
+
+    And no more, else 0. The golds together are one list, as is a prediction with "|" or "||"
+    between its values; order and repetitions do not count. "1,000" and "5%" are texts: the original
+    reads the golds with CoreNLP, the other two do not. An empty answer is one value, wrong unless
+    the gold is empty.
+    """
+    golds = wtq_values("|".join(answers))
+    predicted = wtq_values(prediction.replace("||", "|"))
+    if len(golds) != len(predicted):
+        return 0.0
+    return float(all(any(wtq_match(gold, value) for value in predicted) for gold in golds))
+
+
+def wtq_values(text: str) -> list[tuple[tuple, str]]:
+    """The different values of a list "a|b", each with the normal form of its first spelling."""
+    found: dict[tuple, str] = {}
+    for item in text.split("|"):
+        item = item.replace(r"\n", "\n").replace(r"\\", "\\")       # as the data's TSV escapes them
+        found.setdefault(wtq_value(item), wtq_normalise(item))
+    return list(found.items())
+
+
+def wtq_match(gold: tuple[tuple, str], predicted: tuple[tuple, str]) -> bool:
+    """Whether two values are the same: as texts, as numbers within 1e-6, or as dates."""
+    a, a_normal = gold
+    b, b_normal = predicted
+    if a_normal == b_normal or a == b:
+        return True
+    return a[0] == b[0] == "number" and abs(a[1] - b[1]) < 1e-6
+
+
+def wtq_value(text: str) -> tuple:
+    """What WikiTableQuestions' evaluator takes a text for.
+
+    ("number", x), ("date", year, month, day) or ("text", its normal form). 2004-xx-xx is a number.
+    """
+    number = wtq_number(text)
+    if number is not None:
+        return "number", number
+    date = wtq_date(text)
+    if date is None:
+        return "text", wtq_normalise(text)
+    year, month, day = date
+    if month == day == -1 and year < 10 ** 18:      # more is compared with no float
+        return "number", year
+    return "date", year, month, day
+
+
+def wtq_number(text: str) -> int | float | None:
+    """Nearly whole numbers are cut, as in the original: 2.9999999 is 2."""
+    try:
+        number = float(text)
+    except ValueError:
+        return None
+    if not math.isfinite(number):
+        return None
+    return int(number) if abs(number - round(number)) < 1e-6 else number
+
+
+def wtq_date(text: str) -> tuple[int, int, int] | None:
+    """year-month-day with xx, of the year also xxxx, for what is unknown: -1, but not all three."""
+    parts = re.sub("^xxxx-", "xx-", text.lower()).split("-")
+    try:
+        year, month, day = (-1 if part == "xx" else int(part) for part in parts)
+    except ValueError:
+        return None
+    known = max(year, month, day) >= 0
+    if known and month in (-1, *range(1, 13)) and day in (-1, *range(1, 32)):
+        return year, month, day
+    return None
 
 
 def wtq_normalise(text: str) -> str:
-    """WikiTableQuestions' normal form: lower case; no accents, outer quotes, footnotes, brackets or "." at the end."""
-    text = "".join(c for c in unicodedata.normalize("NFKD", text) if unicodedata.category(c) != "Mn")
-    text = re.sub("[‐‑‒–—−]", "-", re.sub("[“”]", '"', re.sub("[‘’´`]", "'", text)))
+    """WikiTableQuestions' normal form: lower case, without accents and what stands around a name.
+
+    Outer quotes, footnotes, brackets and a "." at the end go.
+    """
+    decomposed = unicodedata.normalize("NFKD", text)
+    text = "".join(c for c in decomposed if unicodedata.category(c) != "Mn")
+    text = re.sub("[‘’´`]", "'", text)
+    text = re.sub("[“”]", '"', text)
+    text = re.sub("[‐‑‒–—−]", "-", text)
     before = None
     while text != before:
         before = text
-        text = re.sub(r"(?:(?<!^)\[[^]]*\]|^\[\d+\]|[•♦†‡*#+])+$", "", text.strip())    # footnotes: Paris[2], 1912†
-        text = re.sub(r"(?: \([^)]*\))+$", "", text.strip())                            # Paris (France)
+        # footnotes: Paris[2], 1912†
+        text = re.sub(r"(?:(?<!^)\[[^]]*\]|^\[\d+\]|[•♦†‡*#+])+$", "", text.strip())
+        # brackets: Paris (France)
+        text = re.sub(r"(?: \([^)]*\))+$", "", text.strip())
         text = re.sub(r'^"([^"]*)"$', r"\1", text.strip())
     return " ".join(text.removesuffix(".").lower().split())
 
 
-def wtq_value(text: str) -> tuple:
-    """What WikiTableQuestions' evaluator takes a text for: ("number", x), ("date", year, month, day) or ("text", s)."""
-    with contextlib.suppress(ValueError):
-        if math.isfinite(number := float(text)):        # nearly whole ones are cut, as there: 2.9999999 is 2
-            return "number", int(number) if abs(number - round(number)) < 1e-6 else number
-    with contextlib.suppress(ValueError):
-        year, month, day = (-1 if part == "xx" else int(part)
-                            for part in re.sub("^xxxx-", "xx-", text.lower()).split("-"))
-        if month == day == -1 != year and year < 10 ** 18:     # more is compared with no float
-            return "number", year
-        if max(year, month, day) >= 0 and month in (-1, *range(1, 13)) and day in (-1, *range(1, 32)):
-            return "date", year, month, day
-    return "text", wtq_normalise(text)
-
-
-def denotation(prediction: str, answers: list[str]) -> float:
-    """WTQ (Pasupat and Liang 2015; as in DUE and TableVQABench): 1 if the answer has all values and no more, else 0.
-
-    The golds together are one list, as is a prediction with "|" or "||" between its values; order and repetitions do
-    not count. Two values match as normalised texts, as numbers within 1e-6, or as dates (2004-xx-xx is a number).
-    "1,000" and "5%" are texts: the original reads the golds with CoreNLP, the other two do not. An empty answer is one
-    value, wrong unless the gold is empty.
-    """
-    def values(texts: list[str]) -> list[tuple]:
-        found: dict[tuple, str] = {}
-        for text in "|".join(texts).split("|"):
-            text = text.replace(r"\n", "\n").replace(r"\\", "\\")      # as the data's TSV escapes them
-            found.setdefault(wtq_value(text), wtq_normalise(text))
-        return list(found.items())
-
-    def match(a: tuple, a_normal: str, b: tuple, b_normal: str) -> bool:
-        return a_normal == b_normal or a == b or a[0] == b[0] == "number" and abs(a[1] - b[1]) < 1e-6
-
-    golds, predicted = values(answers), values([prediction.replace("||", "|")])
-    return float(len(golds) == len(predicted) and all(any(match(*g, *p) for p in predicted) for g in golds))
+# -------------------------------------------------------------------------------------------------
+# TableVQABench's others
 
 
 def true_or_false(prediction: str, answers: list[str]) -> float:
-    """TableVQABench's vtabfact: 1 if the prediction holds the gold's word ("1": true, "0": false) and not the other."""
+    """TableVQABench's vtabfact: 1 if the prediction holds the gold's word and not the other.
+
+    The golds are "1" for true and "0" for false, or the words.
+    """
+    words = {"1": "true", "0": "false"}
     found = [word for word in ("true", "false") if word in prediction.lower()]
-    return float(any(found == [{"1": "true", "0": "false"}.get(gold, gold.lower())] for gold in answers))
+    return float(any(found == [words.get(gold, gold.lower())] for gold in answers))
+
+
+UNITS = (r"\b(dollar|gallons|square feet|shares|mbtu|mbpd|mbbls|mmbtu|unit|gwh|year|mmcf|mile|mboe)"
+         r"s?\b")
+POWERS = {r" \bthousand\b": "e3", r" \bmillion\b": "e6", r" \bbillion\b": "e9",
+          r"\bthousand\b": "e3", r"\bmillion\b": "e6", r"\bbillion\b": "e9", " ?%": "e-2"}
 
 
 def financial(prediction: str, answers: list[str]) -> float:
-    """TableVQABench's fintabnetqa, its relaxed score: 1 if the numbers are equal, with their units or without, else 0.
+    """TableVQABench's fintabnetqa, its relaxed score: 1 if the numbers are equal, else 0.
 
-    "$3,852 million" is 3852e6 with its unit and 3852 without, "34.2%" is 0.342 and 34.2; other texts are compared in
-    WTQ's normal form. An empty answer equals only a gold with nothing in it but units.
+    They may be so with their units or without. An empty answer equals only a gold with nothing in
+    it but units.
     """
-    def readings(text: str) -> list:
-        text = re.sub(r"[$(),]", "", wtq_normalise(text))
-        text = bare = re.sub(r"\b(dollar|gallons|square feet|shares|mbtu|mbpd|mbbls|mmbtu|unit|gwh|year|mmcf|mile|mboe)"
-                             r"s?\b", "", text)
-        units = [(r"\bthousand\b", "e3"), (r"\bmillion\b", "e6"), (r"\bbillion\b", "e9")]
-        for unit, power in [(" " + unit, power) for unit, power in units] + units + [(" ?%", "e-2")]:
-            text, bare = re.sub(unit, power, text), re.sub(unit, "", bare)
-        try:
-            return [float(text), float(bare)]
-        except ValueError:
-            return [text, bare]
+    readings = amounts(prediction)
+    return float(any(p == g for p in readings for gold in answers for g in amounts(gold)))
 
-    return float(any(p == g for p in readings(prediction) for gold in answers for g in readings(gold)))
+
+def amounts(text: str) -> list[float] | list[str]:
+    """A text as a number with its unit, and without; in WTQ's normal form where it is none.
+
+    "$3,852 million" is 3852e6 and 3852, "34.2%" is 0.342 and 34.2.
+    """
+    text = re.sub(r"[$(),]", "", wtq_normalise(text))
+    text = re.sub(UNITS, "", text)
+    bare = text
+    for unit, power in POWERS.items():
+        text = re.sub(unit, power, text)
+        bare = re.sub(unit, "", bare)
+    try:
+        return [float(text), float(bare)]
+    except ValueError:
+        return [text, bare]
 
 
 def table_vqa(rows: list[dict]) -> dict[str, float]:
     """TableVQABench (Kim et al. 2024): the accuracy of each split, and first the mean of the four.
 
-    A split without rows is nan, and so is the mean then. Raises KeyError if a row's split is none of the four.
+    A split without rows is nan, and so is the mean then. Raises KeyError if a row's split is none
+    of the four.
     """
-    score = {"vwtq": denotation, "vwtq_syn": denotation, "vtabfact": true_or_false, "fintabnetqa": financial}
+    score = {"vwtq": denotation, "vwtq_syn": denotation, "vtabfact": true_or_false,
+             "fintabnetqa": financial}
     scores: dict[str, list[float]] = {split: [] for split in score}
-    for row in rows:        # the prompts end in "Answer:", which models like to repeat; VLMEvalKit takes it away
+    for row in rows:
+        # The prompts end in "Answer:", which models like to repeat; VLMEvalKit takes it away.
         prediction = row["prediction"].removeprefix("Answer: ")
-        scores[row["split"]].append(score[row["split"]](prediction, row["answers"]))
-    accuracy = {split: mean(some) for split, some in scores.items()}
+        split = row["split"]
+        scores[split].append(score[split](prediction, row["answers"]))
+    accuracy = {split: mean(of_split) for split, of_split in scores.items()}
     return {"accuracy": mean(list(accuracy.values())), **accuracy}
 
 
+# -------------------------------------------------------------------------------------------------
+# DeepForm, KLC
+
+
 def key_value_f1(rows: list[dict]) -> dict[str, float]:
-    """DeepForm, KLC: F1 over all (key, value) pairs (DUE's FScorer, as DocOwl calls it), with precision and recall.
+    """DeepForm, KLC: F1 over all (key, value) pairs, with precision and recall.
 
-    A row asks for one key of one document; its golds are variants of one value. "None", so written, says that there is
-    no value: such a gold is not expected, such a prediction not counted. An empty prediction is counted, as wrong.
+    As DUE's FScorer does it, which DocOwl calls. A row asks for one key of one document; its golds
+    are variants of one value. "None", so written, says that there is no value: such a gold is not
+    expected, such a prediction not counted. An empty prediction is counted, as wrong.
     """
-    golds = [{gold.strip().upper() for gold in row["answers"] if gold.strip() != "None"} for row in rows]
-    predictions = [row["prediction"].strip().replace("\n", "") for row in rows]
-    right = sum(p != "None" and p.upper() in g for p, g in zip(predictions, golds))
-    predicted, expected = sum(p != "None" for p in predictions), sum(map(bool, golds))
-    scores = {"f1": 2 * right / max(predicted + expected, 1), "precision": right / max(predicted, 1),
-              "recall": right / max(expected, 1)}
-    return scores if rows else dict.fromkeys(scores, math.nan)
+    if not rows:
+        return dict.fromkeys(("f1", "precision", "recall"), math.nan)
+    right = predicted = expected = 0
+    for row in rows:
+        golds = {gold.strip().upper() for gold in row["answers"] if gold.strip() != "None"}
+        prediction = row["prediction"].strip().replace("\n", "")
+        expected += bool(golds)
+        if prediction != "None":
+            predicted += 1
+            right += prediction.upper() in golds
+    return {"f1": 2 * right / max(predicted + expected, 1), "precision": right / max(predicted, 1),
+            "recall": right / max(expected, 1)}
 
+
+# -------------------------------------------------------------------------------------------------
+# VCR
 
 # U.S., 1,000.5, do and n't, it and 's, words, dots, and every other mark by itself.
 VCR_TOKEN = re.compile(r"(?:[A-Za-z]\.){2,}|\d+(?:[.,]\d+)*|[^\W\d]\w*?(?=n['’]t\b)|n['’]t\b"
@@ -229,28 +384,53 @@ VCR_TOKEN = re.compile(r"(?:[A-Za-z]\.){2,}|\d+(?:[.,]\d+)*|[^\W\d]\w*?(?=n['’
 
 
 def vcr(rows: list[dict]) -> dict[str, float]:
-    """VCR (Zhang et al. 2024): each blank against the answer's n-gram most like it: exact match and Jaccard; the means.
+    """VCR (Zhang et al. 2024): exact match and Jaccard, the means over all blanks of all rows.
 
-    The answers of a row are its blanks. The n-gram is as long as the gold, its likeness difflib's; an answer without a
-    word of the gold, an empty one and a refusal score 0. Tokens are nearly those of spaCy, the original's.
+    The golds of a row are its blanks. A refusal scores 0. Tokens are nearly those of spaCy, the
+    original's.
     """
     exact, jaccard = [], []
     for row in rows:
         prediction = row["prediction"].split("Assistant: ")[-1]
-        refusal = "I can't" in prediction or "I cannot" in prediction or "sorry" in prediction.lower()
-        words, *blanks = (VCR_TOKEN.findall(text) for text in ("" if refusal else prediction, *row["answers"]))
-        for blank, gold in zip(blanks, row["answers"]):
-            ngrams = [words[i:i + len(blank)] for i in range(len(words) - len(blank) + 1)]
-            ngrams = [ngram for ngram in ngrams if set(ngram) & set(blank)]
-            best = max(ngrams, key=lambda ngram: SequenceMatcher(None, " ".join(ngram), gold).ratio(), default=[])
-            exact.append(float(best == blank != []))
-            jaccard.append(len(set(best) & set(blank)) / max(len(set(best) | set(blank)), 1))
+        refuses = ("I can't" in prediction or "I cannot" in prediction
+                   or "sorry" in prediction.lower())
+        tokens = VCR_TOKEN.findall("" if refuses else prediction)
+        for gold in row["answers"]:
+            blank = VCR_TOKEN.findall(gold)
+            best = likest_ngram(tokens, blank, gold)
+            exact.append(float(best == blank and blank != []))
+            shared, all_tokens = set(best) & set(blank), set(best) | set(blank)
+            jaccard.append(len(shared) / max(len(all_tokens), 1))
     return {"exact_match": mean(exact), "jaccard": mean(jaccard)}
 
 
-METRICS: dict[str, Callable[[list[dict]], dict[str, float]]] = {
-    "DocVQA": averaged("anls", anls), "InfoVQA": averaged("anls", anls), "DeepForm": key_value_f1, "KLC": key_value_f1,
-    "WTQ": averaged("accuracy", denotation), "TabFact": averaged("accuracy", tabfact), "ChartQA": chartqa,
-    "TextVQA": averaged("vqa_accuracy", vqa_accuracy), "TableVQABench": table_vqa, "VCR-easy": vcr, "VCR-hard": vcr,
+def likest_ngram(tokens: list[str], blank: list[str], gold: str) -> list[str]:
+    """Of the n-grams of the answer, as long as the blank, the one that is most like the gold.
+
+    Likeness is difflib's. An n-gram without a token of the blank does not count: there may be none.
+    """
+    starts = range(len(tokens) - len(blank) + 1)
+    ngrams = [tokens[start:start + len(blank)] for start in starts]
+    ngrams = [ngram for ngram in ngrams if set(ngram) & set(blank)]
+
+    def likeness(ngram: list[str]) -> float:
+        return SequenceMatcher(None, " ".join(ngram), gold).ratio()
+    return max(ngrams, key=likeness, default=[])
+
+
+# -------------------------------------------------------------------------------------------------
+
+METRICS: dict[str, Metric] = {
+    "DocVQA": averaged("anls", anls),
+    "InfoVQA": averaged("anls", anls),
+    "DeepForm": key_value_f1,
+    "KLC": key_value_f1,
+    "WTQ": averaged("accuracy", denotation),
+    "TabFact": averaged("accuracy", tabfact),
+    "ChartQA": chartqa,
+    "TextVQA": averaged("vqa_accuracy", vqa_accuracy),
+    "TableVQABench": table_vqa,
+    "VCR-easy": vcr,
+    "VCR-hard": vcr,
     **dict.fromkeys(TOYS, averaged("exact_match", exact_match)),
 }
