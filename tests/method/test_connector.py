@@ -1,24 +1,28 @@
-"""Align against equations 1 and 2 written out, and what the paper says of it: convex, from the LM head, on live words."""
-import json
+"""connector.py against equations 1 and 2 written out, and what the paper says of Align.
+
+F' is convex, W2 starts from the LM head, and E_text is the live input embedding.
+"""
+from dataclasses import replace
 
 import pytest
 import torch
+from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import connector
-from conftest import close, randomise
-from connector import Align, AlignTopK, Mixture, blocks, spread
-from paper.align_vocab import ALIGN_VOCAB, choose_align_vocab, choose_words, use_align_vocab
-from plumbing.settings import CheckpointError, InputError
-from model import IMAGE, AlignVLM, AlignVLMConfig, LlamaConfig
-from vision import SigLIPConfig
+from conftest import close, n_parameters, randomise
+from connector import (CONNECTORS, Align, AlignTopK, ConnectorConfig, Mixture, MLPConnector, Ovis,
+                       multiply, new_connector, spread, token_blocks)
+from model import ALIGNVLM_PRESETS, IGNORE, IMAGE, AlignVLM, AlignVLMConfig
+from small_models import VISION, small_llama
 
-# (leading dimensions, d, D, V). No d of 1 or D of 2: a LayerNorm's output is then +-1 and F's gradient pure rounding.
-SHAPES = [((2, 4), 8, 16, 32), ((3, 5), 7, 11, 13), ((1, 1), 3, 4, 5), ((), 6, 5, 29), ((2, 3, 2), 9, 4, 101),
-          ((7,), 2, 6, 3)]
+# (leading dimensions, d, D, V). No d of 1 or D of 2: a LayerNorm's output is then +-1 and F's
+# gradient pure rounding.
+SHAPES = [((2, 4), 8, 16, 32), ((3, 5), 7, 11, 13), ((1, 1), 3, 4, 5), ((), 6, 5, 29),
+          ((2, 3, 2), 9, 4, 101), ((7,), 2, 6, 3)]
 
 
-def inputs(shape, d, D, V, dtype=torch.float64):
+def inputs(shape: tuple[int, ...], d: int, D: int, V: int, dtype=torch.float64):
     generator = torch.Generator().manual_seed(3)
     align = randomise(Align(d, D, V).to(dtype))
     F = torch.randn(*shape, d, generator=generator, dtype=dtype)
@@ -26,36 +30,40 @@ def inputs(shape, d, D, V, dtype=torch.float64):
     return align, F, E_text, generator
 
 
-def naive_layer_norm(x, weight, bias):
+def naive_layer_norm(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
     mean = x.sum(-1, keepdim=True) / x.shape[-1]
     variance = ((x - mean) ** 2).sum(-1, keepdim=True) / x.shape[-1]
     return (x - mean) / (variance + 1e-5) ** 0.5 * weight + bias
 
 
-def naive_p_vocab(F, W1, W2, weight_D, bias_D, weight_V, bias_V):
+def naive_p_vocab(F: Tensor, W1: Tensor, W2: Tensor, weight_D: Tensor, bias_D: Tensor,
+                  weight_V: Tensor, bias_V: Tensor) -> Tensor:
     """Equation 1, term by term."""
     h = naive_layer_norm(torch.einsum("Dd,...d->...D", W1, F), weight_D, bias_D)
     logits = naive_layer_norm(torch.einsum("VD,...D->...V", W2, h), weight_V, bias_V)
     return logits.exp() / logits.exp().sum(-1, keepdim=True)
 
 
-def leaves(align):
-    return [align.W1.weight, align.W2.weight, align.norm_D.weight, align.norm_D.bias, align.norm_V.weight, align.norm_V.bias]
+def leaves(align: Align) -> list[Tensor]:
+    """In the order of naive_p_vocab."""
+    return [align.W1.weight, align.W2.weight, align.norm_D.weight, align.norm_D.bias,
+            align.norm_V.weight, align.norm_V.bias]
 
 
 @pytest.mark.parametrize("dtype, tolerance", [(torch.float64, 1e-12), (torch.float32, 1e-5)])
 @pytest.mark.parametrize("shape, d, D, V", SHAPES)
 def test_align_equals_the_equations(shape, d, D, V, dtype, tolerance):
-    """Outputs, and the gradients of F, E_text and every parameter; the equations always in float64."""
+    """Outputs, and the gradients of F, E_text and every parameter; the equations in float64."""
     align, F, E_text, generator = inputs(shape, d, D, V, dtype)
     ours = [F.requires_grad_(), E_text.requires_grad_(), *leaves(align)]
-    assert {id(p) for p in align.parameters()} == {id(p) for p in ours[2:]}     # nothing else to learn
+    # There is nothing else to learn.
+    assert {id(p) for p in align.parameters()} == {id(p) for p in ours[2:]}
     theirs = [p.detach().double().requires_grad_() for p in ours]
 
     F_align = align(F, E_text)
     P = naive_p_vocab(theirs[0], *theirs[2:])
     expected = torch.zeros(*shape, D, dtype=torch.float64)
-    for v in range(V):                                  # equation 2: a sum over the words
+    for v in range(V):                              # equation 2: a sum over the tokens
         expected = expected + P[..., v, None] * theirs[1][v]
     assert F_align.shape == (*shape, D) and F_align.dtype == dtype
     close(align.p_vocab(F).double(), P, tolerance)
@@ -79,13 +87,16 @@ def test_p_vocab_is_a_distribution(shape, d, D, V, size):
 
 
 @pytest.mark.parametrize("shape, d, D, V", SHAPES)
-def test_output_lies_in_the_convex_hull_of_the_words(shape, d, D, V):
-    """In no direction u does F' reach beyond the outermost word; where one word has all the weight it reaches it."""
+def test_output_lies_in_the_convex_hull_of_the_token_embeddings(shape, d, D, V):
+    """In no direction u does F' reach beyond the outermost row of E_text.
+
+    Where one token has all the weight it reaches that row.
+    """
     align, F, E_text, generator = inputs(shape, d, D, V)
     F_align = align(F * 100, E_text)
     for u in torch.randn(200, D, generator=generator, dtype=torch.float64):
-        words, reached = E_text @ u, F_align @ u
-        assert (words.min() - 1e-12 <= reached).all() and (reached <= words.max() + 1e-12).all()
+        rows, reached = E_text @ u, F_align @ u
+        assert (rows.min() - 1e-12 <= reached).all() and (reached <= rows.max() + 1e-12).all()
     for v in (0, V - 1):
         with torch.no_grad():
             align.norm_V.bias.fill_(0.0)[v] = 1e4
@@ -106,7 +117,7 @@ def test_W2_starts_as_the_lm_head_and_is_then_its_own():
     assert torch.equal(align.W2.weight, original + 1)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------
 # In blocks of tokens, with nothing V-wide kept
 
 
@@ -117,47 +128,21 @@ def small_blocks(monkeypatch):
     monkeypatch.setattr(connector, "CACHE_BYTES", 1)
 
 
-def gradients(output, leaves, g):
-    """The gradients of those of `leaves` that are learned; the others must have none."""
-    for p in leaves:
+def gradients(output: Tensor, tensors: list[Tensor], g: Tensor) -> list[Tensor]:
+    """The gradients of those of `tensors` that are learned; the others must have none."""
+    for p in tensors:
         p.grad = None
     output.backward(g)
-    assert all(p.requires_grad or p.grad is None for p in leaves)
-    return [p.grad for p in leaves if p.requires_grad]
-
-
-@pytest.mark.parametrize("N", [0, 1, 16, 17, 50])
-@pytest.mark.parametrize("learned", [range(8), [0], [1], [2], [3], [5], [6], [7], [0, 7], [2, 5, 6], []])
-def test_any_number_of_tokens_and_whatever_is_learned(small_blocks, N, learned):
-    """In leaves: F, E_text, W1, W2, norm_D's weight and bias, norm_V's. What is frozen costs no product either."""
-    align, F, E_text, generator = inputs((N,), 7, 11, 13)
-    ours = [F, E_text, *leaves(align)]
-    for i, p in enumerate(ours):
-        p.requires_grad_(i in learned)
-    with Products() as products:
-        F_align, expected = align(F, E_text), align.p_vocab(F) @ E_text
-        products.clear()
-        if learned:
-            g = torch.randn(N, 11, generator=generator, dtype=torch.float64)
-            ours_g = gradients(F_align, ours, g)
-            count = sum(products)
-    assert torch.equal(F_align, expected) if N == 0 else close(F_align, expected, 1e-12) is None
-    if not learned:
-        return
-    for a, b in zip(ours_g, gradients(expected, ours, g), strict=True):
-        assert torch.equal(a, b) if N == 0 else close(a, b, 1e-12) is None
-    before_z, norm_V = set(learned) & {0, 2, 4, 5}, set(learned) & {6, 7}
-    W2, E = 3 in learned, 1 in learned
-    wanted = 1 + E + bool(before_z or norm_V or W2) + W2 + bool(before_z)       # z, dE_text, dP, dW2, dh
-    assert count == N * wanted
+    assert all(p.requires_grad or p.grad is None for p in tensors)
+    return [p.grad for p in tensors if p.requires_grad]
 
 
 class Products(TorchDispatchMode, list):
-    """Of each matrix product with as many words as W2 has (13), the number of tokens in it."""
+    """Of each matrix product with V = 13 and D = 11, the number of visual tokens in it."""
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         if func.overloadpacket in (torch.ops.aten.mm, torch.ops.aten.addmm):
-            a, b = (args if func.overloadpacket == torch.ops.aten.mm else args[1:])[:2]
+            a, b = args[-2:]
             sizes = [*a.shape, b.shape[1]]
             if 13 in sizes:
                 sizes.remove(13)
@@ -166,17 +151,54 @@ class Products(TorchDispatchMode, list):
         return func(*args, **(kwargs or {}))
 
 
+@pytest.mark.parametrize("N", [0, 1, 16, 17, 50])
+@pytest.mark.parametrize("learned", [range(8), [0], [1], [2], [3], [5], [6], [7], [0, 7],
+                                     [2, 5, 6], []])
+def test_any_number_of_tokens_and_whatever_is_learned(small_blocks, N, learned):
+    """Learned are some of F, E_text, W1, W2, norm_D's weight and bias, norm_V's.
+
+    What is frozen costs no product either.
+    """
+    align, F, E_text, generator = inputs((N,), 7, 11, 13)
+    ours = [F, E_text, *leaves(align)]
+    for i, p in enumerate(ours):
+        p.requires_grad_(i in learned)
+
+    def same(a: Tensor, b: Tensor) -> None:
+        assert a.shape == b.shape
+        if N == 0:
+            assert not a.any() and not b.any()
+        else:
+            close(a, b, 1e-12)
+
+    F_align, expected = align(F, E_text), align.p_vocab(F) @ E_text
+    same(F_align, expected)
+    if not learned:
+        return
+    g = torch.randn(N, 11, generator=generator, dtype=torch.float64)
+    with Products() as products:
+        ours_g = gradients(F_align, ours, g)
+    for a, b in zip(ours_g, gradients(expected, ours, g), strict=True):
+        same(a, b)
+    dh = bool({0, 2, 4, 5} & set(learned))
+    dP = dh or bool({3, 6, 7} & set(learned))
+    wanted = 1 + (1 in learned) + dP + (3 in learned) + dh      # z, dE_text, dP, dW2, dh
+    assert sum(products) == N * wanted
+
+
 @pytest.mark.parametrize("N, V, D", [(5, 7, 3), (18, 5, 4)])
 def test_gradients_are_those_of_finite_differences(small_blocks, N, V, D):
     generator = torch.Generator().manual_seed(1)
     shapes = [(N, D), (V, D), (V,), (V,), (V, D)]       # h, W2, weight, bias, E_text
-    tensors = [torch.randn(s, generator=generator, dtype=torch.float64, requires_grad=True) for s in shapes]
-    torch.autograd.gradcheck(lambda *t: Mixture.apply(*t, 1e-5), tensors)
+    tensors = [torch.randn(shape, generator=generator, dtype=torch.float64, requires_grad=True)
+               for shape in shapes]
+    torch.autograd.gradcheck(lambda *t: Mixture.apply(*t, 1e-5, multiply), tensors)
 
 
 def test_a_second_derivative_is_refused():
     align, F, E_text, _ = inputs((5,), 7, 11, 13)
-    (dF,) = torch.autograd.grad(align(F.requires_grad_(), E_text).square().sum(), F, create_graph=True)
+    loss = align(F.requires_grad_(), E_text).square().sum()
+    (dF,) = torch.autograd.grad(loss, F, create_graph=True)
     with pytest.raises(RuntimeError, match="once_differentiable"):
         dF.sum().backward()
 
@@ -185,17 +207,19 @@ def test_bf16_is_no_further_from_the_truth_than_autograd(small_blocks):
     """With statistics in fp32, against the same bf16 numbers computed in float64."""
     align, F, E_text, generator = inputs((3, 50), 24, 40, 300, torch.bfloat16)
     g = torch.randn(3, 50, 40, generator=generator).bfloat16()
-    leaves_of = lambda align, *tensors: [*(t.requires_grad_() for t in tensors), *leaves(align)]
     exact = Align(24, 40, 300).double()
     exact.load_state_dict(align.state_dict())
-    ours = leaves_of(align, F, E_text)
-    wide = leaves_of(exact, F.detach().double(), E_text.detach().double())
-    results = []
-    for run, tensors, g in [(lambda: align(F, E_text), ours, g), (lambda: align.p_vocab(F) @ E_text, ours, g),
-                            (lambda: exact.p_vocab(wide[0]) @ wide[1], wide, g.double())]:
-        y = run()
-        results.append([y.detach(), *gradients(y, tensors, g)])
-    for a, b, c in zip(*results):
+    ours = [F.requires_grad_(), E_text.requires_grad_(), *leaves(align)]
+    F_wide, E_wide = F.detach().double(), E_text.detach().double()
+    wide = [F_wide.requires_grad_(), E_wide.requires_grad_(), *leaves(exact)]
+
+    def results(F_align, tensors, g):
+        return [F_align.detach(), *gradients(F_align, tensors, g)]
+
+    in_blocks = results(align(F, E_text), ours, g)
+    autograd = results(align.p_vocab(F) @ E_text, ours, g)
+    truth = results(exact.p_vocab(F_wide) @ E_wide, wide, g.double())
+    for a, b, c in zip(in_blocks, autograd, truth):
         assert a.dtype == torch.bfloat16
         size = c.abs().max()
         assert (a - c).abs().max() < 1.5 * (b - c).abs().max() + 2 ** -9 * size
@@ -204,48 +228,58 @@ def test_bf16_is_no_further_from_the_truth_than_autograd(small_blocks):
 def test_nothing_V_wide_is_kept_for_the_backward_pass(small_blocks):
     align, F, E_text, _ = inputs((4, 25), 7, 11, 60)
     kept = []
-    with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t) or t, lambda t: t):
+
+    def keep(tensor):
+        kept.append(tensor)
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
         align(F, E_text.requires_grad_())
-    assert {tuple(t.shape) for t in kept if 60 in t.shape} == {(60, 11), (60,)}         # W2, E_text, norm_V
+    # W2, E_text, norm_V
+    assert {tuple(t.shape) for t in kept if 60 in t.shape} == {(60, 11), (60,)}
 
 
 def test_blocks_cover_every_token_once_within_the_budget(monkeypatch):
-    for per_token in (1, 3, 20, 100):
-        monkeypatch.setattr(connector, "BLOCK_BYTES", 64 * per_token)
+    for bytes_per_token in (1, 3, 20, 100):
+        monkeypatch.setattr(connector, "BLOCK_BYTES", 64 * bytes_per_token)
         for N in range(300):
-            parts = blocks(N, per_token)
-            assert [i for part in parts for i in range(N)[part]] == list(range(N))
-            assert all(0 < part.stop - part.start <= min(64, parts[0].stop) for part in parts) or N == 0
+            blocks = token_blocks(N, bytes_per_token)
+            assert [i for block in blocks for i in range(N)[block]] == list(range(N))
+            lengths = [block.stop - block.start for block in blocks]
+            assert N == 0 or all(0 < n <= min(64, lengths[0]) for n in lengths)
 
 
 def test_align_compiles():
-    """torch.compile takes the operator as it is, or leaves it out of its graphs: the same numbers."""
+    """torch.compile takes the operator as it is, or leaves it out: the same numbers."""
     align, F, E_text, generator = inputs((2, 9), 7, 11, 13)
-    ours, g = [F.requires_grad_(), E_text.requires_grad_(), *leaves(align)], torch.randn(2, 9, 11, dtype=torch.float64)
+    ours = [F.requires_grad_(), E_text.requires_grad_(), *leaves(align)]
+    g = torch.randn(2, 9, 11, generator=generator, dtype=torch.float64)
     expected = gradients(align(F, E_text), ours, g)
-    for a, b in zip(gradients(torch.compile(align, backend="aot_eager")(F, E_text), ours, g), expected, strict=True):
+    compiled = torch.compile(align, backend="aot_eager")
+    for a, b in zip(gradients(compiled(F, E_text), ours, g), expected, strict=True):
         close(a, b, 1e-12)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# With K words
+# ------------------------------------------------------------------------------------------------
+# With K tokens
 
 
-def top_K(align, words):
-    return AlignTopK(align, torch.as_tensor(words), *spread(align.W2.weight))
+def top_K(align: Align, token_ids) -> AlignTopK:
+    return AlignTopK(align, torch.as_tensor(token_ids), *spread(align.W2.weight))
 
 
 @pytest.mark.parametrize("dtype, tolerance", [(torch.float64, 1e-12), (torch.float32, 1e-5)])
 @pytest.mark.parametrize("shape, d, D, V", SHAPES)
-def test_with_all_words_it_is_align(shape, d, D, V, dtype, tolerance):
-    """In any order; and with fewer, the logits keep their values: P_vocab of the kept words, over their sum."""
+def test_with_all_tokens_it_is_align(shape, d, D, V, dtype, tolerance):
+    """In any order. With fewer, P_vocab is that of the kept tokens, over their sum."""
     align, F, E_text, generator = inputs(shape, d, D, V, dtype)
     order = torch.randperm(V, generator=generator)
     close(top_K(align, order)(F, E_text).detach(), align(F, E_text).detach(), tolerance)
     few = order[:V // 2]
     P, P_few = align.p_vocab(F).detach()[..., few], top_K(align, few).p_vocab(F)
     close(P_few, P / P.sum(-1, keepdim=True), tolerance)
-    close(top_K(align, few)(F, E_text), P_few @ E_text[few], tolerance)     # a convex combination of the few
+    # A convex combination of the few.
+    close(top_K(align, few)(F, E_text), P_few @ E_text[few], tolerance)
     assert (P_few >= 0).all()
     close(P_few.sum(-1), torch.ones(shape, dtype=dtype), 1e-6)
     assert not list(top_K(align, few).state_dict().keys() - align.state_dict().keys())
@@ -253,16 +287,19 @@ def test_with_all_words_it_is_align(shape, d, D, V, dtype, tolerance):
 
 @pytest.mark.parametrize("offset", [0.0, 100.0])
 def test_the_statistics_are_those_of_the_full_vocabulary(offset):
-    """Also where W2's rows share a part 100 times as long as their spread, and E[z^2] - E[z]^2 would cancel."""
+    """Also where W2's rows share a part 100 times as long as their spread.
+
+    E[z^2] - E[z]^2 would cancel there.
+    """
     generator = torch.Generator().manual_seed(4)
-    W2 = torch.randn(9000, 24, generator=generator) + offset * torch.randn(24, generator=generator)
+    common = offset * torch.randn(24, generator=generator)
+    W2 = torch.randn(9000, 24, generator=generator) + common
     h = torch.randn(50, 24, generator=generator)
     z = h.double() @ W2.double().T
     m, C = spread(W2)
     close(h @ m, z.mean(-1).float())
     close((h @ C * h).sum(-1), z.var(-1, correction=0).float())
-    G = W2.T @ W2
-    naive = (h @ G * h).sum(-1) / 9000 - (h @ m) ** 2
+    naive = (h @ (W2.T @ W2) * h).sum(-1) / 9000 - (h @ m) ** 2
     assert (naive - z.var(-1, correction=0)).abs().max() < 1e-5 * z.var(-1).max() or offset > 0
 
 
@@ -278,61 +315,135 @@ def test_in_bf16_the_statistics_are_fp32(small_blocks):
     assert (ours - exact).abs().max() < 1.5 * (full - exact).abs().max()
 
 
-def test_more_words_change_less(small_blocks):
-    """Chosen are those with most probability; on an unseen page too what they change falls as K grows."""
-    align, F, E_text, generator = inputs((3, 40), 24, 16, 200)
-    with torch.no_grad():
-        align.norm_V.bias += 2 * torch.randn(200, generator=generator, dtype=torch.float64)      # some words matter more
-    pages = list(F)
-    mass = align.p_vocab(F).sum((0, 1))
-    measured = []
-    for K in (1, 5, 20, 100, 200):
-        words, deviation = choose_words(align, pages, E_text, K)
-        assert torch.equal(words, mass.topk(K).indices)
-        measured.append(deviation)
-    for name, sign in [("probability", 1), ("mean_cosine_distance", -1), ("largest_relative_error", -1)]:
-        values = [sign * m[name] for m in measured]
-        assert values == sorted(values) and values[0] < values[-2] < values[-1]
-    assert measured[-1]["probability"] == 1 and measured[-1]["largest_relative_error"] < 1e-12
+# ------------------------------------------------------------------------------------------------
+# The paper's other connectors. The Perceiver's equations are Idefics2's, in
+# tests/system/test_connectors.py.
+
+SMALL = ConnectorConfig(table_size=37, n_latents=5, depth=2, n_heads=4, n_kv_heads=2, head_dim=6)
+OTHERS = [kind for kind in CONNECTORS if kind != "align"]
 
 
-def test_each_page_is_measured_with_the_words_of_the_others():
-    align, F, E_text, _ = inputs((2, 40), 24, 16, 200)
-    a, b = F
-    P = [align.p_vocab(page).sum(0) for page in (a, b)]
-    _, deviation = choose_words(align, [a, b], E_text, 10)
-    kept = [mine[other.topk(10).indices].sum() / mine.sum() for mine, other in (P, P[::-1])]
-    assert deviation["probability"] == pytest.approx(sum(kept).item() / 2, rel=1e-12)
-    _, alone = choose_words(align, [a], E_text, 10)
-    assert alone["probability"] == pytest.approx((P[0].topk(10).values.sum() / P[0].sum()).item(), rel=1e-12)
-    full, few = align(a, E_text), top_K(align, P[0].topk(10).indices)(a, E_text)
-    error = ((few - full).norm(dim=-1) / full.norm(dim=-1)).max().item()
-    assert alone["largest_relative_error"] == pytest.approx(error, rel=1e-9)
-    cosine = 1 - (few * full).sum(-1) / few.norm(dim=-1) / full.norm(dim=-1)
-    assert alone["mean_cosine_distance"] == pytest.approx(cosine.mean().item(), rel=1e-9)
+@pytest.mark.parametrize("shape, d, D", [((2, 9), 12, 10), ((1, 1), 3, 7), ((17,), 8, 8)])
+def test_mlp_is_llavas(shape, d, D):
+    ours = randomise(MLPConnector(d, D))
+    theirs = torch.nn.Sequential(torch.nn.Linear(d, D), torch.nn.GELU(), torch.nn.Linear(D, D))
+    for mine, other in zip(ours.parameters(), theirs.parameters(), strict=True):
+        other.data.copy_(mine.data)
+    F = torch.randn(*shape, d)
+    F_ours, F_theirs = ours(F, None), theirs(F)
+    assert F_ours.shape == (*shape, D)
+    close(F_ours, F_theirs)
+    g = torch.randn_like(F_ours)
+    F_ours.backward(g)
+    F_theirs.backward(g)
+    for mine, other in zip(ours.parameters(), theirs.parameters()):
+        close(mine.grad, other.grad)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+@pytest.mark.parametrize("shape, d, D, K", [((2, 9), 12, 10, 37), ((1, 1), 3, 7, 5),
+                                            ((70,), 8, 3, 131)])
+@pytest.mark.parametrize("block_bytes", [1, 2 ** 28])
+def test_ovis_is_a_mixture_of_its_table(shape, d, D, K, block_bytes, monkeypatch):
+    """In blocks and as one, against its equation written out."""
+    monkeypatch.setattr(connector, "BLOCK_BYTES", block_bytes)
+    ours = randomise(Ovis(d, D, K))
+    F = torch.randn(*shape, d, requires_grad=True)
+    F_ours = ours(F, None)
+    assert F_ours.shape == (*shape, D)
+    tensors = {"F": F, **dict(ours.named_parameters())}
+    p = {name: t.detach().clone().requires_grad_() for name, t in tensors.items()}
+    z = p["F"] @ p["W_VET.weight"].T
+    e = naive_layer_norm(z, p["norm_K.weight"], p["norm_K.bias"]).exp()
+    F_theirs = e / e.sum(-1, keepdim=True) @ p["table"]
+    close(F_ours, F_theirs)
+    g = torch.randn_like(F_ours)
+    F_ours.backward(g)
+    F_theirs.backward(g)
+    for name, tensor in tensors.items():
+        close(tensor.grad, p[name].grad)
+
+
+def test_new_ones_start_as_they_should():
+    """Matrices keep the size of what comes in, latents and table are N(0, 1).
+
+    The LLM's token embeddings play no part.
+    """
+    torch.manual_seed(0)
+    d, D, V = 64, 96, 50
+    E_text = torch.randn(V, D)
+    for kind in OTHERS:
+        new = new_connector(replace(SMALL, kind=kind, table_size=4096), d, D, V)
+        new.init_weights(E_text)
+        assert all(p.isfinite().all() for p in new.parameters())
+        F = torch.randn(2, 9, d)
+        assert torch.equal(new(F, E_text), new(F, E_text + 1))
+        for name, p in new.named_parameters():
+            if p.ndim == 1:
+                assert (p == (0 if name.endswith("bias") else 1)).all()
+            else:
+                std = 1 if name in ("table", "latents") else p.shape[1] ** -0.5
+                assert p.std().item() == pytest.approx(std, rel=0.1), (kind, name)
+    assert isinstance(new_connector(ConnectorConfig(), d, D, V), Align)
+
+
+def test_presets():
+    assert {preset.connector.kind for preset in ALIGNVLM_PRESETS.values()} == {"align"}
+    real = ALIGNVLM_PRESETS["llama-3.2-1b"].connector
+    assert real == ConnectorConfig("align", table_size=65536, n_latents=64, depth=3, n_heads=16,
+                                   n_kv_heads=4, head_dim=96)
+    with torch.device("meta"):
+        ovis = new_connector(replace(real, kind="ovis"), 1152, 2048, 128256)
+    assert n_parameters(ovis) == 65536 * (1152 + 2 + 2048)
+
+
+# ------------------------------------------------------------------------------------------------
 # Inside AlignVLM
 
 
-def small_vlm(tied):
-    vision = SigLIPConfig(hidden_size=12, n_layers=1, n_heads=2, intermediate_size=20, image_size=9, patch_size=4)
-    llm = LlamaConfig(vocab_size=23, hidden_size=10, n_layers=1, n_heads=2, n_kv_heads=1, head_dim=6,
+@pytest.mark.parametrize("kind", CONNECTORS)
+def test_a_model_with_it_learns_and_counts_its_tokens(kind):
+    llm = small_llama(vocab_size=23, hidden_size=10, n_layers=1, n_heads=2, n_kv_heads=1,
+                      intermediate_size=14, rope_theta=500_000.0, tie_embeddings=True)
+    vision = replace(VISION, image_size=12, patch_size=3)
+    model = randomise(AlignVLM(AlignVLMConfig(vision, llm, replace(SMALL, kind=kind))))
+    n = 5 if kind == "perceiver" else 16
+    assert model.config.tile_tokens == n
+    pixels = torch.randn(2, 3, 12, 12)
+    tokens = torch.cat([torch.full((2 * n,), IMAGE), torch.arange(8)])
+    labels = torch.full_like(tokens, IGNORE)
+    labels[-8:-1] = torch.arange(1, 8)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
+    losses = []
+    for _ in range(12):
+        loss = model(tokens[None], labels[None], pixels, [len(tokens)])
+        loss.backward()
+        assert all(p.grad is not None and p.grad.isfinite().all() for p in model.parameters())
+        losses.append(loss.item())
+        optimizer.step()
+        optimizer.zero_grad()
+    assert losses[-1] < 0.5 * losses[0]
+    message = f"{2 * n + 1} image positions for {2 * n} visual tokens"
+    with pytest.raises(ValueError, match=message):
+        model.embed(torch.full((1, 2 * n + 1), IMAGE), pixels)
+
+
+def vlm_and_tiles(tied: bool) -> tuple[AlignVLM, Tensor, Tensor]:
+    """A model in fp64, and the tokens of two tiles and not one of text."""
+    llm = small_llama(vocab_size=23, hidden_size=10, n_layers=1, n_heads=2, n_kv_heads=1,
                       intermediate_size=14, tie_embeddings=tied)
-    vlm = randomise(AlignVLM(AlignVLMConfig(vision, llm)).double())
-    tokens = torch.full((1, 2 * vision.n_patches), IMAGE)       # two tiles and not a word
+    vlm = randomise(AlignVLM(AlignVLMConfig(VISION, llm)).double())
+    tokens = torch.full((1, 2 * VISION.n_patches), IMAGE)
     return vlm, tokens, torch.randn(2, 3, 9, 9, dtype=torch.float64)
 
 
 @pytest.mark.parametrize("tied", [True, False])
 def test_W2_is_no_alias_of_the_lm_head(tied):
-    """After one step of training only on W2 the head is as it was, and the other way round."""
-    vlm, _, _ = small_vlm(tied)
+    """After a change of W2 alone the head is as it was, and the other way round."""
+    vlm, _, _ = vlm_and_tiles(tied)
     vlm.connector.init_weights(vlm.llm.head)
     head, W2 = vlm.llm.head.detach().clone(), vlm.connector.W2.weight
     assert torch.equal(W2, head) and W2.data_ptr() != vlm.llm.head.data_ptr()
-    names = [n for n, _ in vlm.named_parameters()]
+    names = [name for name, _ in vlm.named_parameters()]
     assert "connector.W2.weight" in names and ("llm.lm_head.weight" in names) != tied
     with torch.no_grad():
         W2 += 1
@@ -343,8 +454,11 @@ def test_W2_is_no_alias_of_the_lm_head(tied):
 
 @pytest.mark.parametrize("tied", [True, False])
 def test_E_text_is_the_live_input_embedding(tied):
-    """Through the visual tokens alone the gradient P^T g reaches llm.embed_tokens, and its change reaches them."""
-    vlm, tokens, pixels = small_vlm(tied)
+    """Through the visual tokens alone the gradient P^T g reaches llm.embed_tokens.
+
+    And its change reaches them.
+    """
+    vlm, tokens, pixels = vlm_and_tiles(tied)
     E_text = vlm.llm.embed_tokens.weight
     F_align = vlm.embed(tokens, pixels)[0]
     P = vlm.connector.p_vocab(vlm.vision(pixels)).flatten(0, 1).detach()
@@ -357,36 +471,3 @@ def test_E_text_is_the_live_input_embedding(tied):
     with torch.no_grad():
         E_text += change
     close(vlm.embed(tokens, pixels)[0].detach(), F_align.detach() + P @ change, 1e-12)
-
-
-def test_chosen_words_are_stored_and_used(tmp_path):
-    """Through the folder and back; what is not a choice of K words of this vocabulary is refused in one line."""
-    vlm, tokens, pixels = small_vlm(tied=True)
-    full = vlm.embed(tokens, pixels)
-    with pytest.raises(CheckpointError, match="no words have been chosen"):
-        use_align_vocab(vlm, tmp_path, 9)
-    for K in (0, 24):
-        with pytest.raises(InputError, match="has 23"):
-            choose_align_vocab(vlm, tmp_path, [pixels], K)
-    assert not list(tmp_path.iterdir())
-    deviation = choose_align_vocab(vlm, tmp_path, list(pixels[:, None]), 9)
-    stored = json.loads((tmp_path / ALIGN_VOCAB).read_text())
-    words = stored.pop("words")
-    assert stored == deviation and deviation["pages"] == 2 and [*tmp_path.iterdir()] == [tmp_path / ALIGN_VOCAB]
-    assert torch.equal(vlm.embed(tokens, pixels), full)         # choosing changes nothing yet
-    with pytest.raises(CheckpointError, match="9 words, not 8"):
-        use_align_vocab(vlm, tmp_path, 8)
-
-    good = (tmp_path / ALIGN_VOCAB).read_text()
-    for bad in ("", good[:len(good) // 2], "[]", "{}", '{"words": 3}', '{"words": [0, 1, 23]}', '{"words": [0, 1, -1]}',
-                '{"words": [0, 1, 1]}', '{"words": [0, 1, true]}', '{"words": [0, 1, 2.0]}', '{"words": []}'):
-        (tmp_path / ALIGN_VOCAB).write_text(bad)
-        with pytest.raises(CheckpointError) as error:
-            use_align_vocab(vlm, tmp_path, 3)
-        assert str(tmp_path / ALIGN_VOCAB) in str(error.value) and "\n" not in str(error.value)
-    (tmp_path / ALIGN_VOCAB).write_text(good)
-
-    F = vlm.vision(pixels).flatten(0, 1)
-    E_text, align = vlm.llm.embed_tokens.weight, vlm.connector
-    use_align_vocab(vlm, tmp_path, 9)
-    close(vlm.embed(tokens, pixels)[0].detach(), top_K(align, words)(F, E_text).detach(), 1e-12)
