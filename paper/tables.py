@@ -1,7 +1,8 @@
 """The paper's tables with a row of ours, as markdown.
 
-The paper's figures: Table 1 (ALIGN of the three sizes), Table 2 (the connectors on Llama-3.2-3B) and Table 3 (noise) of
-arXiv 2502.01341; VCR and the cosine distances are in its second version only.
+The paper's figures are from Table 1 (ALIGN of the three sizes), Table 2 (the connectors on
+Llama-3.2-3B) and Table 3 (noise) of arXiv 2502.01341; VCR and the cosine distances are in its
+second version only.
 """
 import json
 import math
@@ -12,27 +13,52 @@ from paper.metrics import METRICS
 from paper.predictions import read_predictions, write_text
 from plumbing.settings import InputError
 
-COLUMNS = {"DocVQA": "DocVQA val", "InfoVQA": "InfoVQA val", "DeepForm": "DeepForm test", "KLC": "KLC test",
-           "WTQ": "WTQ test", "TabFact": "TabFact test", "ChartQA": "ChartQA test", "TextVQA": "TextVQA val",
-           "TableVQABench": "TableVQA test"}
-TABLE_1 = {             # the nine scores in %, then the paper's own average of them
-    "ALIGN, Llama-3.2-1B": [72.42, 38.16, 60.47, 33.71, 28.66, 71.31, 65.44, 48.81, 50.29, 52.14],
-    "ALIGN, Llama-3.2-3B": [79.63, 44.53, 63.49, 35.25, 38.59, 78.51, 71.88, 57.38, 60.10, 58.81],
-    "ALIGN, Llama-3.1-8B": [81.18, 53.75, 63.25, 35.50, 45.31, 83.04, 75.00, 64.60, 64.33, 62.88],
-    "MLP, Llama-3.2-3B": [71.46, 37.56, 62.07, 33.36, 28.94, 73.22, 66.48, 53.56, 50.96, 53.06],            # Table 2
-    "Perceiver, Llama-3.2-3B": [69.08, 34.13, 57.08, 31.75, 27.95, 71.93, 65.16, 51.33, 47.76, 50.68],
-    "Ovis, Llama-3.2-3B": [74.68, 42.11, 58.02, 33.50, 33.13, 76.67, 67.92, 52.60, 53.93, 54.72],
+COLUMNS = {
+    "DocVQA": "DocVQA val",
+    "InfoVQA": "InfoVQA val",
+    "DeepForm": "DeepForm test",
+    "KLC": "KLC test",
+    "WTQ": "WTQ test",
+    "TabFact": "TabFact test",
+    "ChartQA": "ChartQA test",
+    "TextVQA": "TextVQA val",
+    "TableVQABench": "TableVQA test",
 }
-VCR = {"ALIGN, Llama-3.2-3B": [65.84, 48.07], "MLP, Llama-3.2-3B": [51.43, 37.89]}      # exact match, second version
-TABLE_3 = {"ALIGN, Llama-3.2-3B": [58.81, 57.14, 0.0036], "MLP, Llama-3.2-3B": [53.06, 27.52, 0.3938]}
+# The nine scores in %, then the paper's own average of them. The last three are Table 2's.
+TABLE_1 = {
+    "ALIGN, Llama-3.2-1B":
+        [72.42, 38.16, 60.47, 33.71, 28.66, 71.31, 65.44, 48.81, 50.29, 52.14],
+    "ALIGN, Llama-3.2-3B":
+        [79.63, 44.53, 63.49, 35.25, 38.59, 78.51, 71.88, 57.38, 60.10, 58.81],
+    "ALIGN, Llama-3.1-8B":
+        [81.18, 53.75, 63.25, 35.50, 45.31, 83.04, 75.00, 64.60, 64.33, 62.88],
+    "MLP, Llama-3.2-3B":
+        [71.46, 37.56, 62.07, 33.36, 28.94, 73.22, 66.48, 53.56, 50.96, 53.06],
+    "Perceiver, Llama-3.2-3B":
+        [69.08, 34.13, 57.08, 31.75, 27.95, 71.93, 65.16, 51.33, 47.76, 50.68],
+    "Ovis, Llama-3.2-3B":
+        [74.68, 42.11, 58.02, 33.50, 33.13, 76.67, 67.92, 52.60, 53.93, 54.72],
+}
+# Exact match, easy and hard, second version.
+VCR = {"ALIGN, Llama-3.2-3B": [65.84, 48.07], "MLP, Llama-3.2-3B": [51.43, 37.89]}
+# The average of the nine without and with noise, and the cosine distance.
+TABLE_3 = {"ALIGN, Llama-3.2-3B": [58.81, 57.14, 0.0036],
+           "MLP, Llama-3.2-3B": [53.06, 27.52, 0.3938]}
 
 
 def markdown(header: list[str], rows: list[list]) -> str:
-    """Numbers with two decimals, None as a dash."""
-    def cell(value) -> str:
-        return "-" if value is None else value if isinstance(value, str) else f"{value:.2f}"
-    lines = [header, ["---"] + ["---:"] * (len(header) - 1), *[[cell(value) for value in row] for row in rows]]
+    """A table. Numbers have two decimals, None is a dash."""
+    rule = ["---"] + ["---:"] * (len(header) - 1)
+    lines = [header, rule]
+    for row in rows:
+        lines.append([cell_text(cell) for cell in row])
     return "".join(f"| {' | '.join(line)} |\n" for line in lines)
+
+
+def cell_text(cell: str | float | None) -> str:
+    if cell is None:
+        return "-"
+    return cell if isinstance(cell, str) else f"{cell:.2f}"
 
 
 def mean(values: list[float]) -> float | None:
@@ -40,41 +66,63 @@ def mean(values: list[float]) -> float | None:
 
 
 def score_tables(scores: dict[str, float], model: str) -> str:
-    """Headline scores in % by benchmark -> Table 1 and Table 2, then what else was measured.
+    """Headline scores in % by benchmark -> Tables 1 and 2 in one, then what else was measured.
 
-    A last column averages every row over the columns that were measured here; the average of nine is of nine only. nan,
-    what TableVQABench scores while one of its splits has no rows, counts as not measured.
+    nan counts as not measured: TableVQABench scores it while one of its splits has no rows.
     """
     scores = {name: value for name, value in scores.items() if not math.isnan(value)}
-    parts, nine = [], [scores.get(name) for name in COLUMNS]
-    if any(value is not None for value in nine):
-        measured = [i for i, value in enumerate(nine) if value is not None]
-        rows = [[name, *values, mean([values[i] for i in measured])] for name, values in TABLE_1.items()]
-        average = mean(nine) if None not in nine else None
-        rows.append([f"**{model}**", *nine, average, mean([nine[i] for i in measured])])
-        parts.append(markdown(["Model", *COLUMNS.values(), "average", f"average of {len(measured)} measured"], rows))
+    ours = f"**{model}**"
+    tables = []
+    if any(name in scores for name in COLUMNS):
+        tables.append(table_1(scores, ours))
     vcr = [scores.get("VCR-easy"), scores.get("VCR-hard")]
-    if any(value is not None for value in vcr):
-        rows = [[name, *values] for name, values in VCR.items()] + [[f"**{model}**", *vcr]]
-        parts.append(markdown(["Model", "VCR easy, exact match", "VCR hard, exact match"], rows))
+    if vcr != [None, None]:
+        rows = [[name, *values] for name, values in VCR.items()]
+        header = ["Model", "VCR easy, exact match", "VCR hard, exact match"]
+        tables.append(markdown(header, [*rows, [ours, *vcr]]))
     toys = [name for name in TOYS if name in scores]
     if toys:
-        parts.append(markdown(["Model", *toys], [[f"**{model}**", *(scores[name] for name in toys)]]))
-    return "\n".join(parts)
+        row = [ours, *(scores[name] for name in toys)]
+        tables.append(markdown(["Model", *toys], [row]))
+    return "\n".join(tables)
+
+
+def table_1(scores: dict[str, float], ours: str) -> str:
+    """The paper's rows and ours.
+
+    A last column averages every row over the columns that were measured here; the average of nine
+    is of nine only.
+    """
+    nine = [scores.get(name) for name in COLUMNS]
+    measured = [i for i, value in enumerate(nine) if value is not None]
+    rows = []
+    for name, values in TABLE_1.items():
+        rows.append([name, *values, mean([values[i] for i in measured])])
+    average = mean(nine) if len(measured) == len(nine) else None
+    rows.append([ours, *nine, average, mean([nine[i] for i in measured])])
+    header = ["Model", *COLUMNS.values(), "average", f"average of {len(measured)} measured"]
+    return markdown(header, rows)
 
 
 def noise_table(noise: dict[str, list[dict]], scores: dict[str, float], model: str) -> str:
-    """Table 3: for each benchmark and sigma the score (%) without and with noise, their difference, and how much the
-    noise is for F and for the connector. noise: by benchmark, dicts of sigma, std_F, cosine_distance, score."""
-    header = ["Model", "benchmark", "sigma", "std(F)", "sigma / std(F)", "without noise", "with noise", "drop",
-              "cosine distance"]
-    rows = [[name, "average of nine", "3", None, None, clean, noisy, clean - noisy, f"{distance:.4f}"]
-            for name, (clean, noisy, distance) in TABLE_3.items()]
+    """Table 3: for each benchmark and sigma the score (%) without and with noise.
+
+    Beside it their difference, and how much the noise is for F and for the connector.
+    noise: by benchmark, dicts of sigma, std_F, cosine_distance, score.
+    """
+    header = ["Model", "benchmark", "sigma", "std(F)", "sigma / std(F)", "without noise",
+              "with noise", "drop", "cosine distance"]
+    rows = []
+    for name, (clean, noisy, distance) in TABLE_3.items():
+        rows.append([name, "average of nine", "3", None, None, clean, noisy, clean - noisy,
+                     f"{distance:.4f}"])
     for name, runs in noise.items():
         for run in sorted(runs, key=lambda run: run["sigma"]):
-            relative = f"{run['sigma'] / run['std_F']:.3g}" if run["std_F"] else None
-            rows.append([f"**{model}**", name, f"{run['sigma']:.3g}", f"{run['std_F']:.3g}", relative, scores[name],
-                         run["score"], scores[name] - run["score"], f"{run['cosine_distance']:.4f}"])
+            sigma, std = run["sigma"], run["std_F"]
+            relative = f"{sigma / std:.3g}" if std else None
+            rows.append([f"**{model}**", name, f"{sigma:.3g}", f"{std:.3g}", relative,
+                         scores[name], run["score"], scores[name] - run["score"],
+                         f"{run['cosine_distance']:.4f}"])
     return markdown(header, rows)
 
 
@@ -85,12 +133,13 @@ def headline(scores: dict[str, float]) -> float:
 
 def show(results: dict, out: Path | None) -> None:
     """Print the tables, and write them and all scores to OUT/table.md and OUT/scores.json."""
-    scores = {name: headline(s) for name, s in results["scores"].items()}
+    scores = {name: headline(of_name) for name, of_name in results["scores"].items()}
     text = score_tables(scores, results["model"])
     if results["noise"]:
         text += "\n" + noise_table(results["noise"], scores, results["model"])
-    for name, s in results["scores"].items():
-        print(f"{name}: {' '.join(f'{key}={value:.4f}' for key, value in s.items())}")
+    for name, of_name in results["scores"].items():
+        values = " ".join(f"{key}={value:.4f}" for key, value in of_name.items())
+        print(f"{name}: {values}")
     print("\n" + text, end="")
     if out:
         out.mkdir(parents=True, exist_ok=True)
@@ -100,28 +149,43 @@ def show(results: dict, out: Path | None) -> None:
 
 def check_scores(results: dict, path: Path) -> None:
     """Raise InputError unless a scores.json is as `show` writes it."""
-    number = lambda value: isinstance(value, (int, float))
     scores, noise = results.get("scores", {}), results.get("noise", {})
-    keys = "sigma std_F cosine_distance score".split()
-    if not (isinstance(scores, dict) and isinstance(noise, dict) and noise.keys() <= scores.keys()
-            and all(isinstance(s, dict) and s and all(map(number, s.values())) for s in scores.values())
-            and all(isinstance(runs, list) and all(isinstance(run, dict) and all(number(run.get(key)) for key in keys)
-                                                   for run in runs) for runs in noise.values())):
+    if (not isinstance(scores, dict) or not all(map(is_scores, scores.values()))
+            or not isinstance(noise, dict) or not all(map(are_noise_runs, noise.values()))
+            or not noise.keys() <= scores.keys()):
         raise InputError(f"{path}: not as eval.py writes it: delete it, or take another --out")
+
+
+def is_number(value) -> bool:
+    return isinstance(value, (int, float))
+
+
+def is_scores(value) -> bool:
+    return isinstance(value, dict) and bool(value) and all(map(is_number, value.values()))
+
+
+def are_noise_runs(value) -> bool:
+    keys = "sigma", "std_F", "cosine_distance", "score"
+    return isinstance(value, list) and all(
+        isinstance(run, dict) and all(is_number(run.get(key)) for key in keys) for run in value)
 
 
 def score_files(specs: list[str], out: Path | None) -> None:
     """--score: files of predictions, called BENCHMARK.jsonl or given as BENCHMARK=FILE."""
     results = {"model": "these predictions", "scores": {}, "noise": {}}
     for spec in specs:
-        name, _, path = spec.rpartition("=") if not Path(spec).exists() else ("", "", spec)
+        name, path = "", spec
+        if not Path(spec).exists():
+            name, _, path = spec.rpartition("=")
         name = name or Path(path).name.split(".")[0]
         if name not in METRICS:
-            raise InputError(f"{spec}: no benchmark {name}: say NAME={path}, with one of {', '.join(METRICS)}")
+            raise InputError(f"{spec}: no benchmark {name}: say NAME={path}, with one of "
+                             f"{', '.join(METRICS)}")
         if name in results["scores"]:
             raise InputError(f"{spec}: a second file for {name}: score one at a time")
         try:
             results["scores"][name] = METRICS[name](read_predictions(Path(path)))
         except KeyError as error:
-            raise InputError(f"{path}: a row's split is {error}, which {name} does not have") from None
+            raise InputError(f"{path}: a row's split is {error}, which {name} does not have"
+                             ) from None
     show(results, out)
