@@ -6,10 +6,11 @@
         --vision siglip-so400m-patch14-384 --llm Llama-3.2-1B   # 8 GPUs, two released models
 
 Stage 0 stands for what a released LLM brings along: the toy's own LLM learns to read pages as plain
-text, before it meets an image (the shipped one, toy/stage0, has done so already). Every stage writes
-a folder OUT/stageN, from which the next one and sample.py start. The same command goes on where it
-was interrupted, and does not train again what is complete. To train a stage anew, delete its folder;
-what it has begun lies in OUT/stageN.partial. `python -m paper.plan` says what training takes.
+text, before it meets an image (the shipped one, toy/stage0, has done so already). Every stage
+writes a folder OUT/stageN, from which the next one and sample.py start. The same command goes on
+where it was interrupted, and does not train again what is complete. To train a stage anew, delete
+its folder; what it has begun lies in OUT/stageN.partial. `python -m paper.plan` says what training
+takes.
 """
 import argparse
 import functools
@@ -46,8 +47,8 @@ from plumbing.processes import (gather_model, ignore_signals, name_stalled_rank,
 from plumbing.runs import begin, check_recipe, is_complete, start_fingerprint
 from plumbing.settings import InputError
 from plumbing.states import States, drop_states, newest_state
-from plumbing.streams import (BAD_KINDS, Documents, Position, agree_on_position, check_bad_share, deal,
-                              keep_good, steps_of)
+from plumbing.streams import (BAD_KINDS, Documents, Position, agree_on_position, check_bad_share,
+                              deal, keep_good, steps_of)
 from toy.looks import LOOKS
 from toy.pages import STAGE0, ToyDocuments, write_toy_tokenizer
 
@@ -77,16 +78,17 @@ def build(stage: int, start: Path | None, recipe: Recipe, connector: ConnectorCo
         set_up(model.to(device))
         return model
     if stage == 1 and args.llm:
-        return AlignVLM.from_backbones(args.vision, args.llm, torch.float32, device, set_up, connector)
+        return AlignVLM.from_backbones(args.vision, args.llm, torch.float32, device, set_up,
+                                       connector)
     new_connector = connector if stage == 1 else None       # later stages keep what the folder has
     return AlignVLM.from_pretrained(start, torch.float32, device, set_up, new_connector)
 
 
 def shard(model: AlignVLM, device: torch.device, shard_size: int | None = None,
           recompute: bool = False, compile: bool = False) -> None:
-    """FSDP2, in place: each block, the connector and the vision tower are gathered when they run. What
-    is left, the token embedding foremost, stays gathered: connector, decoder and head share it. On
-    CUDA the computation is bf16.
+    """FSDP2, in place: each block, the connector and the vision tower are gathered when they run.
+    What is left, the token embedding foremost, stays gathered: connector, decoder and head share
+    it. On CUDA the computation is bf16.
 
     shard_size: ranks that hold one copy of the model between them; by default all (the paper's
     ZeRO-3). Groups of fewer, say of one node, are each other's replicas, and only gradients travel
@@ -115,8 +117,8 @@ def shard(model: AlignVLM, device: torch.device, shard_size: int | None = None,
 
 
 def optimizer_of(model: AlignVLM, recipe: Recipe) -> torch.optim.Optimizer:
-    """AdamW over the stage's modules; weight decay on matrices alone. A group's scale multiplies the
-    learning rate."""
+    """AdamW over the stage's modules; weight decay on matrices alone. A group's scale multiplies
+    the learning rate."""
     groups = []
     for name in recipe.trainable:
         parameters = list(getattr(model, name).parameters())
@@ -137,11 +139,11 @@ def optimizer_of(model: AlignVLM, recipe: Recipe) -> torch.optim.Optimizer:
 def match_ranks(rows: list[list[Sample]],
                 config: AlignVLMConfig) -> tuple[list[list[Sample]], Counter]:
     """The rows of this rank, so that all ranks call the same modules equally often: under FSDP they
-    wait otherwise. A rank with fewer rows than another gets blank ones, and a row without an image a
-    blank tile if any rank has one.
+    wait otherwise. A rank with fewer rows than another gets blank ones, and a row without an image
+    a blank tile if any rank has one.
 
-    Also returns what all ranks have together: tokens (visual ones too), supervised ones, blank ones,
-    tiles, images, and the sum of the samples' squared lengths.
+    Also returns what all ranks have together: tokens (visual ones too), supervised ones, blank
+    ones, tiles, images, and the sum of the samples' squared lengths.
     """
     has_image = any(len(sample.pixels) for row in rows for sample in row)
     most = torch.tensor([len(rows), has_image], dtype=torch.int64)
@@ -193,8 +195,8 @@ def row_loss(model: AlignVLM, row: list[Sample], device: torch.device) -> Tensor
 
 def accumulate_gradients(model: AlignVLM, rows: list[list[Sample]],
                          device: torch.device) -> tuple[Tensor | None, Counter, list[Tensor]]:
-    """Add to the parameters' grad that of the mean loss over all supervised tokens of a step, on all
-    ranks, however they are split into rows.
+    """Add to the parameters' grad that of the mean loss over all supervised tokens of a step, on
+    all ranks, however they are split into rows.
 
     Returns that loss (nats per token; None, and no gradients, if there is nothing to learn from),
     match_ranks' counts, and the sums of this rank's rows. The losses stay on the device.
@@ -216,8 +218,8 @@ def accumulate_gradients(model: AlignVLM, rows: list[list[Sample]],
     return total / counts["supervised"], counts, losses
 
 
-def take_step(model: AlignVLM, optimizer: torch.optim.Optimizer, rows: list[list[Sample]], lr: float,
-              clip: float, device: torch.device
+def take_step(model: AlignVLM, optimizer: torch.optim.Optimizer, rows: list[list[Sample]],
+              lr: float, clip: float, device: torch.device
               ) -> tuple[Tensor | None, torch.cuda.Event | None, Counter]:
     """One step of the optimizer, which changes the model, unless the loss or the gradient is not
     finite: then all ranks skip it. The device decides that, and the host does not wait for it.
@@ -234,7 +236,7 @@ def take_step(model: AlignVLM, optimizer: torch.optim.Optimizer, rows: list[list
     for group in optimizer.param_groups:
         group["lr"] = lr * group["scale"]
     bad = ~(loss.isfinite() & norm.isfinite())
-    optimizer.found_inf = bad.float()       # as GradScaler does it: the fused step then changes nothing
+    optimizer.found_inf = bad.float()       # as GradScaler does: a fused step then changes nothing
     optimizer.step()
     optimizer.zero_grad()
     numbers = torch.stack([loss, norm, *losses]).to("cpu", non_blocking=True)
@@ -259,10 +261,10 @@ def learning_rate(step: int, recipe: Recipe) -> float:
 @dataclass
 class Progress:
     """How far a stage has come: what goes with a training state."""
-    step: int = 0                                       # the next one
+    step: int = 0                                           # the next one
     position: Position = field(default_factory=Position)    # in the data
-    bad: Counter = field(default_factory=Counter)       # samples by kind, and how many were seen
-    skipped: int = 0                                    # steps whose loss or gradient was not finite
+    bad: Counter = field(default_factory=Counter)           # samples by kind, and all that were seen
+    skipped: int = 0                                        # steps: loss or gradient not finite
 
     def record(self) -> dict:
         """As JSON."""
@@ -270,12 +272,14 @@ class Progress:
 
     @classmethod
     def of(cls, record: dict, path: Path) -> "Progress":
-        """From the record of the training state at `path`. Raises InputError where it is damaged."""
+        """From the record of the training state at `path`. Raises InputError where it is
+        damaged."""
         try:
             position, bad = Position(**record["position"]), Counter(record["bad"])
             return cls(**{**record, "position": position, "bad": bad})
         except (KeyError, TypeError) as error:
-            raise InputError(f"{path / 'progress.json'}: damaged ({error}): delete {path}") from None
+            file = path / "progress.json"
+            raise InputError(f"{file}: damaged ({error}): delete {path}") from None
 
 
 def is_over(progress: Progress, recipe: Recipe, n_steps: int | None) -> bool:
@@ -287,8 +291,9 @@ def is_over(progress: Progress, recipe: Recipe, n_steps: int | None) -> bool:
 
 def train_stage(stage: int, recipe: Recipe, model: AlignVLM, tokenizer: Tokenizer,
                 state: Path | None, args: argparse.Namespace, device: torch.device) -> bool:
-    """Train a sharded model for one stage on --data, or else on the toy's pages, from a training state
-    on, if there is one. Changes the model, and writes log.jsonl and states into the stage's folder.
+    """Train a sharded model for one stage on --data, or else on the toy's pages, from a training
+    state on, if there is one. Changes the model, and writes log.jsonl and states into the stage's
+    folder.
 
     Returns whether the stage is complete; if not, it was asked to stop, and its state is saved.
     """
@@ -362,8 +367,8 @@ def open_documents(stage: int, recipe: Recipe, tokenizer: Tokenizer, config: Ali
 
 
 def with_steps(recipe: Recipe, documents: Dataset, args: argparse.Namespace) -> Recipe:
-    """The recipe with the steps that its epochs of --data take, about, unless they are given: for the
-    schedule and the bar. The stage ends where its last epoch does."""
+    """The recipe with the steps that its epochs of --data take, about, unless they are given: for
+    the schedule and the bar. The stage ends where its last epoch does."""
     if not isinstance(documents, Documents) or args.steps is not None:
         return recipe
     samples = recipe.epochs * documents.epoch_samples()
@@ -371,10 +376,13 @@ def with_steps(recipe: Recipe, documents: Dataset, args: argparse.Namespace) -> 
 
 
 def loader_of(documents: Dataset, position: Position, batch_size: int, workers: int) -> DataLoader:
-    """This rank's share of the samples from a position on; after each step's the Position that follows."""
+    """This rank's share of the samples from a position on; after each step's the Position that
+    follows."""
     rank, world = dist.get_rank(), dist.get_world_size()
     order = deal(documents.draws(position), batch_size, rank, world)
-    ahead = max(2, batch_size // (world * workers)) if workers else None    # all workers': about a step
+    ahead = None
+    if workers:
+        ahead = max(2, batch_size // (world * workers))     # samples of each: of all about a step
     return DataLoader(documents, batch_size=None, sampler=order, num_workers=workers,
                       prefetch_factor=ahead, worker_init_fn=ignore_signals)
 
@@ -392,8 +400,8 @@ def step_of(progress: Progress, lr: float, rows: list[list[Sample]], counts: Cou
 def evaluate_held_out(stage: int, model: AlignVLM, tokenizer: Tokenizer, held_out: Dataset,
                       recipe: Recipe, args: argparse.Namespace, device: torch.device
                       ) -> dict[str, float]:
-    """The held-out loss (nats per supervised token, all ranks'); from stage 2 on also how the toy reads
-    and answers."""
+    """The held-out loss (nats per supervised token, all ranks'); from stage 2 on also how the toy
+    reads and answers."""
     references = (reference for reference, _ in held_out.draws(Position()) if reference is not None)
     references = itertools.islice(references, EVAL_SAMPLES)
     share = itertools.islice(references, dist.get_rank(), None, dist.get_world_size())
@@ -427,8 +435,8 @@ def start_of(stage: int, args: argparse.Namespace) -> Path | None:
 
 
 def connector_of(stage: int, folder: Path | None, args: argparse.Namespace) -> ConnectorConfig:
-    """What --connector asks for in stage 1, then what the folder has. Raises InputError if it asks for
-    another."""
+    """What --connector asks for in stage 1, then what the folder has. Raises InputError if it asks
+    for another."""
     if stage == 0:
         return ALIGNVLM_PRESETS["toy"].connector
     if stage == 1:
@@ -436,7 +444,8 @@ def connector_of(stage: int, folder: Path | None, args: argparse.Namespace) -> C
         return replace(sizes, kind=args.connector or sizes.kind)
     connector = read_config(folder).connector
     if args.connector not in (None, connector.kind):
-        raise InputError(f"{folder} has the connector {connector.kind}: another begins with stage 1")
+        raise InputError(f"{folder} has the connector {connector.kind}: another begins with stage "
+                         "1")
     return connector
 
 
@@ -447,10 +456,10 @@ def run_stage(stage: int, args: argparse.Namespace, device: torch.device) -> boo
     folder, partial = args.out / f"stage{stage}", args.out / f"stage{stage}.partial"
     main_rank = dist.get_rank() == 0
     complete = [is_complete(stage, args.out)]
-    dist.broadcast_object_list(complete)        # the first rank decides: another may see the disk as it was
+    dist.broadcast_object_list(complete)    # the first rank decides: others may see an older disk
     if stage > 1 and not complete[0] and not (start / "config.json").exists():
-        raise InputError(f"stage {stage} starts from stage {stage - 1}, and {args.out} has none: train "
-                         "that first")
+        raise InputError(f"stage {stage} starts from stage {stage - 1}, and {args.out} has none: "
+                         "train that first")
     connector = connector_of(stage, folder if complete[0] else start, args)
     record = {"preset": args.preset, "seed": args.seed, "data": args.data if stage else None,
               "look": args.look if stage else "clean", "max_tiles": args.max_tiles,
@@ -478,8 +487,8 @@ def run_stage(stage: int, args: argparse.Namespace, device: torch.device) -> boo
     tokenizer = tokenizer or Tokenizer(partial, vocab_size)
     if not train_stage(stage, recipe, model, tokenizer, state[0], args, device):
         if main_rank:
-            print(f"stage {stage} has stopped, its state is in {newest_state(partial)}: the same command "
-                  "goes on")
+            print(f"stage {stage} has stopped, its state is in {newest_state(partial)}: the same "
+                  "command goes on")
         return False
     dtype = torch.float32 if args.preset == "toy" else torch.bfloat16
     model.save_pretrained(folder, tokenizer.path, dtype)
@@ -524,20 +533,20 @@ def choose_preset(args: argparse.Namespace) -> str:
 
 
 def stages_of(args: argparse.Namespace) -> list[int]:
-    """The stages to train, in order: --stage or all; before stage 1 the toy's stage 0, if there is no
-    LLM to start from. Raises InputError for what the preset cannot do."""
+    """The stages to train, in order: --stage or all; before stage 1 the toy's stage 0, if there is
+    no LLM to start from. Raises InputError for what the preset cannot do."""
     stages = [stage for stage in RECIPES[args.preset] if stage > 0]
     if args.stage is not None:
         stages = [args.stage]
     for stage in stages:
         recipe_of(stage, args)          # raises
     if args.preset != "toy" and args.steps is None and not args.data:
-        raise InputError(f"the recipe {args.preset} counts epochs, drawn pages have none: give --data or "
-                         "--steps")
+        raise InputError(f"the recipe {args.preset} counts epochs, drawn pages have none: give "
+                         "--data or --steps")
     if 1 in stages and not args.llm and not is_complete(1, args.out):
         if args.preset != "toy":
-            raise InputError(f"the recipe {args.preset} is for released weights: give stage 1 --vision "
-                             "and --llm")
+            raise InputError(f"the recipe {args.preset} is for released weights: give stage 1 "
+                             "--vision and --llm")
         if not (start_of(1, args) / "config.json").exists():
             stages = [0, *stages]       # the toy's LLM is pretrained, as a released one is
     return stages
@@ -569,12 +578,13 @@ def parse_args() -> argparse.Namespace:
 
 
 def add_recipe_flags(add) -> None:
-    add("--preset", choices=list(RECIPES), help="recipe (default: by the size of --llm or of the model "
-        "in --out, that of llama-3.2-1b for a size that is none of these; without either the toy's)")
+    add("--preset", choices=list(RECIPES), help="recipe (default: by the size of --llm or of the "
+        "model in --out, that of llama-3.2-1b for a size that is none of these; without either the "
+        "toy's)")
     add("--vision", type=Path,
         help="folder with a released SigLIP, for stage 1 (default: the toy's own)")
-    add("--llm", type=Path, help="folder with a released Llama and its tokenizer, for stage 1 (default: "
-        "the toy's own)")
+    add("--llm", type=Path,
+        help="folder with a released Llama and its tokenizer, for stage 1 (default: the toy's own)")
     add("--connector", choices=CONNECTORS,
         help="between the two, new in stage 1, kept from then on (default: align)")
     add("--stage", type=int, choices=[0, 1, 2, 3],
@@ -584,8 +594,8 @@ def add_recipe_flags(add) -> None:
         help="optimizer steps of each stage (default: the recipe's)")
     add("--batch-size", type=positive(int),
         help="samples a step, over all processes (default: the recipe's)")
-    add("--row-tokens", type=positive(int), help="tokens a forward pass, visual ones too; a process's "
-        "share of a step takes as many passes as it needs (default: the recipe's)")
+    add("--row-tokens", type=positive(int), help="tokens a forward pass, visual ones too; a "
+        "process's share of a step takes as many passes as it needs (default: the recipe's)")
     add("--max-length", type=positive(int),
         help="text tokens a sample, cut at its end (default: the recipe's)")
     add("--epochs", type=positive(int), help="passes over --data (default: the recipe's)")
@@ -596,15 +606,15 @@ def add_recipe_flags(add) -> None:
 
 
 def add_data_flags(add) -> None:
-    add("--data", nargs="+", metavar="PATH[:WEIGHT]", help="what --stage learns from: folders, files or "
-        "globs of tar (img2dataset), parquet (BigDocs, VCR-wiki), JSONL or JSON (DocDownstream, "
-        "MS-Swift, LLaVA); with weights the data sets are mixed in that ratio (default: the toy's "
-        "drawn pages)")
-    add("--look", choices=LOOKS, default="clean", help="how the toy's pages are drawn; hard ones have "
-        "reports of up to nine tiles among them in stage 3 (default: %(default)s)")
+    add("--data", nargs="+", metavar="PATH[:WEIGHT]", help="what --stage learns from: folders, "
+        "files or globs of tar (img2dataset), parquet (BigDocs, VCR-wiki), JSONL or JSON "
+        "(DocDownstream, MS-Swift, LLaVA); with weights the data sets are mixed in that ratio "
+        "(default: the toy's drawn pages)")
+    add("--look", choices=LOOKS, default="clean", help="how the toy's pages are drawn; hard ones "
+        "have reports of up to nine tiles among them in stage 3 (default: %(default)s)")
     add("--max-tiles", type=positive(int), help="tiles a page is cut into at most (default: 9)")
-    add("--max-bad", type=float, default=0.01, help="share of bad samples above which training stops, "
-        "judged from a thousand samples or an epoch on (default: %(default)s)")
+    add("--max-bad", type=float, default=0.01, help="share of bad samples above which training "
+        "stops, judged from a thousand samples or an epoch on (default: %(default)s)")
     add("--workers", type=int,
         help="data loading processes per process (default: with --data up to 4, else 0)")
     add("--eval-data", nargs="+", metavar="PATH",
@@ -639,8 +649,8 @@ def impossible(args: argparse.Namespace) -> list[tuple[bool, str]]:
         (not 0 <= args.seed < 2 ** 63, "--seed is from 0 to 2**63 - 1"),
         (not 0 <= args.max_bad <= 1, "--max-bad is from 0 to 1"),
         (args.data and args.look != "clean", "--look is of the toy's pages, not of --data"),
-        (not args.data and of_data, "--epochs, --max-length, --max-tiles and --eval-data are of --data: "
-         "the toy's pages have --steps"),
+        (not args.data and of_data, "--epochs, --max-length, --max-tiles and --eval-data are of "
+         "--data: the toy's pages have --steps"),
         (args.data and not args.stage, "--data is for one stage: add --stage 1, 2 or 3"),
         (args.data and args.eval_every and not args.eval_data,
          "--eval-every needs --eval-data beside --data"),

@@ -26,10 +26,9 @@ from connector import CONNECTORS
 from data import Tokenizer
 from model import AlignVLM
 from plumbing.logs import read_log
-from plumbing.runs import IN_THE_BOX
 from plumbing.settings import InputError
 from toy.looks import draw
-from toy.pages import KINDS, drawn_page, eye_chart, plain_text
+from toy.pages import KINDS, STAGE0, drawn_page, eye_chart, plain_text
 from vision import tile
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -52,7 +51,7 @@ def make_backbones(folder: Path, steps: int = 300) -> None:
     """The LLM in the box, and an encoder that can name what stands in its patches: a folder like that of stage 0."""
     if (folder / "config.json").exists():
         return
-    box = IN_THE_BOX / "stage0"
+    box = STAGE0
     model = AlignVLM.from_pretrained(box, torch.float32)
     tokenizer = Tokenizer(box, model.config.llm.vocab_size)
     torch.manual_seed(0)
@@ -71,7 +70,6 @@ def make_backbones(folder: Path, steps: int = 300) -> None:
         optimizer.zero_grad()
         bar.set_postfix_str(f"loss {loss.item():.4f}")
     model.save_pretrained(folder, tokenizer.path, torch.float32)
-    shutil.copyfile(box / "log.jsonl", folder / "log.jsonl")
 
 
 def run(*command) -> None:

@@ -1,10 +1,11 @@
-"""What training takes before one has paid for it: memory of each GPU, FLOPs and time of a step, days.
+"""What training takes before one has paid for it: memory of each GPU, FLOPs and time of a step,
+days.
 
     python -m paper.plan --preset llama-3.2-1b --stage 2 --gpus 8 --gpu-memory 24
-    python -m paper.plan --vision siglip-base-patch16-224 --llm SmolLM2-135M --gpus 1      # released folders
+    python -m paper.plan --vision siglip-base-patch16-224 --llm SmolLM2-135M --gpus 1
 
-The recipes are train.py's (paper/recipes.py), and so are the flags that change them. Memory is that of the
-longest row of a step; train.py logs what a step really takes.
+The recipes are train.py's (paper/recipes.py), and so are the flags that change them. Memory is that
+of the longest row of a step; train.py logs what a step really takes.
 """
 import argparse
 import math
@@ -27,7 +28,7 @@ from vision import read_siglip
 class StageData:
     """What a stage is taken to learn from, and how much of that the paper has."""
     samples: int
-    tiles: int | None           # of a sample; None: as many as --max-tiles allows, and the whole page
+    tiles: int | None           # of a sample; None: as many as --max-tiles allows
     text: int                   # tokens of a sample that are no visual ones
     supervised: int             # of these, those to be learnt
 
@@ -39,15 +40,17 @@ PAPER_DATA = {1: StageData(8_100_000, 1, 64, 32),
 LOW_RESOURCE_DATA = {1: StageData(558_000, 1, 64, 32), 2: StageData(779_000, 5, 384, 256)}
 
 
-# ---------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # FLOPs
 
 
 def step_flops(config: AlignVLMConfig, trainable: tuple[str, ...], counts: Counter) -> float:
-    """Floating-point operations of a training step by the model's formula, recomputation not counted.
+    """Floating-point operations of a training step by the model's formula, recomputation not
+    counted.
 
-    counts: train.match_ranks's. A token's product with a matrix of n numbers is 2 n; backward as much again
-    for the weights' gradient, if they train, and for the input's, if anything before does.
+    counts: train.match_ranks's. A token's product with a matrix of n numbers is 2 n; backward as
+    much again for the weights' gradient, if they train, and for the input's, if anything before
+    does.
     """
     flops, any_before = 0, False
     for module, multiplications in products(config, counts):
@@ -57,14 +60,14 @@ def step_flops(config: AlignVLMConfig, trainable: tuple[str, ...], counts: Count
 
 
 def products(config: AlignVLMConfig, counts: Counter) -> list[tuple[str, float]]:
-    """The multiplications of a step's forward pass, (module whose weights they are with, how many), in the
-    order of the pass."""
+    """The multiplications of a step's forward pass, (module whose weights they are with, how many),
+    in the order of the pass."""
     v, l = config.vision, config.llm
     d, D, V, N = v.hidden_size, l.hidden_size, l.vocab_size, v.n_patches
     T = counts["tiles"]
-    vision_layer = 4 * d ** 2 + 2 * d * v.intermediate_size + 2 * N * d        # of a patch
+    vision_layer = 4 * d ** 2 + 2 * d * v.intermediate_size + 2 * N * d    # of a patch
     q, kv = l.n_heads * l.head_dim, l.n_kv_heads * l.head_dim
-    llm_layer = 2 * D * (q + kv) + 3 * D * l.intermediate_size                 # of a token, without attention
+    llm_layer = 2 * D * (q + kv) + 3 * D * l.intermediate_size     # of a token, without attention
     attention = counts["squares"] * q       # causal: half of 2 q L^2
     with_F, then = connector_products(config)
     mixes_E_text = config.connector.kind == "align"
@@ -72,16 +75,16 @@ def products(config: AlignVLMConfig, counts: Counter) -> list[tuple[str, float]]
             ("vision", T * N * v.n_layers * vision_layer),
             ("connector", T * with_F),
             ("connector", T * then),
-            ("llm", T * N * D * V * mixes_E_text),                             # F' = P_vocab E_text
+            ("llm", T * N * D * V * mixes_E_text),      # F' = P_vocab E_text
             ("llm", counts["supervised"] * D * V
                     + l.n_layers * (counts["tokens"] * llm_layer + attention))]
 
 
 def connector_products(config: AlignVLMConfig) -> tuple[float, float]:
-    """A tile's multiplications in the connector: those with F itself, whose gradient only the vision encoder
-    needs, and those that follow."""
-    c = config.connector
-    d, D, V, N = config.vision.hidden_size, config.llm.hidden_size, config.llm.vocab_size, config.vision.n_patches
+    """A tile's multiplications in the connector: those with F itself, whose gradient only the
+    vision encoder needs, and those that follow."""
+    v, l, c = config.vision, config.llm, config.connector
+    d, D, V, N = v.hidden_size, l.hidden_size, l.vocab_size, v.n_patches
     match c.kind:
         case "align":
             return N * d * D, N * D * V
@@ -95,21 +98,23 @@ def connector_products(config: AlignVLMConfig) -> tuple[float, float]:
             return 8 * N * d * D, 4 * N * D ** 2 + c.depth * layer
 
 
-# ---------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # Memory
 
 
 def memory(config: AlignVLMConfig, trainable: tuple[str, ...], ranks: int, tokens: int, tiles: int,
            supervised: int, recompute: bool = False, size: int = 2) -> dict[str, float]:
-    """Bytes of each part on one of `ranks` GPUs that hold a model between them, for the longest row of a step.
+    """Bytes of each part on one of `ranks` GPUs that hold a model between them, for the longest row
+    of a step.
 
-    tokens, tiles, supervised: what the row holds. size: bytes of a number in the computation: 2 in bf16
-    (CUDA), 4 in fp32 (CPU).
+    tokens, tiles, supervised: what the row holds. size: bytes of a number in the computation: 2 in
+    bf16 (CUDA), 4 in fp32 (CPU).
     """
     with torch.device("meta"):
         model = AlignVLM(config)
     n = {name: n_parameters(module) for name, module in model.named_children()}
     training = sum(n[name] for name in trainable)
+    logits = min(supervised * config.llm.vocab_size, LOGITS)        # that are there at a time
     return {
         "parameters": 4 * sum(n.values()) / ranks,
         "gradients": 4 * training / ranks,
@@ -118,7 +123,7 @@ def memory(config: AlignVLMConfig, trainable: tuple[str, ...], ranks: int, token
         "gathered": gathered_bytes(model, trainable, size) if ranks > 1 or size == 2 else 0,
         "activations": activation_bytes(config, trainable, tokens, tiles, recompute, size),
         "connector": connector_bytes(config, tiles, size),
-        "head": min(supervised * config.llm.vocab_size, LOGITS) * (size + 8),  # logits, in fp32, their gradient
+        "head": logits * (size + 8),        # they, in fp32, and their gradient
         "data": tiles * 3 * config.vision.image_size ** 2 * 4,
     }
 
@@ -128,8 +133,9 @@ def n_parameters(module: torch.nn.Module) -> int:
 
 
 def gathered_bytes(model: AlignVLM, trainable: tuple[str, ...], size: int) -> float:
-    """What FSDP keeps whole. A unit is whole while it runs, and the next one is fetched; its gradient is whole
-    until it is summed in fp32. The root (token embedding, head) stays whole, and so does its gradient."""
+    """What FSDP keeps whole. A unit is whole while it runs, and the next one is fetched; its
+    gradient is whole until it is summed in fp32. The root (token embedding, head) stays whole, and
+    so does its gradient."""
     vision_block, llm_block = model.vision.encoder["layers"][0], model.llm.layers[0]
     unit = max(n_parameters(module) for module in (vision_block, llm_block, model.connector))
     root = n_parameters(model.llm) - len(model.llm.layers) * n_parameters(llm_block)
@@ -145,7 +151,8 @@ def activation_bytes(config: AlignVLMConfig, trainable: tuple[str, ...], tokens:
     d, D, visual = v.hidden_size, l.hidden_size, tiles * v.n_patches
     q, kv = l.n_heads * l.head_dim, l.n_kv_heads * l.head_dim
     learns_to_see = "vision" in trainable
-    llm_block = tokens * (2 * max(4, size) * D + size * (4 * D + 3 * q + 2 * kv + 4 * l.intermediate_size))
+    of_a_token = 4 * D + 3 * q + 2 * kv + 4 * l.intermediate_size
+    llm_block = tokens * (2 * max(4, size) * D + size * of_a_token)
     vision_block = visual * size * (8 * d + 2 * v.intermediate_size) * learns_to_see
     if not recompute:
         return l.n_layers * llm_block + v.n_layers * vision_block
@@ -154,49 +161,51 @@ def activation_bytes(config: AlignVLMConfig, trainable: tuple[str, ...], tokens:
 
 
 def connector_bytes(config: AlignVLMConfig, tiles: int, size: int) -> float:
-    """What the connector keeps; and of connector.Mixture's blocks two (n, V), and one or two fp32 copies of a
-    few rows."""
+    """What the connector keeps; and of connector.Mixture's blocks two (n, V), and one or two fp32
+    copies of a few rows."""
     l, c = config.llm, config.connector
     D, visual = l.hidden_size, tiles * config.vision.n_patches
     keeps = visual * D * {"align": 3, "mlp": 3, "ovis": 1, "perceiver": 17 + 2 * c.depth}[c.kind]
-    if c.kind == "perceiver":       # keys and values of the features, and all that is done with the latents
+    if c.kind == "perceiver":       # the features' keys and values, and all that the latents do
         latent = 12 * D + c.head_dim * (c.n_heads + c.n_kv_heads)
         keeps += 2 * c.depth * (visual * c.n_kv_heads * c.head_dim + tiles * c.n_latents * latent)
-    wide = {"align": l.vocab_size, "ovis": c.table_size}.get(c.kind, 0)        # a row of what Mixture makes
+    wide = {"align": l.vocab_size, "ovis": c.table_size}.get(c.kind, 0)    # a row of Mixture's
     block = min(BLOCK_BYTES, 2 * size * 16 * math.ceil(visual / 16) * wide)
     rows = min(CACHE_BYTES if size > 2 else BLOCK_BYTES // 4, 4 * visual * wide)
     return size * keeps + block + 1.5 * rows
 
 
-# ---------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # The command
 
 
-def print_stage(stage: int, recipe: Recipe, config: AlignVLMConfig, args: argparse.Namespace) -> None:
+def print_stage(stage: int, recipe: Recipe, config: AlignVLMConfig,
+                args: argparse.Namespace) -> None:
     """What a stage takes on --gpus: memory per GPU, FLOPs and time of a step, days."""
     data = (LOW_RESOURCE_DATA if args.preset == "low-resource" else PAPER_DATA)[stage]
     most_tiles = 1 if args.max_tiles == 1 else args.max_tiles + 1       # with the whole page
     tiles = data.tiles or most_tiles
     length = tiles * config.tile_tokens + data.text
-    print(f"\nstage {stage} of {args.preset} on {args.gpus} GPUs, one copy on {args.shard_size} of them: "
-          f"{' + '.join(recipe.trainable)} trained, {recipe.batch_size} samples a step, each of {tiles} tiles "
-          f"and {data.text} tokens of text ({length:,} tokens)")
+    print(f"\nstage {stage} of {args.preset} on {args.gpus} GPUs, one copy on {args.shard_size} of "
+          f"them: {' + '.join(recipe.trainable)} trained, {recipe.batch_size} samples a step, each "
+          f"of {tiles} tiles and {data.text} tokens of text ({length:,} tokens)")
     print_memory(recipe, config, data, tiles, args)
     samples = recipe.batch_size
-    counts = Counter(tokens=samples * length, supervised=samples * data.supervised, tiles=samples * tiles,
-                     squares=samples * length ** 2)
+    counts = Counter(tokens=samples * length, supervised=samples * data.supervised,
+                     tiles=samples * tiles, squares=samples * length ** 2)
     flops = step_flops(config, recipe.trainable, counts)
     seconds = flops / (args.gpus * args.mfu * PEAKS["H100"])
     steps = recipe.steps or math.ceil(data.samples * recipe.epochs / samples)
     hours = steps * seconds / 3600
     time = f"{hours / 24:.1f} days" if hours > 48 else f"{hours:.2g} hours"
-    print(f"  {flops:.3g} FLOPs a step, {seconds:.3g} s at {args.mfu:.0%} of an H100's peak (a third more with "
-          f"--recompute); {steps:,} steps in {time}")
+    print(f"  {flops:.3g} FLOPs a step, {seconds:.3g} s at {args.mfu:.0%} of an H100's peak (a "
+          f"third more with --recompute); {steps:,} steps in {time}")
 
 
 def print_memory(recipe: Recipe, config: AlignVLMConfig, data: StageData, tiles: int,
                  args: argparse.Namespace) -> None:
-    """Bytes a GPU with train.py's flags that save more and more of them, up to the first that fits."""
+    """Bytes a GPU with train.py's flags that save more and more of them, up to the first that
+    fits."""
     length = tiles * config.tile_tokens + data.text
     a_share = math.ceil(recipe.batch_size / args.gpus)          # of a step's samples
     for flags, recompute, row_tokens in [("as asked", False, recipe.row_tokens),
@@ -231,14 +240,17 @@ def parse_args() -> argparse.Namespace:
     add("--llm", type=Path, help="folder with a released Llama (default: the preset's sizes)")
     same = parser.add_argument_group("as in train.py").add_argument
     same("--connector", choices=CONNECTORS, default="align", help="(default: %(default)s)")
-    same("--batch-size", type=positive(int), help="samples a step, over all GPUs (default: the recipe's)")
+    same("--batch-size", type=positive(int),
+         help="samples a step, over all GPUs (default: the recipe's)")
     same("--row-tokens", type=positive(int), help="tokens a forward pass (default: the recipe's)")
-    same("--epochs", type=positive(int), help="passes over the stage's data (default: the recipe's)")
+    same("--epochs", type=positive(int),
+         help="passes over the stage's data (default: the recipe's)")
     same("--lr-scale", type=lr_share, nargs="+", default=[], metavar="MODULE=SHARE",
          help="0 freezes a module, any other share trains it (default: the recipe's)")
     same("--max-tiles", type=positive(int), default=9, help="tiles a page is cut into at most "
          "(default: %(default)s)")
-    same("--shard-size", type=positive(int), help="GPUs that hold one copy of the model (default: all)")
+    same("--shard-size", type=positive(int),
+         help="GPUs that hold one copy of the model (default: all)")
     args = parser.parse_args()
     if bool(args.vision) != bool(args.llm):
         parser.error("--vision and --llm go together: two folders with released weights")

@@ -1,7 +1,8 @@
-"""What each stage trains, and how: the paper's recipes (appendix A.1), the second version's small one, the toy's.
+"""What each stage trains, and how: the paper's recipes (appendix A.1), the second version's small
+one, the toy's.
 
-train.py follows them, paper/plan.py says what they take. The flags with which both commands change a
-recipe are read here too.
+train.py follows them, paper/plan.py says what they take. The flags with which both commands change
+a recipe are read here too.
 """
 import argparse
 import math
@@ -15,14 +16,14 @@ from plumbing.settings import InputError
 
 @dataclass
 class Recipe:
-    """One stage. The first block is the paper's (appendix A.1; row_tokens is ours), the second MS-Swift's
-    defaults, the third ours."""
+    """One stage. The first block is the paper's (appendix A.1; row_tokens is ours), the second
+    MS-Swift's defaults, the third ours."""
     trainable: tuple[str, ...]          # modules of AlignVLM; the others are frozen
     batch_size: int = 512               # samples a step, over all ranks
     lr: float = 1e-5
     max_length: int = 1024              # text tokens a sample
     epochs: int = 1
-    row_tokens: int = 16_384            # tokens a packed row, visual ones too; a step has as many rows as it takes
+    row_tokens: int = 16_384            # tokens a packed row, visual ones too; a step has several
 
     warmup: float = 0.05                # share of the steps
     final_lr: float = 0.0               # where the cosine ends, as a share of lr
@@ -38,8 +39,8 @@ class Recipe:
 ALL = ("vision", "connector", "llm")
 LATE = ("connector", "llm")             # stage 3 freezes the vision encoder
 
-# Adam moves what has a tiny gradient as far as anything else: the head's rows of tokens that are never an
-# answer, for one, and W2 starts from that head. An eps of 1e-5 holds them back.
+# Adam moves what has a tiny gradient as far as anything else: the head's rows of tokens that are
+# never an answer, for one, and W2 starts from that head. An eps of 1e-5 holds them back.
 TOY = Recipe(ALL, batch_size=16, row_tokens=8192, warmup=0.03, final_lr=0.1, eps=1e-5)
 
 RECIPES = {
@@ -64,8 +65,8 @@ RECIPES = {
         2: Recipe(ALL, batch_size=256, lr=1e-5, max_length=2048),
         3: Recipe(LATE, batch_size=256, lr=1e-5, max_length=2048, epochs=5),
     },
-    # The second version's small setup: LLaVA-558K for the connector alone, then LLaVA-NeXT-779K. It gives
-    # the learning rates; batch sizes and lengths are LLaVA's.
+    # The second version's small setup: LLaVA-558K for the connector alone, then LLaVA-NeXT-779K.
+    # It gives the learning rates; batch sizes and lengths are LLaVA's.
     "low-resource": {
         1: Recipe(("connector",), batch_size=256, lr=1e-3, max_length=2048),
         2: Recipe(ALL, batch_size=128, lr=1e-5, max_length=4096, lr_scale={"vision": 0.2}),
@@ -84,8 +85,9 @@ def preset_for(llm: LlamaConfig) -> str:
 def recipe_for(preset: str, stage: int, changes: dict, lr_scale: dict[str, float]) -> Recipe:
     """A preset's recipe for a stage, with what a command line says instead.
 
-    changes: values by the fields' names, None for those that stay. lr_scale: shares by module; one of 0
-    freezes it, any other trains it. Raises InputError where the preset lacks the stage or nothing trains.
+    changes: values by the fields' names, None for those that stay. lr_scale: shares by module; one
+    of 0 freezes it, any other trains it. Raises InputError where the preset lacks the stage or
+    nothing trains.
     """
     if stage not in RECIPES[preset]:
         raise InputError(f"--preset {preset} has no stage {stage}")
@@ -97,7 +99,7 @@ def recipe_for(preset: str, stage: int, changes: dict, lr_scale: dict[str, float
     return replace(recipe, trainable=trainable, lr_scale={**recipe.lr_scale, **lr_scale})
 
 
-# ---------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # Types of flags
 
 

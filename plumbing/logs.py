@@ -47,7 +47,8 @@ def peak_memory(device: torch.device) -> int | str:
 
 
 def open_log(path: Path) -> TextIO:
-    """log.jsonl, to be continued, a line at once. Changes the file: a line that a kill has cut off goes."""
+    """log.jsonl, to be continued, a line at once. Changes the file: a line that a kill has cut off
+    goes."""
     if path.is_file():
         os.truncate(path, path.read_bytes().rfind(b"\n") + 1)
     return open(path, "a", buffering=1)
@@ -59,27 +60,28 @@ class Step:
     row: dict                           # of its line: step, epoch, lr, bad
     counts: Counter                     # train.match_ranks's
     keys: list[list[str]]               # its samples' names, row by row
-    numbers: Tensor | None              # train.take_step's: loss, gradient's norm, losses of this rank's rows
+    numbers: Tensor | None              # train.take_step's: loss, gradient's norm, this rank's rows
     sent: torch.cuda.Event | None       # after it the numbers are there
 
 
 class StepLog:
     """The first rank's log.jsonl and its bar: a line per step, per resumption and per evaluation.
 
-    A step is judged and logged when its numbers are there: a GPU sends them while the host is busy with the
-    next step. All ranks judge, from the same loss and norm; only the first one's log is a file.
+    A step is judged and logged when its numbers are there: a GPU sends them while the host is busy
+    with the next step. All ranks judge, from the same loss and norm; only the first one's log is a
+    file.
 
-    Attributes: skipped, the steps so far whose loss or gradient was not finite, and bad_in_a_row, how many
-    of them came last. Both are of the steps that were judged.
+    Attributes: skipped, the steps so far whose loss or gradient was not finite, and bad_in_a_row,
+    how many of them came last. Both are of the steps that were judged.
     """
 
     def __init__(self, path: Path, stage: int, step: int, n_steps: int, skipped: int,
                  device: torch.device, flops: Callable[[Counter], float]):
-        """step: the next one, of n_steps. skipped: steps before it that were. flops: of a step, from its
-        counts."""
+        """step: the next one, of n_steps. skipped: steps before it that were. flops: of a step,
+        from its counts."""
         self.stage, self.device, self.flops = stage, device, flops
         self.skipped = skipped
-        self.suspects: list[list[str]] = []     # names of samples, for each skipped step since the last good one
+        self.suspects: list[list[str]] = []     # samples of each step since the last good one
         self.under_way: Step | None = None
         main_rank = dist.get_rank() == 0
         self.file = open_log(path if main_rank else Path(os.devnull))
@@ -106,15 +108,16 @@ class StepLog:
         self.start = time.perf_counter()
 
     def add(self, step: Step) -> None:
-        """Take a step on. Judges and logs the one before it, and on a CPU this one too. Raises InputError."""
+        """Take a step on. Judges and logs the one before it, and on a CPU this one too. Raises
+        InputError."""
         self.settle()
         self.under_way = step
         if step.sent is None:
             self.settle()
 
     def settle(self) -> None:
-        """Judge and log the step that is under way, if any: waits for its numbers, counts it in `skipped` if
-        it was. Raises InputError, on all ranks, after ten skipped steps in a row."""
+        """Judge and log the step that is under way, if any: waits for its numbers, counts it in
+        `skipped` if it was. Raises InputError, on all ranks, after ten skipped steps in a row."""
         step, self.under_way = self.under_way, None
         if step is None:
             return
@@ -133,7 +136,8 @@ class StepLog:
         self.write_step(step, loss, norm, now - self.start)
         self.start = now
 
-    def write_step(self, step: Step, loss: float | None, norm: float | None, seconds: float) -> None:
+    def write_step(self, step: Step, loss: float | None, norm: float | None,
+                   seconds: float) -> None:
         """The line and the bar of a step that took so long."""
         counts = step.counts
         tokens_per_s = (counts["tokens"] - counts["blank"]) / seconds
@@ -145,8 +149,8 @@ class StepLog:
                    mfu=mfu(flops_per_s / dist.get_world_size(), self.device), skipped=self.skipped)
         self.bar.update()
         shown = math.nan if loss is None else loss
-        self.bar.set_postfix_str(f"loss {shown:.3f}, lr {step.row['lr']:.1e}, {tokens_per_s:,.0f} tokens/s",
-                                 refresh=False)
+        numbers = f"loss {shown:.3f}, lr {step.row['lr']:.1e}, {tokens_per_s:,.0f} tokens/s"
+        self.bar.set_postfix_str(numbers, refresh=False)
 
 
 def suspects_of(keys: list[list[str]], row_losses: list[float]) -> list[str]:
@@ -159,19 +163,20 @@ def suspects_of(keys: list[list[str]], row_losses: list[float]) -> list[str]:
 
 
 def diverged(suspects: list[list[str]], step: int) -> InputError:
-    """The error after too many skipped steps in a row, up to `step`. suspects: this rank's samples, for each
-    of the steps. Every rank calls this."""
+    """The error after too many skipped steps in a row, up to `step`. suspects: this rank's samples,
+    for each of the steps. Every rank calls this."""
     everyone = [None] * dist.get_world_size()
     dist.all_gather_object(everyone, suspects)
     keys = list(dict.fromkeys(key for mine in everyone for step_keys in mine for key in step_keys))
     more = ", ..." if len(keys) > SHOWN_KEYS else ""
-    return InputError(f"ten steps in a row, up to {step}, had a loss or gradient that is not finite: lower "
-                      f"--lr, or look at these samples: {', '.join(keys[:SHOWN_KEYS])}{more}")
+    return InputError(f"ten steps in a row, up to {step}, had a loss or gradient that is not "
+                      "finite: lower --lr, or look at these samples: "
+                      f"{', '.join(keys[:SHOWN_KEYS])}{more}")
 
 
 def read_log(path: Path) -> list[dict]:
-    """The rows of a log.jsonl in the order of their steps; of steps that were done twice the last counts.
-    Raises InputError."""
+    """The rows of a log.jsonl in the order of their steps; of steps that were done twice the last
+    counts. Raises InputError."""
     rows: dict = {}
     try:
         for line in path.read_text().splitlines():

@@ -1,4 +1,5 @@
-"""Processes: one or many that find each other, their memory, and what to say when one of them is missing."""
+"""Processes: one or many that find each other, their memory, and what to say when one of them is
+missing."""
 import contextlib
 import ctypes
 import os
@@ -20,8 +21,8 @@ from plumbing.settings import InputError
 
 
 def keep_heap() -> None:
-    """Let glibc keep freed memory: by default each large buffer goes back to the kernel, and its pages fault
-    in anew at the next operation, a third of a training step on a CPU."""
+    """Let glibc keep freed memory: by default each large buffer goes back to the kernel, and its
+    pages fault in anew at the next operation, a third of a training step on a CPU."""
     if sys.platform != "linux":
         return
     libc = ctypes.CDLL(None)
@@ -32,20 +33,22 @@ def keep_heap() -> None:
 
 
 def keep_files_open() -> None:
-    """Let a process open as many files as it may: each tensor that a loading process hands over is one."""
+    """Let a process open as many files as it may: each tensor that a loading process hands over is
+    one."""
     if sys.platform == "win32":
         return
     import resource
     most = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
-    with contextlib.suppress(ValueError):       # macOS reports no limit and then refuses to have none
+    with contextlib.suppress(ValueError):       # macOS reports no limit, then refuses to have none
         resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
 
 
 def start_processes(timeout: timedelta = timedelta(minutes=10)) -> torch.device:
-    """Join torchrun's processes, or be the only one; nccl on CUDA, gloo on a CPU. Returns this one's device.
+    """Join torchrun's processes, or be the only one; nccl on CUDA, gloo on a CPU. Returns this
+    one's device.
 
-    timeout: of waiting for another. Changes the process: its heap, its limit of open files, its default
-    process group and, on CUDA, its device.
+    timeout: of waiting for another. Changes the process: its heap, its limit of open files, its
+    default process group and, on CUDA, its device.
     """
     keep_heap()
     keep_files_open()
@@ -67,10 +70,10 @@ def start_processes(timeout: timedelta = timedelta(minutes=10)) -> torch.device:
 def own_part(store: dist.Store, rank: int, world: int, timeout: timedelta) -> dist.Store:
     """A part of torchrun's store that no earlier attempt has written to.
 
-    torchrun keeps its store when it restarts the processes, so they would find the dead ones' addresses
-    (pytorch issue 135712), and its count of restarts differs between nodes. So the first rank invents a name;
-    another rank takes the one it finds only after it was answered under it, which no rank of an earlier
-    attempt can do.
+    torchrun keeps its store when it restarts the processes, so they would find the dead ones'
+    addresses (pytorch issue 135712), and its count of restarts differs between nodes. So the first
+    rank invents a name; another rank takes the one it finds only after it was answered under it,
+    which no rank of an earlier attempt can do.
     """
     me = uuid.uuid4().hex
     if rank == 0:
@@ -98,14 +101,16 @@ def name_stalled_rank(timeout: timedelta) -> Iterator[None]:
         if "timed out" not in str(error).lower():
             raise
         try:
-            dist.monitored_barrier(control, min(timeout, timedelta(seconds=30)), wait_all_ranks=True)
+            wait = min(timeout, timedelta(seconds=30))
+            dist.monitored_barrier(control, wait, wait_all_ranks=True)
         except RuntimeError as absent:
             raise InputError(f"a rank has stalled or died: {str(absent).splitlines()[0]}") from None
         raise
 
 
 def gather_model(model: nn.Module) -> nn.Module:
-    """A copy of a model that is cut among ranks, in one piece on each: for small ones. Every rank calls this."""
+    """A copy of a model that is cut among ranks, in one piece on each: for small ones. Every rank
+    calls this."""
     weights = {name: p.full_tensor() for name, p in model.state_dict().items()}
     device = next(iter(weights.values())).device
     copy = type(model)(model.config).to(device).eval()
@@ -114,13 +119,15 @@ def gather_model(model: nn.Module) -> nn.Module:
 
 
 def ignore_signals(*_) -> None:
-    """A cluster's SIGTERM, or Ctrl-C, reaches the loading processes too, whose samples the last step needs."""
+    """A cluster's SIGTERM, or Ctrl-C, reaches the loading processes too, whose samples the last
+    step needs."""
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
     signal.signal(signal.SIGINT, signal.SIG_IGN)
 
 
 def run_main(main: Callable[[], None]) -> None:
-    """A program that may be one of many processes: exit status 2 and a line for bad input, 130 for Ctrl-C.
+    """A program that may be one of many processes: exit status 2 and a line for bad input, 130 for
+    Ctrl-C.
 
     It ends at once: other ranks, or what writes a state, may be waiting for one that has died.
     """
@@ -129,7 +136,8 @@ def run_main(main: Callable[[], None]) -> None:
     except KeyboardInterrupt:
         os._exit(130)
     except Exception as error:
-        bad_input = isinstance(error, (InputError, OSError, SafetensorError))       # OSError: a disk is full
+        # OSError: a disk is full, a file is missing.
+        bad_input = isinstance(error, (InputError, OSError, SafetensorError))
         message = f"{Path(sys.argv[0]).name}: {error}" if bad_input else traceback.format_exc()
         print(message, file=sys.stderr, flush=True)
         os._exit(2 if bad_input else 1)

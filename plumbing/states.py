@@ -19,21 +19,24 @@ KEPT = 2        # states of a run; while one is being written there is a third
 
 
 class States:
-    """The states of a training run, FOLDER/step-00000100: written beside, then renamed; the last two stay.
+    """The states of a training run, FOLDER/step-00000100: written beside, then renamed; the last
+    two stay.
 
-    Written by torch.distributed.checkpoint, each rank its part, from copies and while training goes on.
-    PyTorch pickles the index inside: load your own only. What one gives to others is the exported model,
-    which is safetensors.
+    Written by torch.distributed.checkpoint, each rank its part, from copies and while training goes
+    on. PyTorch pickles the index inside: load your own only. What one gives to others is the
+    exported model, which is safetensors.
     """
 
-    def __init__(self, folder: Path, model: nn.Module, optimizer: torch.optim.Optimizer, timeout: timedelta):
-        """Gives moments to every parameter of the optimizer: those that never get a gradient belong to the
-        state too. Every rank calls this, as all methods."""
+    def __init__(self, folder: Path, model: nn.Module, optimizer: torch.optim.Optimizer,
+                 timeout: timedelta):
+        """Gives moments to every parameter of the optimizer: those that never get a gradient belong
+        to the state too. Every rank calls this, as all methods."""
         self.folder, self.model, self.optimizer = folder, model, optimizer
-        self.step: int | None = None            # of the newest state, written or loaded
-        self.writing: tuple[Future, Path] | None = None     # the state on its way to the disk, and its place
-        self.group = dist.new_group(backend="gloo", timeout=timeout)    # the writers talk while training does
-        self.state()                            # makes the moments, in a step that counts as one
+        self.step: int | None = None        # of the newest state, written or loaded
+        self.writing: tuple[Future, Path] | None = None     # what is on its way, and its place
+        # The writers talk while training does.
+        self.group = dist.new_group(backend="gloo", timeout=timeout)
+        self.state()                        # makes the moments, in a step that counts as one
         for moments in optimizer.state.values():
             moments["step"].zero_()
 
@@ -42,7 +45,8 @@ class States:
         return {"model": model, "optimizer": optimizer}
 
     def save(self, step: int, progress: dict) -> None:
-        """Begin to write the state before `step`; progress: what goes with it, as JSON. Raises InputError."""
+        """Begin to write the state before `step`; progress: what goes with it, as JSON. Raises
+        InputError."""
         self.finish()
         if step == self.step:
             return
@@ -59,8 +63,9 @@ class States:
             raise self.not_written(error, partial) from None
 
     def finish(self, wait: bool = True) -> None:
-        """Put what was written in its place, and drop the oldest: when that is done, or, without `wait`, if it
-        is. Ranks may come to that at different steps: they exchange nothing here. Raises InputError."""
+        """Put what was written in its place, and drop the oldest: when that is done, or, without
+        `wait`, if it is. Ranks may come to that at different steps: they exchange nothing here.
+        Raises InputError."""
         if self.writing is None:
             return
         future, path = self.writing
@@ -85,12 +90,13 @@ class States:
             shutil.rmtree(partial, ignore_errors=True)
         lines = str(error).strip().splitlines() or [repr(error)]
         free = shutil.disk_usage(self.folder).free / 1e9
+        good = newest_state(self.folder) or "none"
         return InputError(f"{self.folder}: the training state could not be written ({lines[-1]}; "
-                          f"{free:.1f} GB free); the last good one: {newest_state(self.folder) or 'none'}")
+                          f"{free:.1f} GB free); the last good one: {good}")
 
     def load(self, path: Path) -> dict:
-        """Take over the state at `path`, whatever number of ranks wrote it, into model and optimizer. Returns
-        the progress that goes with it. Raises InputError."""
+        """Take over the state at `path`, whatever number of ranks wrote it, into model and
+        optimizer. Returns the progress that goes with it. Raises InputError."""
         try:
             progress = json.loads((path / "progress.json").read_text())
             state = self.state()
@@ -99,21 +105,25 @@ class States:
                            optim_state_dict=state["optimizer"])
             self.step = progress["step"]
             return progress
-        except (OSError, CheckpointException, ValueError, KeyError, TypeError, RuntimeError) as error:
+        except (OSError, CheckpointException, ValueError, KeyError, TypeError,
+                RuntimeError) as error:
             why = " ".join(str(error).split())[:300]
-            raise InputError(f"{path}: not a complete training state of this stage ({why})") from None
+            raise InputError(f"{path}: not a complete training state of this stage "
+                             f"({why})") from None
 
 
 def check_room(folder: Path, model: nn.Module) -> None:
-    """Raise InputError if the disk has no room for a run's states (fp32: weights, two moments) and its model."""
+    """Raise InputError if the disk has no room for a run's states (fp32: weights, two moments) and
+    its model."""
     weights = 4 * sum(p.numel() for p in model.parameters())
     moments = 8 * sum(p.numel() for p in model.parameters() if p.requires_grad)
     there = sum(file.stat().st_size for file in folder.glob("step-*/*"))
     need = (KEPT + 1) * (weights + moments) + weights - there
     free = shutil.disk_usage(folder).free
     if free < need:
-        raise InputError(f"{folder}: {free / 1e9:.1f} GB free, but {KEPT} training states, one being written, "
-                         f"and the model take {need / 1e9:.1f} GB more: free some, or take another --out")
+        raise InputError(f"{folder}: {free / 1e9:.1f} GB free, but {KEPT} training states, one "
+                         f"being written, and the model take {need / 1e9:.1f} GB more: free some, "
+                         "or take another --out")
 
 
 def newest_state(folder: Path) -> Path | None:

@@ -1,0 +1,135 @@
+"""Draw the logs of runs: loss, held-out loss and throughput by step; and thin them out.
+
+    python -m paper.curves out/toy                              # into out/toy/plot.png
+    python -m paper.curves toy/curve.csv --out out/plot.png     # how the shipped model was trained
+    python -m paper.curves out/a out/b --csv out/both.csv       # a table of means, instead of logs
+
+RUN is a log.jsonl, a folder with some below it, or a table that --csv has written. Needs
+`pip install matplotlib`.
+"""
+import argparse
+import csv
+import math
+import sys
+from pathlib import Path
+
+from plumbing.logs import read_log
+from plumbing.settings import InputError
+
+COLUMNS = ["step", "loss", "held_out_loss", "lr", "tokens_per_s"]   # of a curve: numbers, or None
+POINTS = 200            # that a curve has after thinning
+
+
+def read_curves(path: Path) -> dict[str, list[dict]]:
+    """The curves of a RUN: name -> rows of COLUMNS. Raises InputError."""
+    if path.suffix == ".csv":
+        return read_table(path)
+    logs = sorted(path.glob("**/*log.jsonl")) if path.is_dir() else [path]
+    if not logs:
+        raise InputError(f"{path}: no log.jsonl there")
+    curves = {}
+    for log in logs:
+        name = str(log.parent if log.name == "log.jsonl" else log)
+        curves[name] = [{column: row.get(column) for column in COLUMNS} for row in read_log(log)]
+    return curves
+
+
+def read_table(path: Path) -> dict[str, list[dict]]:
+    """A table that write_table wrote. Raises InputError."""
+    curves: dict[str, list[dict]] = {}
+    try:
+        with path.open(newline="") as file:
+            for line in csv.DictReader(file):
+                row = {column: float(line[column]) if line[column] else None for column in COLUMNS}
+                curves.setdefault(line["curve"], []).append(row)
+    except (OSError, ValueError, KeyError, TypeError, csv.Error) as error:
+        raise InputError(f"{path}: not a table of curves ({error})") from None
+    return curves
+
+
+def write_table(curves: dict[str, list[dict]], path: Path) -> None:
+    """Curves, thinned, as a CSV: a line a point, with the curve's name before COLUMNS."""
+    partial = path.with_name(path.name + ".partial")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with partial.open("w", newline="") as file:
+        table = csv.writer(file, lineterminator="\n")
+        table.writerow(["curve", *COLUMNS])
+        for name, rows in curves.items():
+            for row in thinned(rows):
+                numbers = [row[column] for column in COLUMNS]
+                table.writerow([name, *("" if n is None else f"{n:.5g}" for n in numbers)])
+    partial.rename(path)
+
+
+def thinned(rows: list[dict], points: int = POINTS) -> list[dict]:
+    """A curve of at most so many points: each has the means of as many steps, and its last one's
+    number. Rows of held-out losses stay as they are."""
+    steps = [row for row in rows if row["held_out_loss"] is None]
+    held_out = [row for row in rows if row["held_out_loss"] is not None]
+    size = max(1, math.ceil(len(steps) / points))       # steps a point
+    means = []
+    for first in range(0, len(steps), size):
+        some = steps[first:first + size]
+        point = {column: mean([row[column] for row in some]) for column in COLUMNS}
+        means.append({**point, "step": some[-1]["step"]})
+    return sorted(means + held_out, key=lambda row: row["step"])
+
+
+def mean(numbers: list[float | None]) -> float | None:
+    """Of those that are there."""
+    there = [n for n in numbers if n is not None]
+    return sum(there) / len(there) if there else None
+
+
+def plot(curves: dict[str, list[dict]], path: Path) -> None:
+    """Draw loss (held-out ones dashed) and throughput into a PNG. Raises InputError."""
+    try:
+        from matplotlib.figure import Figure
+    except ImportError:
+        raise InputError("drawing needs `pip install matplotlib`") from None
+    figure = Figure(figsize=(10, 7), layout="constrained")
+    loss, speed = figure.subplots(2, 1)
+    for name, rows in curves.items():
+        [line] = loss.plot(*points(rows, "loss"), linewidth=0.8, label=name)
+        loss.plot(*points(rows, "held_out_loss"), "o--", color=line.get_color())
+        speed.plot(*points(rows, "tokens_per_s"), linewidth=0.8)
+    loss.set(ylabel="loss, nats a token (dashed: held out)", yscale="log")
+    speed.set(xlabel="step", ylabel="tokens a second", ylim=(0, None))
+    figure.legend(loc="outside right upper")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, dpi=90)
+
+
+def points(rows: list[dict], column: str) -> tuple[list[float], list[float]]:
+    """(steps, numbers) of the rows that have one."""
+    there = [row for row in rows if row[column] is not None]
+    return [row["step"] for row in there], [row[column] for row in there]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(prog="python -m paper.curves", description=__doc__,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("runs", type=Path, nargs="+", metavar="RUN")
+    parser.add_argument("--out", type=Path,
+                        help="the picture (default: plot.png in the first RUN, or beside it)")
+    parser.add_argument("--csv", type=Path, help="write a table of means instead of a picture")
+    args = parser.parse_args()
+    curves = {}
+    for run in args.runs:
+        curves |= read_curves(run)
+    out = args.csv
+    if args.csv:
+        write_table(curves, args.csv)
+    else:
+        first = args.runs[0]
+        out = args.out or (first if first.is_dir() else first.parent) / "plot.png"
+        plot(curves, out)
+    print(f"{len(curves)} curves in {out}")
+
+
+if __name__ == "__main__":
+    try:
+        main()
+    except (InputError, OSError) as error:
+        print(f"paper.curves: {error}", file=sys.stderr)
+        sys.exit(2)
