@@ -186,6 +186,7 @@ def softmax_layer_norm_backward(z: Tensor, dP: Tensor, weight: Tensor, bias: Ten
         z_wide, dP_wide = z[rows].to(wide), dP[rows].to(wide)           # (few, V)
         u, mean, rstd = torch.native_layer_norm(z_wide, weight.shape, weight, bias, eps)
         P = u.softmax(-1)
+        del u                                                           # as large as P
         total = (P * dP_wide).sum(-1, keepdim=True)                     # (few, 1)
         du = dP_wide.sub_(total).mul_(P)                                # P (dP - sum(P dP))
         dz, dweight_rows, dbias_rows = torch.ops.aten.native_layer_norm_backward(
