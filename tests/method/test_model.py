@@ -365,13 +365,17 @@ def test_attention_reads_no_further_than_the_caches_reach():
 @pytest.mark.parametrize("n_prefix", [1, 5])
 @torch.inference_mode()
 def test_a_kept_prefix_gives_the_same_tokens(n_prefix):
-    """Keys and values of what stands before every prompt, read once; of one row for all."""
+    """Keys and values of what stands before every prompt, read once; of one row for all.
+
+    The cache that they were kept in has more room than they need.
+    """
     llm = small_vlm(scale=3.0).llm
     generator = torch.Generator().manual_seed(0)
     before = torch.randint(V, (1, n_prefix), generator=generator)
     tokens = torch.randint(V, (3, 7), generator=generator)
     lengths = [7, 1, 4]
-    prefix = llm.new_cache(1, n_prefix)
+    prefix = llm.new_cache(1, n_prefix + 3)
+    prefix.reach = n_prefix
     llm.hidden(llm.embed_tokens(before), None, prefix, torch.arange(n_prefix)[None])
     after = list(llm.generate(llm.embed_tokens(tokens), lengths, set(), STEPS, prefix=prefix))
     whole = llm.embed_tokens(torch.cat([before.expand(3, -1), tokens], dim=1))
