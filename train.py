@@ -263,7 +263,7 @@ class Progress:
     """How far a stage has come: what goes with a training state."""
     step: int = 0                                           # the next one
     position: Position = field(default_factory=Position)    # in the data
-    bad: Counter = field(default_factory=Counter)           # samples by kind, and all that were seen
+    bad: Counter = field(default_factory=Counter)           # samples by kind, and all "seen"
     skipped: int = 0                                        # steps: loss or gradient not finite
 
     def record(self) -> dict:
