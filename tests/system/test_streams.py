@@ -1,10 +1,12 @@
-"""plumbing/streams.py: the order of samples whoever reads them and wherever they stop, and what large sets cost."""
+"""plumbing/streams.py: the order of samples whoever reads them and wherever they stop, and what
+large sets cost."""
 import itertools
 import json
 import shutil
 import tarfile
 import time
 from dataclasses import asdict
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -12,11 +14,12 @@ from torch.utils.data import DataLoader
 
 from conftest import ROOT, alone, run
 from plumbing import streams
-from plumbing.streams import Position, deal, steps_of
-from sets import N, PAGES, PEAK, add_sample, no_hang, texts, tokenizer, write_texts
+from plumbing.streams import Documents, Position, deal, steps_of
+from sets import (N, PAGES, PEAK, add_sample, documents_of, messages, no_hang,  # noqa: F401
+                  tokenizer, write_texts)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # Order
 
 
@@ -27,61 +30,85 @@ def small_groups(monkeypatch):
     monkeypatch.setattr(streams, "GROUP", 15)
 
 
-def steps(documents, world=1, workers=0, batch_size=10, position=None, n=None):
-    """(keys in the order in which they are dealt, Position after them) of n steps, or to the end of the epoch."""
+Steps = list[tuple[list, Position]]
+
+
+def share_of(rank: int, documents: Documents, world: int, workers: int, batch_size: int,
+             position: Position, n: int | None) -> Steps:
+    """(samples of this rank, Position after them) of n steps, or to the end of the epoch."""
+    order = deal(documents.draws(position), batch_size, rank, world)
+    loader = DataLoader(documents, batch_size=None, num_workers=workers, sampler=order)
+    share = []
+    for samples, reached in steps_of(loader):
+        share.append((samples, reached))
+        if len(share) == n or n is None and reached.epoch > position.epoch:
+            return share
+
+
+def steps(documents: Documents, world=1, workers=0, batch_size=10, position=None, n=None) -> Steps:
+    """(keys in the order in which they are dealt, Position after them) of n steps, or to the end of
+    the epoch."""
     position = position or Position()
-
-    def of(rank):
-        shares = []
-        for share in steps_of(DataLoader(documents, batch_size=None, num_workers=workers,
-                                         sampler=deal(documents.draws(position), batch_size, rank, world))):
-            shares.append(share)
-            if len(shares) == n or n is None and share[1].epoch > position.epoch:
-                return shares
-
-    done = []       # rank by rank: workers that were forked while another rank's thread read ahead have hung, once
-    for shares in zip(*map(of, range(world)), strict=True):
-        assert all(p == shares[0][1] for _, p in shares), "the ranks are not at the same place"
-        keys = [s.key for together in itertools.zip_longest(*(samples for samples, _ in shares)) for s in together if s]
-        done.append((keys, shares[0][1]))
+    # Rank by rank: workers that were forked while another rank's thread read ahead have hung, once.
+    shares = [share_of(rank, documents, world, workers, batch_size, position, n)
+              for rank in range(world)]
+    done = []
+    for of_all_ranks in zip(*shares, strict=True):
+        reached = of_all_ranks[0][1]
+        assert all(p == reached for _, p in of_all_ranks), "the ranks are not at the same place"
+        turns = itertools.zip_longest(*(samples for samples, _ in of_all_ranks))
+        done.append(([s.key for turn in turns for s in turn if s], reached))
     return done
 
 
 @pytest.mark.parametrize("n", [103, 100])
 @pytest.mark.parametrize("world", [1, 2, 3, 4])
 def test_each_sample_comes_once_an_epoch(small_groups, tmp_path, tokenizer, world, n):
-    """For any number of ranks and workers the same steps; the last one of an epoch is short, if it has to be."""
+    """For any number of ranks and workers the same steps; the last one of an epoch is short, if it
+    has to be."""
     for i in range(3):
         write_texts(tmp_path, f"part{i}", n // 3 + (i < n % 3))
-    documents = texts(tmp_path, tokenizer)
-    alone = steps(documents)
-    assert [len(keys) for keys, _ in alone] == [10] * (n // 10) + [n % 10] * (n % 10 > 0)
-    assert len({key for keys, _ in alone for key in keys}) == n
+    documents = documents_of(tmp_path, tokenizer)
+    one_rank = steps(documents)
+    rest = [n % 10] if n % 10 else []
+    assert [len(keys) for keys, _ in one_rank] == [10] * (n // 10) + rest
+    assert len({key for keys, _ in one_rank for key in keys}) == n
     for workers in (0, 1, 2):
-        assert steps(documents, world, workers) == alone
+        assert steps(documents, world, workers) == one_rank
 
 
 def test_epochs_and_seeds_have_orders_of_their_own(small_groups, tmp_path, tokenizer):
     write_texts(tmp_path, "a", 50)
-    runs = [[key for keys, _ in steps(texts(tmp_path, tokenizer, seed), n=11, batch_size=9) for key in keys]
-            for seed in (0, 0, 1)]
+    runs = []
+    for seed in (0, 0, 1):
+        done = steps(documents_of(tmp_path, tokenizer, seed), n=11, batch_size=9)
+        runs.append([key for keys, _ in done for key in keys])
     assert runs[0] == runs[1] and runs[0] != runs[2]
     first, second = runs[0][:50], runs[0][50:]
     assert len(set(first)) == 50 and first != second != sorted(second)
     in_file = sorted(first, key=lambda key: int(key.rpartition(":")[2]))
-    assert np.mean([abs(in_file.index(key) - i) for i, key in enumerate(first)]) > 10, "groups alone are shuffled"
+    moved = [abs(in_file.index(key) - i) for i, key in enumerate(first)]
+    assert np.mean(moved) > 10, "groups alone are shuffled"
 
 
-def restored(position):
+def restored(position: Position) -> Position:
     """A Position as a checkpoint brings it back."""
     return Position(**json.loads(json.dumps(asdict(position))))
 
 
-def test_a_stop_anywhere_changes_nothing(small_groups, tmp_path, tokenizer):
+@pytest.fixture
+def mixture(small_groups, tmp_path, tokenizer):
+    """mixture(n, m): n samples of weight 5 in a.jsonl, m of weight 1 in b.jsonl."""
+    def make(n: int, m: int) -> Documents:
+        write_texts(tmp_path, "a", n)
+        write_texts(tmp_path, "b", m)
+        return documents_of([f"{tmp_path / 'a.jsonl'}:5", f"{tmp_path / 'b.jsonl'}:1"], tokenizer)
+    return make
+
+
+def test_a_stop_anywhere_changes_nothing(mixture):
     """Two epochs and more of a mixture, on two ranks; a restart goes on on two or on three."""
-    write_texts(tmp_path, "a", 43)
-    write_texts(tmp_path, "b", 17)
-    documents = texts([f"{tmp_path / 'a.jsonl'}:5", f"{tmp_path / 'b.jsonl'}:1"], tokenizer)
+    documents = mixture(43, 17)
     whole = steps(documents, world=2, n=14, batch_size=8)
     for stop in range(1, 14):
         position = restored(whole[stop - 1][1])
@@ -90,27 +117,30 @@ def test_a_stop_anywhere_changes_nothing(small_groups, tmp_path, tokenizer):
             assert [keys for keys, _ in rest] == [keys for keys, _ in whole[stop:]], (stop, world)
 
 
-def test_weights_mix_and_an_epoch_ends_with_the_first_set(small_groups, tmp_path, tokenizer):
-    write_texts(tmp_path, "a", 40)
-    write_texts(tmp_path, "b", 30)
-    documents = texts([f"{tmp_path / 'a.jsonl'}:5", f"{tmp_path / 'b.jsonl'}:1"], tokenizer)
-    drawn, epochs = [], []
+def test_weights_mix_and_an_epoch_ends_with_the_first_set(mixture):
+    documents = mixture(40, 30)
+    drawn = []          # keys
+    epochs = []         # how many were drawn when each ended
     for reference, _ in documents.draws(Position()):
         if reference is not None:
             drawn.append(documents[reference].key)
-        elif len(epochs := [*epochs, len(drawn)]) == 7:
+            continue
+        epochs.append(len(drawn))
+        if len(epochs) == 7:
             break
     assert epochs[0] == 48 and documents.epoch_samples() == pytest.approx(48, rel=0.15)
     for start, end in zip([0, *epochs], epochs):
         from_a = ["a.jsonl" in key for key in drawn[start:end]]
         for i in range(1, len(from_a) + 1):
             assert abs(sum(from_a[:i]) - 5 * i / 6) <= 1
-    for name, n in [("a.jsonl", 40), ("b.jsonl", 30)]:      # each set goes on from epoch to epoch until all have come
+    # Each set goes on from epoch to epoch until all of it have come.
+    for name, n in [("a.jsonl", 40), ("b.jsonl", 30)]:
         keys = [key for key in drawn if name in key]
-        assert len(keys) > n and all(len(set(keys[i:i + n])) == len(keys[i:i + n]) for i in range(0, len(keys), n))
+        rounds = [keys[i:i + n] for i in range(0, len(keys), n)]
+        assert len(rounds) > 1 and all(len(set(keys)) == len(keys) for keys in rounds)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # Large sets
 
 
@@ -120,28 +150,35 @@ start, (root, path) = float(sys.argv[1]), sys.argv[2:]
 sys.path.insert(0, root)
 import functools
 import itertools
+from pathlib import Path
 import torch
 from torch.utils.data import DataLoader
 from data import Tokenizer, prepare
 from plumbing.streams import Documents, Position, deal, steps_of
 from toy.pages import write_toy_tokenizer
 from vision import SIGLIP_PRESETS
+
 torch.set_num_threads(1)
-write_toy_tokenizer(__import__("pathlib").Path(path).parent / "tokenizer.model")
-tokenizer = Tokenizer(__import__("pathlib").Path(path).parent / "tokenizer.model")
-documents = Documents([path], 0, functools.partial(
-    prepare, tokenizer=tokenizer, config=SIGLIP_PRESETS["toy"], max_text=1024, max_tokens=16384))
+file = Path(path).parent / "tokenizer.model"
+write_toy_tokenizer(file)
+to_sample = functools.partial(prepare, tokenizer=Tokenizer(file), config=SIGLIP_PRESETS["toy"],
+                              max_text=1024, max_tokens=16384)
+documents = Documents([path], 0, to_sample)
 documents.epoch_samples()
-loader = DataLoader(documents, batch_size=None, sampler=deal(documents.draws(Position()), 64, 0, 1))
+order = deal(documents.draws(Position()), 64, 0, 1)
+loader = DataLoader(documents, batch_size=None, sampler=order)
 samples, _ = next(steps_of(loader))
 seconds = time.time() - start
-assert len(samples) == 64 and len({s.key for s in samples}) == 64 and all(len(s.tokens) for s in samples)
-n = sum(1 for _ in itertools.islice(documents.draws(Position()), 2000))
+assert len(samples) == 64 and len({s.key for s in samples}) == 64
+assert all(len(s.tokens) for s in samples)
+for _ in itertools.islice(documents.draws(Position()), 2000):
+    pass
 print(seconds, peak())
 """
 
 
-def read_in_a_process(path):
+def read_in_a_process(path: Path) -> float:
+    """The MB that it takes to read a data set's first 2,000 places and 64 samples."""
     done = run("-c", READER, time.time(), ROOT, path, start=alone)
     seconds, megabytes = map(float, done.stdout.split())
     print(f"{path.name}: first batch after {seconds:.1f} s, {megabytes:.0f} MB")
@@ -149,9 +186,9 @@ def read_in_a_process(path):
 
 
 def test_a_million_samples_cost_no_memory(tmp_path):
-    """And no scan: `pytest -s` shows the seconds from the process's start to its first batch, imports included."""
-    line = json.dumps({"messages": [{"role": "user", "content": "what is it?"},
-                                    {"role": "assistant", "content": "K7Q2"}]}) + "\n"
+    """And no scan: `pytest -s` shows the seconds from the process's start to its first batch,
+    imports included."""
+    line = json.dumps({"messages": messages(("what is it?", "K7Q2"))}) + "\n"
     with open(tmp_path / "million.jsonl", "w") as file:
         for _ in range(100):
             file.write(line * 10_000)
