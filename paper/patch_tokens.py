@@ -90,7 +90,7 @@ def legible(tokenizer: Tokenizer, i: int) -> tuple[str, str]:
     shown as its code point.
     """
     try:
-        token = tokenizer.encoding.decode_single_token_bytes(i)
+        token = tokenizer.pairs.token_bytes(i)
     except KeyError:            # an id that the vocabulary leaves out
         return f"#{i}", "bytes and special tokens"
     if i in tokenizer.special.values():
