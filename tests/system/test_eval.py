@@ -1,4 +1,7 @@
-"""Evaluation: benchmarks as they are released, odd and damaged files, and predictions that nothing changes."""
+"""Evaluation: benchmarks as they are released, odd and damaged files, and predictions.
+
+Nothing changes the predictions: not batches, ranks, interruptions.
+"""
 import base64
 import csv
 import io
@@ -6,7 +9,10 @@ import json
 import math
 import os
 import random
+import shutil
 import sys
+import tracemalloc
+import zlib
 
 import pyarrow
 import pyarrow.parquet
@@ -19,16 +25,17 @@ from PIL import Image
 import eval as evaluation
 from conftest import ROOT, randomise, run, torchrun
 from data import Tokenizer, encode_chat
-from plumbing.examples import Turn
-from model import ALIGNVLM_PRESETS, IMAGE, AlignVLM
-from paper import noise as noise_module
+from model import ALIGNVLM_PRESETS, AlignVLM
+from paper import predictions
 from paper.benchmarks import SHORT, as_list, open_benchmark
 from paper.noise import feature_std, noise_on, summary
 from paper.predictions import read_predictions
 from paper.tables import COLUMNS, TABLE_1, score_tables
+from plumbing.examples import IMAGE, Turn
 from plumbing.formats import VCR_PROMPT
 from plumbing.settings import InputError
-from toy.pages import draw, held_out_documents, write_toy_tokenizer
+from toy.looks import draw
+from toy.pages import held_out_documents, write_toy_tokenizer
 from vision import tile
 
 
@@ -56,17 +63,26 @@ def write_tsv(path, header, rows):
     return path
 
 
+HEADER = ["index", "image", "question", "answer"]
 DOCVQA = [["0", base64_of(0), "what is it?", "['a', \"b's\"]"],
           ["7", "0", 'a question\twith "quotes"\nand two lines', "[Yes, No]"],
-          ["3", base64_of(3), "wie heißt er?", "1.50"], ["12", "3", "who?", "[]x"]]
+          ["3", base64_of(3), "wie heißt er?", "1.50"],
+          ["12", "3", "who?", "[]x"]]
 
 
 @pytest.fixture
 def docvqa(tmp_path):
-    return write_tsv(tmp_path / "DocVQA_VAL.tsv", ["index", "image", "question", "answer"], DOCVQA)
+    return write_tsv(tmp_path / "DocVQA_VAL.tsv", HEADER, DOCVQA)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+def refused(says, names, do, *args):
+    """The one line with which an input is refused: it says what is wrong and names the file."""
+    with pytest.raises(InputError, match=says) as error:
+        do(*args)
+    assert names in str(error.value) and "\n" not in str(error.value)
+
+
+# -------------------------------------------------------------------------------------------------
 # Readers
 
 
@@ -86,40 +102,47 @@ def test_a_tsv_is_read_as_it_was_written(docvqa):
 
 def test_the_images_of_a_tsv_stay_on_disk(tmp_path):
     """20 MB of images: what is held of them is far less."""
-    import tracemalloc
     cell = base64.b64encode(random.Random(0).randbytes(750_000)).decode()
-    path = write_tsv(tmp_path / "InfoVQA_VAL.tsv", ["index", "image", "question", "answer"],
+    path = write_tsv(tmp_path / "InfoVQA_VAL.tsv", HEADER,
                      [[str(i), cell, "q", "a"] for i in range(20)])
     tracemalloc.start()
     try:
         benchmark = open_benchmark(str(path))
-        assert len(benchmark.rows) == 20 and tracemalloc.get_traced_memory()[0] < 200_000
+        held, _ = tracemalloc.get_traced_memory()
+        assert len(benchmark.rows) == 20 and held < 200_000
     finally:
         tracemalloc.stop()
 
 
 def test_tsv_columns_in_any_order_paths_splits_and_line_ends(tmp_path):
-    """image_path as VLMEvalKit makes it of large files, absolute or below LMUData/images; Windows' line ends; a BOM."""
+    """image_path as VLMEvalKit makes it of large files, absolute or below LMUData/images.
+
+    Windows' line ends; a BOM.
+    """
     folder = tmp_path / "images" / "ChartQA"
     folder.mkdir(parents=True)
     for i in (1, 2):
         (folder / f"{i}.png").write_bytes(picture(i)[1])
     path = tmp_path / "ChartQA_TEST.tsv"
-    rows = [("test_human", "a?", "14", "5", "ChartQA/1.png"),
+    rows = [("split", "question", "answer", "index", "image_path"),
+            ("test_human", "a?", "14", "5", "ChartQA/1.png"),
             ("test_augmented", "b?", "Yes", "6", str(folder / "2.png")),
             ("", "c?", "[1, 2]", "8", "['ChartQA/1.png', 'ChartQA/2.png']")]
-    lines = ["split\tquestion\tanswer\tindex\timage_path", *map("\t".join, rows)]
-    path.write_bytes("\ufeff".encode() + "".join(line + "\r\n" for line in lines).encode())
+    text = "".join("\t".join(row) + "\r\n" for row in rows)
+    path.write_bytes(f"\ufeff{text}".encode())
     benchmark = open_benchmark(str(path))
     assert [row["split"] for row in benchmark.rows] == ["human", "augmented", None]
-    assert [row["index"] for row in benchmark.rows] == ["5", "6", "8"] and benchmark.rows[2]["answers"] == ["1", "2"]
-    shown = [benchmark.images(i) for i in range(3)]
-    assert [len(images) for images in shown] == [1, 1, 2]
-    assert same(shown[0][0], picture(1)[0]) and same(shown[1][0], picture(2)[0]) and same(shown[2][1], picture(2)[0])
+    assert [row["index"] for row in benchmark.rows] == ["5", "6", "8"]
+    assert benchmark.rows[2]["answers"] == ["1", "2"]
+    one, two, both = [benchmark.images(i) for i in range(3)]
+    assert [len(images) for images in (one, two, both)] == [1, 1, 2]
+    assert same(one[0], picture(1)[0]) and same(two[0], picture(2)[0])
+    assert same(both[1], picture(2)[0])
 
 
 @pytest.mark.parametrize("text, answers", [
-    ("a", ["a"]), ("", [""]), ("['a']", ["a"]), ("[3, 4.5, 'x']", ["3", "4.5", "x"]), ("[Yes, No]", ["[Yes, No]"]),
+    ("a", ["a"]), ("", [""]), ("['a']", ["a"]), ("[3, 4.5, 'x']", ["3", "4.5", "x"]),
+    ("[Yes, No]", ["[Yes, No]"]),
     ("[__import__('os').getcwd()]", ["[__import__('os').getcwd()]"]),
     ("[" * 5000 + "]" * 5000, ["[" * 5000 + "]" * 5000])])
 def test_answers_are_read_and_never_run(text, answers):
@@ -127,10 +150,11 @@ def test_answers_are_read_and_never_run(text, answers):
 
 
 @pytest.mark.parametrize("split, tail", [
-    ("fintabnetqa", SHORT), ("vwtq", SHORT + " Several answers are separated by ||."),
+    ("fintabnetqa", SHORT),
+    ("vwtq", SHORT + " Several answers are separated by ||."),
     ("vtabfact", "\nIs this statement true or false? Answer with one of these two words.")])
 def test_table_vqa_asks_for_each_splits_form_of_answer(tmp_path, split, tail):
-    path = write_tsv(tmp_path / "tablevqa-bench.tsv", ["index", "image", "question", "answer", "split"],
+    path = write_tsv(tmp_path / "tablevqa-bench.tsv", [*HEADER, "split"],
                      [["0", base64_of(0), "q", "a", split]])
     benchmark = open_benchmark(str(path))
     assert benchmark.name == "TableVQABench" and benchmark.rows[0]["split"] == split
@@ -146,21 +170,25 @@ def write_doc_downstream(root, name, asked, image="./imgs/DUE_Benchmark/DocVQA/p
             png = root / image.format(i=i)
             png.parent.mkdir(parents=True, exist_ok=True)
             png.write_bytes(picture(i)[1])
-            turns = [{"role": "user", "content": f"<|image|>{question}"}, {"role": "assistant", "content": gold}]
-            file.write(json.dumps({"image": [image.format(i=i)], "messages": turns, "task_name": "qa_sft",
-                                   "dataset_name": name}, ensure_ascii=False) + "\n")
+            turns = [{"role": "user", "content": f"<|image|>{question}"},
+                     {"role": "assistant", "content": gold}]
+            record = {"image": [image.format(i=i)], "messages": turns, "task_name": "qa_sft",
+                      "dataset_name": name}
+            file.write(json.dumps(record, ensure_ascii=False) + "\n")
     return path
 
 
 @pytest.mark.parametrize("file, name", [
-    ("DocVQA", "DocVQA"), ("InfographicsVQA", "InfoVQA"), ("DeepForm", "DeepForm"), ("KleisterCharity", "KLC"),
-    ("WikiTableQuestions", "WTQ"), ("TabFact", "TabFact"), ("ChartQA", "ChartQA")])
+    ("DocVQA", "DocVQA"), ("InfographicsVQA", "InfoVQA"), ("DeepForm", "DeepForm"),
+    ("KleisterCharity", "KLC"), ("WikiTableQuestions", "WTQ"), ("TabFact", "TabFact"),
+    ("ChartQA", "ChartQA")])
 def test_doc_downstreams_test_files(tmp_path, file, name):
     asked = [("what is «it»?", "1/8/93"), ("empty?", ""), ("two\u2028lines?", "None")]
     benchmark = open_benchmark(str(write_doc_downstream(tmp_path, file, asked)))
     assert benchmark.name == name
-    assert benchmark.rows == [{"index": i, "question": question, "answers": [gold], "split": None}
-                              for i, (question, gold) in enumerate(asked)]
+    assert benchmark.rows == [
+        {"index": i, "question": question, "answers": [gold], "split": None}
+        for i, (question, gold) in enumerate(asked)]
     assert benchmark.prompts == [question for question, _ in asked]
     for i in range(3):
         [image] = benchmark.images(i)
@@ -171,98 +199,136 @@ def test_vcr_from_parquet_and_from_tsv(tmp_path):
     blanks = [["a b c d e", "f g"], ["h"], ["i j"]]
     folder = tmp_path / "VCR-wiki-en-hard" / "data"
     folder.mkdir(parents=True)
-    for part in range(2):
-        some = range(2) if part == 0 else range(2, 3)
+    for part, some in enumerate([range(2), range(2, 3)]):
         table = {"stacked_image": [{"bytes": picture(i)[1], "path": None} for i in some],
                  "crossed_text": [blanks[i] for i in some], "caption": ["x"] * len(some)}
-        pyarrow.parquet.write_table(pyarrow.table(table), folder / f"test-0000{part}-of-00002.parquet")
+        pyarrow.parquet.write_table(pyarrow.table(table),
+                                    folder / f"test-0000{part}-of-00002.parquet")
     (folder / "train-00000-of-00001.parquet").write_bytes(b"not looked at")
-    tsv = write_tsv(tmp_path / "VCR-wiki-en-easy-test-500.tsv", ["index", "question", "answer", "image"],
+    tsv = write_tsv(tmp_path / "VCR-wiki-en-easy-test-500.tsv",
+                    ["index", "question", "answer", "image"],
                     [[i, VCR_PROMPT, repr(texts), base64_of(i)] for i, texts in enumerate(blanks)])
     for path, name in [(folder, "VCR-hard"), (tsv, "VCR-easy")]:
         benchmark = open_benchmark(str(path))
         assert benchmark.name == name and [row["answers"] for row in benchmark.rows] == blanks
         assert benchmark.prompts == [VCR_PROMPT] * 3
         assert all(same(benchmark.images(i)[0], picture(i)[0]) for i in range(3))
-    assert len(open_benchmark(f"VCR-easy={folder / 'test-00000-of-00002.parquet'}").rows) == 2
+    one_file = folder / "test-00000-of-00002.parquet"
+    assert len(open_benchmark(f"VCR-easy={one_file}").rows) == 2
 
 
 def test_the_toys_documents_are_one_more_benchmark():
     benchmark, documents = open_benchmark("toy=7"), held_out_documents(7, 0)
     assert [row["answers"] for row in benchmark.rows] == [[gold] for _, _, gold in documents]
-    assert benchmark.prompts == [prompt for _, prompt, _ in documents] and len(open_benchmark("toy").rows) == 200
+    assert benchmark.prompts == [prompt for _, prompt, _ in documents]
+    assert len(open_benchmark("toy").rows) == 200
     assert [row["split"] for row in benchmark.rows[:2]] == ["invoice", "receipt"]
-    assert same(benchmark.images(6)[0], draw(documents[6][0]))
-    assert same(open_benchmark("toy-scan=7").images(6)[0], draw(documents[6][0], "scan"))
+    page, _, _ = documents[6]
+    assert same(benchmark.images(6)[0], draw(page))
+    assert same(open_benchmark("toy-scan=7").images(6)[0], draw(page, "scan"))
     reports = open_benchmark("toy-reports=4")
-    assert {row["split"] for row in reports.rows} == {"report"} and min(reports.images(1)[0].size) > 112
-    assert same(reports.images(0)[0], draw(held_out_documents(4, 0, ["report"])[0][0], "hard"))
+    assert {row["split"] for row in reports.rows} == {"report"}
+    assert min(reports.images(1)[0].size) > 112
+    report, _, _ = held_out_documents(4, 0, ["report"])[0]
+    assert same(reports.images(0)[0], draw(report, "hard"))
 
 
-def test_nothing_is_written_into_the_box(tmp_path):
-    box = os.path.relpath(ROOT / "toy" / "stage3", tmp_path)
-    run(ROOT / "eval.py", "--checkpoint", box, "--benchmark", "toy=1", "--max-new-tokens", 2, cwd=tmp_path)
-    assert (tmp_path / "out" / "box" / "eval" / "toy.jsonl").exists() and not (ROOT / "toy" / "stage3" / "eval").exists()
+def test_nothing_is_written_into_the_shipped_model(tmp_path):
+    shipped = ROOT / "toy" / "stage3"
+    run(ROOT / "eval.py", "--checkpoint", os.path.relpath(shipped, tmp_path), "--benchmark",
+        "toy=1", "--max-new-tokens", 2, cwd=tmp_path)
+    assert (tmp_path / "out" / "shipped" / "eval" / "toy.jsonl").exists()
+    assert not (shipped / "eval").exists()
 
 
-def test_damaged_and_odd_files_are_one_line_that_names_them(tmp_path, docvqa, monkeypatch):
+# -------------------------------------------------------------------------------------------------
+# Damaged and odd files: one line that names the file
+
+
+def test_a_damaged_tsv(docvqa):
     good = docvqa.read_text(encoding="utf-8")
-    cases = {"no column answer": good.replace("answer", "gold"), "no column index": "",
-             "neither": good.replace("image", "picture"), "two rows": good.replace("\n7\t", "\n0\t"),
-             "fields, not 4": good + "13\tx\n", "not a single": good.splitlines()[0] + "\n",
-             "columns up to": good + '14\t"' + base64_of(2), "UTF-8": good.encode() + b"\xff\xfe\t1\t2\t3\n"}
+    cases = {
+        "no column answer": good.replace("answer", "gold"),
+        "no column index": "",
+        "neither": good.replace("image", "picture"),
+        "two rows": good.replace("\n7\t", "\n0\t"),
+        "fields, not 4": good + "13\tx\n",
+        "not a single": good.splitlines()[0] + "\n",
+        "columns up to": good + '14\t"' + base64_of(2),
+        "UTF-8": good.encode() + b"\xff\xfe\t1\t2\t3\n"}
     for says, text in cases.items():
         docvqa.write_bytes(text if isinstance(text, bytes) else text.encode())
-        with pytest.raises(InputError, match=says) as error:
-            open_benchmark(str(docvqa))
-        assert docvqa.name in str(error.value) and "\n" not in str(error.value)
-    # What only shows when an image is asked for.
+        refused(says, docvqa.name, open_benchmark, str(docvqa))
+
+
+def test_a_tsvs_damaged_images(docvqa):
+    """They show only when an image is asked for."""
     cells = ["9", base64_of(1)[:200], "", base64_of(3), base64_of(1)[:-5]]
-    rows = [[str(i), cell, "q", "a"] for i, cell in enumerate(cells)]
-    benchmark = open_benchmark(str(write_tsv(docvqa, ["index", "image", "question", "answer"], rows)))
+    write_tsv(docvqa, HEADER, [[str(i), cell, "q", "a"] for i, cell in enumerate(cells)])
+    benchmark = open_benchmark(str(docvqa))
     for i, says in [(0, "'9'"), (1, "not a readable image"), (2, "no image"), (4, "index 4")]:
-        with pytest.raises(InputError, match=says) as error:
-            benchmark.images(i)
-        assert docvqa.name in str(error.value) and f"index {i}" in str(error.value) and "\n" not in str(error.value)
+        refused(says, f"{docvqa.name}, index {i}", benchmark.images, i)
     assert same(benchmark.images(3)[0], picture(3)[0])
 
-    tables = write_tsv(tmp_path / "TableVQABench.tsv", ["index", "image", "question", "answer", "split"],
+
+def test_a_foreign_split_and_a_benchmark_with_too_few_answers(tmp_path):
+    tables = write_tsv(tmp_path / "TableVQABench.tsv", [*HEADER, "split"],
                        [["0", base64_of(0), "q", "a", "vwtq"], ["1", "0", "q", "a", "other"]])
-    with pytest.raises(InputError, match="index 1: its split is other"):
-        open_benchmark(str(tables))
-    with pytest.raises(InputError, match="TextVQA_VAL.tsv"):
-        open_benchmark(str(write_doc_downstream(tmp_path, "TextVQA", [("q", "a")])))
+    refused("index 1: its split is other", tables.name, open_benchmark, str(tables))
+    text_vqa = write_doc_downstream(tmp_path, "TextVQA", [("q", "a")])
+    refused("TextVQA_VAL.tsv", text_vqa.name, open_benchmark, str(text_vqa))
 
+
+def test_a_damaged_jsonl(tmp_path):
     jsonl = write_doc_downstream(tmp_path, "WikiTableQuestions", [("q", "a"), ("r", "b")])
-    lines = jsonl.read_text().splitlines()
-    for bad in ["{", "[1]", '{"messages": []}', lines[0].replace("assistant", "user"), lines[0].replace('"a"', "3"),
-                lines[0].replace('"image"', '"picture"')]:
-        jsonl.write_text("\n".join([lines[0], "", bad]))
-        with pytest.raises(InputError, match="line 3") as error:
-            open_benchmark(str(jsonl))
-        assert jsonl.name in str(error.value) and "\n" not in str(error.value)
-    jsonl.write_text("\n".join([lines[0], lines[1].replace("pngs/1", "pngs/5")]))
-    with pytest.raises(InputError, match="line 2: .*pngs/5.png: no such file"):
-        open_benchmark(str(jsonl)).images(1)
+    first, second = jsonl.read_text().splitlines()
+    for bad in ["{", "[1]", '{"messages": []}', first.replace("assistant", "user"),
+                first.replace('"a"', "3"), first.replace('"image"', '"picture"')]:
+        jsonl.write_text("\n".join([first, "", bad]))
+        refused("line 3", jsonl.name, open_benchmark, str(jsonl))
+    jsonl.write_text("\n".join([first, second.replace("pngs/1", "pngs/5")]))
+    benchmark = open_benchmark(str(jsonl))
+    refused("line 2: .*pngs/5.png: no such file", jsonl.name, benchmark.images, 1)
 
+
+def test_what_is_no_benchmark(tmp_path, docvqa, monkeypatch):
     broken = tmp_path / "vcr-easy-test.parquet"
     broken.write_bytes(b"PAR1 nothing")
     other = tmp_path / "vcr-hard-test.parquet"
     pyarrow.parquet.write_table(pyarrow.table({"crossed_text": [["a"], []]}), other)
     (tmp_path / "notes.txt").write_text("")
-    for spec, says in [(broken, "not VCR-wiki"), (other, "row 1"), (tmp_path / "none.tsv", "tells no benchmark"),
-                       (f"WTQ={tmp_path / 'none.tsv'}", "No such file"), (f"Foo={docvqa}", "is called Foo"),
-                       (f"WTQ={tmp_path / 'notes.txt'}", "neither .tsv"), (f"KLC={tmp_path / 'imgs'}", "no test"),
-                       ("toy=x", "number"), ("toy=0", "number"), ("", "tells no benchmark")]:
-        with pytest.raises(InputError, match=says) as error:
-            open_benchmark(str(spec))
-        assert "\n" not in str(error.value)
+    (tmp_path / "imgs").mkdir()
+    for spec, says in [
+            (broken, "not VCR-wiki"),
+            (other, "row 1"),
+            (tmp_path / "none.tsv", "tells no benchmark"),
+            (f"WTQ={tmp_path / 'none.tsv'}", "No such file"),
+            (f"Foo={docvqa}", "is called Foo"),
+            (f"WTQ={tmp_path / 'notes.txt'}", "neither .tsv"),
+            (f"KLC={tmp_path / 'imgs'}", "no test"),
+            ("toy=x", "number"),
+            ("toy=0", "number"),
+            ("", "tells no benchmark")]:
+        refused(says, "", open_benchmark, str(spec))
     monkeypatch.setitem(sys.modules, "pyarrow.parquet", None)
-    with pytest.raises(InputError, match="pip install pyarrow"):
-        open_benchmark(str(other))
+    refused("pip install pyarrow", other.name, open_benchmark, str(other))
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+@pytest.mark.parametrize("name", ["../../secret.png", "/secret.png", "imgs/../../../secret.png"])
+def test_a_file_names_no_image_outside_its_folder(tmp_path, name):
+    """Someone else's benchmark does not say which of this machine's files are read."""
+    picture(0)[0].save(tmp_path / "secret.png")
+    name = str(tmp_path / "secret.png") if name.startswith("/") else name
+    path = write_doc_downstream(tmp_path / "set", "DocVQA", [("q", "a")])
+    record = {**json.loads(path.read_text()), "image": [name]}
+    path.write_text(json.dumps(record) + "\n")
+    tsv = tmp_path / "set" / "ChartQA_TEST.tsv"
+    tsv.write_text(f"index\tquestion\tanswer\timage_path\n0\tq\ta\t{name}\n")
+    for file in (path, tsv):
+        refused("outside of", file.name, open_benchmark(str(file)).images, 0)
+
+
+# -------------------------------------------------------------------------------------------------
 # Predictions
 
 
@@ -272,8 +338,8 @@ def folder(tmp_path_factory):
     folder = tmp_path_factory.mktemp("model")
     write_toy_tokenizer(folder / "tokenizer.model")
     model = randomise(AlignVLM(ALIGNVLM_PRESETS["toy"]))
-    with torch.no_grad():
-        model.llm.embed_tokens.weight.mul_(0.03)        # or it would repeat the last token, whatever it sees
+    with torch.no_grad():       # or it would repeat the last token, whatever it sees
+        model.llm.embed_tokens.weight.mul_(0.03)
     model.save_pretrained(folder / "stage3", folder / "tokenizer.model", torch.float32)
     return folder / "stage3"
 
@@ -296,24 +362,12 @@ def settings(**changes):
     return {"max_new_tokens": 6, "max_tiles": 9, "noise": 0.0, **changes}
 
 
-@pytest.mark.parametrize("name", ["../../secret.png", "/secret.png", "imgs/../../../secret.png"])
-def test_a_file_names_no_image_outside_its_folder(tmp_path, name):
-    """Someone else's benchmark is data: it does not get to say which of this machine's files are read."""
-    picture(0)[0].save(tmp_path / "secret.png")
-    name = str(tmp_path / "secret.png") if name.startswith("/") else name
-    path = write_doc_downstream(tmp_path / "set", "DocVQA", [("q", "a")])
-    record = {**json.loads(path.read_text()), "image": [name]}
-    path.write_text(json.dumps(record) + "\n")
-    tsv = tmp_path / "set" / "ChartQA_TEST.tsv"
-    tsv.write_text(f"index\tquestion\tanswer\timage_path\n0\tq\ta\t{name}\n")
-    for file in (path, tsv):
-        with pytest.raises(InputError, match="outside of") as error:
-            open_benchmark(str(file)).images(0)
-        assert file.name in str(error.value) and "\n" not in str(error.value)
+def predict_rows(model, benchmark, out, batch_size=2, **changes):
+    return evaluation.predict(*model, benchmark, str(out / "toy"), settings(**changes), batch_size)
 
 
 def predict(model, out, spec="toy=9", batch_size=4, **changes):
-    evaluation.predict(*model, open_benchmark(spec), str(out / "toy"), settings(**changes), batch_size)
+    predict_rows(model, open_benchmark(spec), out, batch_size, **changes)
     return (out / "toy.jsonl").read_bytes()
 
 
@@ -321,71 +375,83 @@ def predict(model, out, spec="toy=9", batch_size=4, **changes):
 def expected(model, alone, tmp_path_factory):
     """One by one, in one go."""
     text = predict(model, tmp_path_factory.mktemp("expected"), batch_size=1)
-    assert len({row["prediction"] for row in map(json.loads, text.splitlines())}) > 5, "all alike: shows nothing"
+    said = {json.loads(line)["prediction"] for line in text.splitlines()}
+    assert len(said) > 5, "all alike: shows nothing"
     return text
 
 
 def test_batched_is_one_by_one_and_says_what_answer_says(model, expected, tmp_path):
     assert predict(model, tmp_path) == expected
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["toy.jsonl", "toy.settings.json"]
-    for row, (page, prompt, gold) in zip(map(json.loads, expected.splitlines()), held_out_documents(9, 0)):
+    names = sorted(path.name for path in tmp_path.iterdir())
+    assert names == ["toy.jsonl", "toy.settings.json"]
+    rows = [json.loads(line) for line in expected.splitlines()]
+    for i, (row, (page, prompt, gold)) in enumerate(zip(rows, held_out_documents(9, 0))):
         *_, [text] = evaluation.answer(*model, [draw(page)], [prompt], max_new_tokens=6)
-        assert row.pop("prediction") == text
-        assert row == {"index": row["index"], "question": prompt, "answers": [gold], "split": page.kind}
+        assert row == {"index": i, "question": prompt, "answers": [gold], "split": page.kind,
+                       "prediction": text}
 
 
-@pytest.mark.parametrize("stops, cut", [(1, b""), (4, b'{"sample": 8, "predi'), (5, b""), (8, b"{")])
+@pytest.mark.parametrize("stops, cut", [(1, b""), (4, b'{"sample": 8, "predi'), (5, b""),
+                                        (8, b"{")])
 def test_an_interrupted_evaluation_continues(model, expected, tmp_path, monkeypatch, stops, cut):
-    """At any sample, and in the middle of a line; another rank's file is there too. Nothing is done twice."""
-    asked, benchmark, once = [], open_benchmark("toy=9"), [stops]
+    """At any sample, and in the middle of a line; another rank's file is there too.
+
+    Nothing is done twice.
+    """
+    asked, once = [], [stops]
+    benchmark, whole = open_benchmark("toy=9"), open_benchmark("toy=9")
 
     def images(i):
         if once and i == once[0]:
             raise KeyboardInterrupt
         asked.append(i)
-        return open_benchmark("toy=9").images(i)
+        return whole.images(i)
 
     monkeypatch.setattr(benchmark, "images", images)
     with pytest.raises(KeyboardInterrupt):
-        evaluation.predict(*model, benchmark, str(tmp_path / "toy"), settings(), 2)
+        predict_rows(model, benchmark, tmp_path)
     part = tmp_path / "toy.rank0"
     done = part.read_bytes().splitlines(keepends=True)
     assert len(done) == stops // 2 * 2 and not (tmp_path / "toy.jsonl").exists()
     part.write_bytes(b"".join(done[1:]) + cut)
-    (tmp_path / "toy.rank3").write_bytes(b"".join(done[:1]) + cut)      # of a run on four processes
+    (tmp_path / "toy.rank3").write_bytes(b"".join(done[:1]) + cut)      # of a run on 4 processes
     asked.clear()
     once.clear()
-    evaluation.predict(*model, benchmark, str(tmp_path / "toy"), settings(), 2)
+    predict_rows(model, benchmark, tmp_path)
     assert (tmp_path / "toy.jsonl").read_bytes() == expected
     assert asked == [*range(len(done), 9)]
-    evaluation.predict(*model, benchmark, str(tmp_path / "toy"), settings(), 2)
+    predict_rows(model, benchmark, tmp_path)
     assert asked == [*range(len(done), 9)] and len(list(tmp_path.iterdir())) == 2
 
 
-@pytest.mark.parametrize("line, says", [({"sample": "3", "prediction": "x"}, "not predictions"),
-                                        ({"prediction": "x"}, "not predictions"), ({"sample": 1}, "not predictions")])
-def test_foreign_lines_among_the_ranks_are_one_line(model, expected, tmp_path, line, says):
+@pytest.mark.parametrize("line", [{"sample": "3", "prediction": "x"}, {"prediction": "x"},
+                                  {"sample": 1}])
+def test_foreign_lines_among_the_ranks_are_one_line(model, expected, tmp_path, line):
     predict(model, tmp_path / "other")
-    (tmp_path / "toy.settings.json").write_bytes((tmp_path / "other" / "toy.settings.json").read_bytes())
+    record = (tmp_path / "other" / "toy.settings.json").read_bytes()
+    (tmp_path / "toy.settings.json").write_bytes(record)
     (tmp_path / "toy.rank1").write_text(json.dumps(line) + "\n")
-    with pytest.raises(InputError, match=says) as error:
-        predict(model, tmp_path)
-    assert "toy.rank1" in str(error.value) and (tmp_path / "toy.rank1").exists()
+    refused("not predictions", "toy.rank1", predict, model, tmp_path)
+    assert (tmp_path / "toy.rank1").exists()
 
 
 def test_a_rank_that_wrote_elsewhere_is_missed(model, tmp_path, monkeypatch):
     """Nodes that share no folder: the first rank has a part of the predictions alone."""
-    (tmp_path / "there").mkdir()
-    monkeypatch.setattr(evaluation, "open_log", lambda path: open(tmp_path / "there" / path.name, "a"))
+    there = tmp_path / "there"
+    there.mkdir()
+    monkeypatch.setattr(evaluation, "open_log", lambda path: open(there / path.name, "a"))
     with pytest.raises(InputError, match="9 predictions are missing"):
         predict(model, tmp_path)
     assert not (tmp_path / "toy.jsonl").exists()
 
 
 def test_a_kill_while_the_files_are_joined_loses_nothing(model, expected, tmp_path, monkeypatch):
-    import paper.predictions as predictions
-    monkeypatch.setattr(predictions.os, "replace", lambda a, b: (_ for _ in ()).throw(OSError("killed")) if str(
-        b).endswith(".jsonl") else __import__("shutil").move(a, b))
+    def replace(old, new):
+        if str(new).endswith(".jsonl"):
+            raise OSError("killed")
+        shutil.move(old, new)
+
+    monkeypatch.setattr(predictions.os, "replace", replace)
     with pytest.raises(OSError, match="killed"):
         predict(model, tmp_path)
     monkeypatch.undo()
@@ -396,8 +462,8 @@ def test_a_kill_while_the_files_are_joined_loses_nothing(model, expected, tmp_pa
 
 def test_other_settings_are_refused_in_one_line(model, expected, tmp_path):
     predict(model, tmp_path)
-    for spec, changes in [("toy=9", {"max_new_tokens": 7}), ("toy=9", {"max_tiles": 4}), ("toy=9", {"noise": 1.0}),
-                          ("toy=8", {}), ("toy=9", {"weights": 5})]:
+    for spec, changes in [("toy=9", {"max_new_tokens": 7}), ("toy=9", {"max_tiles": 4}),
+                          ("toy=9", {"noise": 1.0}), ("toy=8", {}), ("toy=9", {"weights": 5})]:
         with pytest.raises(InputError, match="take another --out") as error:
             predict(model, tmp_path, spec, **changes)
         assert "toy.jsonl" in str(error.value) and "\n" not in str(error.value)
@@ -416,30 +482,33 @@ def test_ranks_share_the_samples(model, expected, tmp_path, monkeypatch):
     def second():
         if rank[0] == 0:
             rank[0] = 1
-            assert evaluation.predict(*model, benchmark, str(tmp_path / "toy"), settings(), 2) == []
+            assert predict_rows(model, benchmark, tmp_path) == []
             rank[0] = 0
 
-    monkeypatch.setattr(evaluation.dist, "get_rank", lambda: rank[0])
-    monkeypatch.setattr(evaluation.dist, "get_world_size", lambda: 2)
-    monkeypatch.setattr(evaluation.dist, "broadcast_object_list", lambda done: done.__setitem__(0, set()))
-    monkeypatch.setattr(evaluation.dist, "barrier", second)
-    evaluation.predict(*model, benchmark, str(tmp_path / "toy"), settings(), 2)
-    assert asked == [0, 2, 4, 6, 8, 1, 3, 5, 7] and (tmp_path / "toy.jsonl").read_bytes() == expected
+    fake = {"get_rank": lambda: rank[0], "get_world_size": lambda: 2, "barrier": second,
+            "broadcast_object_list": lambda done: done.__setitem__(0, set())}
+    for name, function in fake.items():
+        monkeypatch.setattr(evaluation.dist, name, function)
+    predict_rows(model, benchmark, tmp_path)
+    assert asked == [0, 2, 4, 6, 8, 1, 3, 5, 7]
+    assert (tmp_path / "toy.jsonl").read_bytes() == expected
 
 
 def test_two_ranks_write_the_file_that_one_does(folder, expected, tmp_path):
     """With torchrun, the whole command; noise, and a TSV beside the toy."""
-    tsv = write_tsv(tmp_path / "DocVQA_VAL.tsv", ["index", "image", "question", "answer"], DOCVQA)
-    command = ["--checkpoint", folder, "--benchmark", "toy=9", tsv, "--max-new-tokens", 6, "--noise", 3]
+    tsv = write_tsv(tmp_path / "DocVQA_VAL.tsv", HEADER, DOCVQA)
+    command = ["--checkpoint", folder, "--benchmark", "toy=9", tsv, "--max-new-tokens", 6,
+               "--noise", 3]
     torchrun(2, "eval.py", *command, "--out", tmp_path / "two", "--batch-size", 2)
     one = main(*command, "--out", tmp_path / "one", "--batch-size", 3)
     assert (tmp_path / "two" / "toy.jsonl").read_bytes() == expected
     names = {path.name for path in (tmp_path / "two").iterdir()}
-    assert names == {f"{stem}{end}" for stem in ("toy", "DocVQA", "toy.noise-3", "DocVQA.noise-3")
-                     for end in (".jsonl", ".settings.json")} | {"scores.json", "table.md"}
-    for name in names:
-        if name.endswith(".jsonl"):
-            assert (tmp_path / "two" / name).read_bytes() == (tmp_path / "one" / name).read_bytes()
+    stems = ("toy", "DocVQA", "toy.noise-3", "DocVQA.noise-3")
+    files = {f"{stem}{end}" for stem in stems for end in (".jsonl", ".settings.json")}
+    assert names == files | {"scores.json", "table.md"}
+    for stem in stems:
+        name = f"{stem}.jsonl"
+        assert (tmp_path / "two" / name).read_bytes() == (tmp_path / "one" / name).read_bytes()
     two = json.loads((tmp_path / "two" / "scores.json").read_text())
     assert two["scores"] == one["scores"]
     for name in ("toy", "DocVQA"):
@@ -465,22 +534,24 @@ def main(*argv):
 
 
 def test_the_table_is_of_all_that_was_measured_and_score_says_the_same(folder, tmp_path, capsys):
-    tsv = write_tsv(tmp_path / "DocVQA_VAL.tsv", ["index", "image", "question", "answer"], DOCVQA)
+    tsv = write_tsv(tmp_path / "DocVQA_VAL.tsv", HEADER, DOCVQA)
     jsonl = write_doc_downstream(tmp_path, "TabFact", [("q", "true"), ("r", "false")])
-    common = "--checkpoint", folder, "--max-new-tokens", 3, "--out", tmp_path / "eval"
+    out = tmp_path / "eval"
+    common = "--checkpoint", folder, "--max-new-tokens", 3, "--out", out
     main(*common, "--benchmark", f"TabFact={jsonl}")
     results = main(*common, "--benchmark", tsv, "toy=5", "--limit", 2)
     assert set(results["scores"]) == {"TabFact", "DocVQA", "toy"}
-    table = (tmp_path / "eval" / "table.md").read_text()
+    table = (out / "table.md").read_text()
     assert capsys.readouterr().out.endswith(table)
-    assert len(read_predictions(tmp_path / "eval" / "DocVQA.jsonl")) == 2
-    files = [tmp_path / "eval" / f"{name}.jsonl" for name in ("TabFact", "DocVQA", "toy")]
+    assert len(read_predictions(out / "DocVQA.jsonl")) == 2
+    files = [out / f"{name}.jsonl" for name in ("TabFact", "DocVQA", "toy")]
     again = main("--score", *files, "--out", tmp_path / "again")
     assert again["scores"] == results["scores"]
-    assert (tmp_path / "again" / "table.md").read_text() == table.replace(str(folder), "these predictions")
+    without_model = (tmp_path / "again" / "table.md").read_text()
+    assert without_model == table.replace(str(folder), "these predictions")
     with pytest.raises(InputError, match="another --out"):
         main(*common, "--benchmark", tsv, "toy=5", "--limit", 1)
-    (tmp_path / "eval" / "scores.json").write_text('{"weights": 1}')
+    (out / "scores.json").write_text('{"weights": 1}')
     with pytest.raises(InputError, match="another model"):
         main(*common, "--benchmark", tsv)
 
@@ -494,9 +565,12 @@ def test_bad_predictions_are_one_line(tmp_path):
         with pytest.raises(InputError, match="WTQ.jsonl"):
             evaluation.score_files([str(path)], None)
     path.write_text(json.dumps(row))
-    for specs, says in [([str(tmp_path / "none.jsonl")], "no benchmark none"), ([str(path)] * 2, "second"),
-                        ([f"TableVQABench={path}"], "split is None"),
-                        ([f"KLC={tmp_path / 'none.jsonl'}"], "No such file"), ([f"Foo={path}"], "no benchmark Foo")]:
+    for specs, says in [
+            ([str(tmp_path / "none.jsonl")], "no benchmark none"),
+            ([str(path)] * 2, "second"),
+            ([f"TableVQABench={path}"], "split is None"),
+            ([f"KLC={tmp_path / 'none.jsonl'}"], "No such file"),
+            ([f"Foo={path}"], "no benchmark Foo")]:
         with pytest.raises(InputError, match=says):
             evaluation.score_files(specs, None)
 
@@ -504,11 +578,13 @@ def test_bad_predictions_are_one_line(tmp_path):
 def test_bad_input_is_one_line_and_exit_status_2(docvqa):
     docvqa.write_text("index\tquestion")
     done = run("eval.py", "--benchmark", docvqa, code=2)
-    assert done.stderr.startswith(f"eval.py: {docvqa}: no column answer") and len(done.stderr.splitlines()) == 1
+    assert done.stderr.startswith(f"eval.py: {docvqa}: no column answer")
+    assert len(done.stderr.splitlines()) == 1
 
 
-@pytest.mark.parametrize("argv", [["--limit", "0"], ["--batch-size", "0"], ["--noise", "0"], ["--noise", "nan"],
-                                  ["--noise", "1", "--noise-relative", "1"]])
+@pytest.mark.parametrize("argv", [
+    ["--limit", "0"], ["--batch-size", "0"], ["--noise", "0"], ["--noise", "nan"],
+    ["--noise", "1", "--noise-relative", "1"]])
 def test_impossible_options(argv, monkeypatch, capsys):
     monkeypatch.setattr(sys, "argv", ["eval.py", *argv])
     with pytest.raises(SystemExit) as exit:
@@ -519,36 +595,44 @@ def test_impossible_options(argv, monkeypatch, capsys):
 def test_averages_are_over_what_was_measured():
     """The paper's own averages follow from its columns, cut off after two decimals."""
     for name, (*values, average) in TABLE_1.items():
-        assert len(values) == len(COLUMNS) and math.floor(sum(values) / 9 * 100 + 1e-9) / 100 == average, name
+        assert len(values) == len(COLUMNS)
+        assert math.floor(sum(values) / 9 * 100 + 1e-9) / 100 == average, name
     text = score_tables({"WTQ": 50.0, "KLC": 30.0}, "ours")
-    rows = {line.split(" | ")[0].strip("|* "): line.strip(" |\n").split(" | ") for line in text.splitlines()}
-    assert rows["ours"] == ["**ours**", "-", "-", "-", "30.00", "50.00", "-", "-", "-", "-", "-", "40.00"]
+    rows = {}
+    for line in text.splitlines():
+        cells = line.strip(" |").split(" | ")
+        rows[cells[0].strip("*")] = cells
+    assert rows["ours"] == ["**ours**", "-", "-", "-", "30.00", "50.00", "-", "-", "-", "-", "-",
+                            "40.00"]
     assert rows["MLP, Llama-3.2-3B"][-2:] == ["53.06", f"{(33.36 + 28.94) / 2:.2f}"]
-    assert score_tables({"WTQ": 50.0, "KLC": 30.0, "TableVQABench": math.nan}, "ours") == text
-    full = score_tables(dict.fromkeys(COLUMNS, 10.0) | {"VCR-hard": 1.0, "toy-photo": 9.0, "toy": 99.0}, "ours")
+    with_nan = {"WTQ": 50.0, "KLC": 30.0, "TableVQABench": math.nan}
+    assert score_tables(with_nan, "ours") == text
+    others = {"VCR-hard": 1.0, "toy-photo": 9.0, "toy": 99.0}
+    full = score_tables(dict.fromkeys(COLUMNS, 10.0) | others, "ours")
     for row in (" 10.00 |" * 11, " - | 1.00 |", " 99.00 | 9.00 |"):
         assert f"| **ours** |{row}\n" in full
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# -------------------------------------------------------------------------------------------------
 # Noise
 
 
 def test_noise_statistics_are_the_naive_ones(model, alone, tmp_path):
-    """F, F + N and both outputs made by hand, a sample at a time, against what an evaluation in batches reports."""
+    """F, F + N and both outputs by hand, a sample at a time, and what an evaluation reports."""
     vlm, tokenizer = model
     benchmark, sigma = open_benchmark("toy=5"), 0.7
-    rows = evaluation.predict(vlm, tokenizer, benchmark, str(tmp_path / "toy"), settings(noise=sigma), 3)
+    rows = predict_rows(model, benchmark, tmp_path, 3, noise=sigma)
     measured = json.loads((tmp_path / "toy.settings.json").read_text())["measured"]
+    E_text = vlm.llm.embed_tokens.weight
     features, distances = [], []
     for i in range(5):
         [page] = benchmark.images(i)
         with torch.inference_mode():
             F = vlm.vision(tile(page, vlm.config.vision))
-            name = noise_module.zlib.crc32(f"toy/{i}".encode())
-            N = sigma * torch.randn(F.shape, generator=torch.Generator().manual_seed(name))
-            E_text = vlm.llm.embed_tokens.weight
-            clean, noisy = vlm.connector.p_vocab(F) @ E_text, vlm.connector.p_vocab(F + N) @ E_text
+            generator = torch.Generator().manual_seed(zlib.crc32(f"toy/{i}".encode()))
+            N = sigma * torch.randn(F.shape, generator=generator)
+            clean = vlm.connector.p_vocab(F) @ E_text
+            noisy = vlm.connector.p_vocab(F + N) @ E_text
         features.append(F.flatten())
         distances.append((1 - nnf.cosine_similarity(clean, noisy, dim=-1)).flatten())
         assert abs(N.std().item() - sigma) < 0.02
@@ -558,10 +642,12 @@ def test_noise_statistics_are_the_naive_ones(model, alone, tmp_path):
         with torch.inference_mode():
             x = nnf.embedding(prompt.clamp(min=0), E_text)
             x[prompt == IMAGE] = noisy.flatten(0, 1)
-        ids = [step[0] for step in vlm.llm.generate(x[None], [len(prompt)], tokenizer.stop, 6)]
-        assert tokenizer.decode(ids) == rows[i]["prediction"]
-    assert measured["std_F"] == pytest.approx(torch.cat(features).double().std(unbiased=False).item(), rel=1e-6)
-    assert measured["cosine_distance"] == pytest.approx(torch.cat(distances).double().mean().item(), rel=1e-3)
+        steps = vlm.llm.generate(x[None], [len(prompt)], tokenizer.stop, 6)
+        assert tokenizer.decode([ids[0] for ids in steps]) == rows[i]["prediction"]
+    std = torch.cat(features).double().std(unbiased=False).item()
+    distance = torch.cat(distances).double().mean().item()
+    assert measured["std_F"] == pytest.approx(std, rel=1e-6)
+    assert measured["cosine_distance"] == pytest.approx(distance, rel=1e-3)
     pages = [benchmark.images(i) for i in range(5)]
     assert feature_std(vlm, pages, 9) == pytest.approx(measured["std_F"], rel=5e-3)
     assert not vlm.vision._forward_hooks and not vlm.connector._forward_hooks
@@ -577,25 +663,29 @@ def test_an_interrupted_noisy_evaluation_is_the_uninterrupted_one(model, expecte
     whole = predict(model, tmp_path, noise=2.0, batch_size=9)
     assert whole != expected
     measured = json.loads((tmp_path / "toy.settings.json").read_text())["measured"]
-    (tmp_path / "again").mkdir()
-    benchmark = open_benchmark("toy=9")
-    benchmark.images = lambda i: open_benchmark("toy=9").images(i) if i < 6 else 1 / 0
+    again = tmp_path / "again"
+    again.mkdir()
+    benchmark, undisturbed = open_benchmark("toy=9"), open_benchmark("toy=9")
+    benchmark.images = lambda i: undisturbed.images(i) if i < 6 else 1 / 0
     with pytest.raises(ZeroDivisionError):
-        evaluation.predict(*model, benchmark, str(tmp_path / "again" / "toy"), settings(noise=2.0), 2)
-    assert predict(model, tmp_path / "again", noise=2.0, batch_size=2) == whole
-    again = json.loads((tmp_path / "again" / "toy.settings.json").read_text())["measured"]
-    assert again == pytest.approx(measured, rel=1e-5)
+        predict_rows(model, benchmark, again, noise=2.0)
+    assert predict(model, again, noise=2.0, batch_size=2) == whole
+    record = json.loads((again / "toy.settings.json").read_text())
+    assert record["measured"] == pytest.approx(measured, rel=1e-5)
 
 
 def test_relative_noise_is_in_standard_deviations_of_F(folder, model, alone, tmp_path):
-    results = main("--checkpoint", folder, "--benchmark", "toy=4", "--max-new-tokens", 2, "--noise-relative", 0.5, 2,
-                   "--out", tmp_path)
+    results = main("--checkpoint", folder, "--benchmark", "toy=4", "--max-new-tokens", 2,
+                   "--noise-relative", 0.5, 2, "--out", tmp_path)
     runs = results["noise"]["toy"]
-    assert [run["sigma"] / run["std_F"] for run in runs] == pytest.approx([0.5, 2], rel=5e-3)
+    relative = [run["sigma"] / run["std_F"] for run in runs]
+    assert relative == pytest.approx([0.5, 2], rel=5e-3)
     assert runs[0]["cosine_distance"] < runs[1]["cosine_distance"]
-    assert {"toy.noise-0.5std.jsonl", "toy.noise-2std.jsonl"} < {path.name for path in tmp_path.iterdir()}
+    names = {path.name for path in tmp_path.iterdir()}
+    assert {"toy.noise-0.5std.jsonl", "toy.noise-2std.jsonl"} < names
     with noise_on(model[0], 0.0) as nothing:
         assert nothing is None
-    assert summary([{"distance": 1.0, "tokens": 4, "sum": 2.0, "squares": 10.0, "numbers": 2},
-                    {"distance": 2.0, "tokens": 2, "sum": 0.0, "squares": 2.0, "numbers": 2}]) == pytest.approx(
-        {"std_F": (3 - 0.25) ** 0.5, "cosine_distance": 0.5})
+    measured = [{"distance": 1.0, "tokens": 4, "sum": 2.0, "squares": 10.0, "numbers": 2},
+                {"distance": 2.0, "tokens": 2, "sum": 0.0, "squares": 2.0, "numbers": 2}]
+    expected = {"std_F": (3 - 0.25) ** 0.5, "cosine_distance": 0.5}
+    assert summary(measured) == pytest.approx(expected)
