@@ -6,13 +6,17 @@ import pytest
 
 from conftest import ROOT
 
-READMES = [ROOT / "README.md", *sorted(ROOT.glob("*/README.md")), ROOT / "CONTRIBUTING.md"]
+READMES = [ROOT / "README.md", *sorted(ROOT.glob("[!.]*/README.md")), ROOT / "CONTRIBUTING.md"]
 MARKS = {"run", "try", "quick", "test",     # .ci/run runs these as they are written
          "again",                           # commands of such a block once more
          "long", "gpu", "weights"}          # more than minutes, a GPU, or a download
 # Where a program's flags stand, unless in its own file.
 FLAGS = {"train.py": ["train.py", "paper/recipes.py"], "assets/train.slurm": ["train.py"],
          "paper.plan": ["paper/plan.py", "paper/recipes.py"]}
+# Flags of pip, hf, img2dataset and torchrun that the prose names.
+OTHERS = {"--index-url", "--local-dir", "--include", "--exclude", "--output_format", "--image_size",
+          "--resize_mode", "--max-restarts", "--nnodes", "--nproc_per_node", "--rdzv-backend",
+          "--rdzv-id", "--rdzv-endpoint", "--help"}
 PROGRAM = (r"(?:python|torchrun|sbatch)\b[^\n#]*?"
            r"((?:\w+/)*\w+\.py|assets/train\.slurm|(?:paper|toy)\.\w+)([^\n#]*)")
 
@@ -62,6 +66,16 @@ def test_every_flag_is_known_to_its_program():
                 assert known, f"{readme.relative_to(ROOT)}: {script} has no {flag}"
                 seen.add((script, flag))
     assert len(seen) > 30
+
+
+@pytest.mark.parametrize("readme", READMES, ids=lambda path: str(path.relative_to(ROOT)))
+def test_every_flag_in_backquotes_is_known(readme):
+    """To one of the programs: the prose does not always say which."""
+    programs = [*ROOT.glob("*.py"), *ROOT.glob("paper/*.py"), *ROOT.glob("toy/*.py")]
+    source = "".join(path.read_text() for path in programs)
+    for quoted in re.findall(r"`([^`\n]*(?:\n[^`\n]+)*)`", readme.read_text()):
+        for flag in re.findall(r"(?<!\S)--[a-z][a-z_-]*", quoted):
+            assert f'"{flag}"' in source or flag in OTHERS, flag
 
 
 @pytest.mark.parametrize("readme", READMES, ids=lambda path: str(path.relative_to(ROOT)))
