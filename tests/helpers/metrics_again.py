@@ -1,13 +1,13 @@
-"""The benchmarks' metrics once more, written from their definitions without a look at paper/metrics.py.
+"""The benchmarks' metrics once more, written from their definitions without a look at the first.
 
-Two people who read one definition differently both believe that they are right: only a second reading shows it.
-test_metrics_again.py compares the two on benchmark_cases.py. This one is table-driven and reads its rows' fields by
-name; speed is no aim.
+Two people who read one definition differently both believe that they are right: only a second
+reading shows it. test_metrics_again.py compares paper/metrics.py and this file on
+benchmark_cases.py. This one is table-driven and reads its rows' fields by name; speed is no aim.
 
 SCORES[benchmark](rows) -> {"score": headline in [0, 1], ...}; a row is a dict with
     prediction  str
-    answers     list[str]: the golds. Alternatives, except: WTQ and vwtq, the items of one list (also "a|b" in one
-                string); VCR, the blanks' texts in order
+    answers     list[str]: the golds. Alternatives, except: WTQ and vwtq, the items of one list
+                (also "a|b" in one string); VCR, the blanks' texts in order
     question    str: the key in DeepForm and KLC
     split       str or None
 """
@@ -24,25 +24,26 @@ def mean(values) -> float:
     return float(np.mean(list(values)))
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# DocVQA, InfoVQA: average normalised Levenshtein similarity (Biten et al. 2019, equation 1; VLMEvalKit's vqa_eval.py)
+# -------------------------------------------------------------------------------------------------
+# DocVQA, InfoVQA: average normalised Levenshtein similarity (Biten et al. 2019, equation 1;
+# VLMEvalKit's vqa_eval.py)
 
 
 def edit_distance(a: str, b: str) -> int:
     """Levenshtein, a row of the table at a time; b is along the row."""
-    column = np.arange(len(b) + 1)                                                      # (len(b) + 1,)
-    letters = np.array([ord(c) for c in b], dtype=np.int64)                             # (len(b),)
+    column = np.arange(len(b) + 1)                                          # (len(b) + 1,)
+    letters = np.array([ord(c) for c in b], dtype=np.int64)                 # (len(b),)
     row = column.copy()
     for i, c in enumerate(a, 1):
         above = np.concatenate([[i], np.minimum(row[1:] + 1, row[:-1] + (letters != ord(c)))])
         # an insertion costs 1 a step to the right: min over k <= j of above[k] + (j - k)
-        row = np.minimum.accumulate(above - column) + column                            # (len(b) + 1,)
+        row = np.minimum.accumulate(above - column) + column                # (len(b) + 1,)
     return int(row[-1])
 
 
 def anls_of(row: dict) -> float:
     def distance(gold: str) -> float:
-        longest = max(len(gold), len(row["prediction"]))                                # raw, not the collapsed text
+        longest = max(len(gold), len(row["prediction"]))        # raw, not the collapsed text
         texts = (" ".join(text.lower().split()) for text in (gold, row["prediction"]))
         return edit_distance(*texts) / longest if longest else 0.0
 
@@ -50,8 +51,9 @@ def anls_of(row: dict) -> float:
     return similarity if similarity >= 0.5 else 0.0
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# ChartQA: relaxed accuracy (Masry et al. 2022, section 5.1; pix2struct's metrics.py, which VLMEvalKit took over)
+# -------------------------------------------------------------------------------------------------
+# ChartQA: relaxed accuracy (Masry et al. 2022, section 5.1; pix2struct's metrics.py, which
+# VLMEvalKit took over)
 
 
 def chart_number(text: str) -> float | None:
@@ -68,56 +70,71 @@ def relaxed_of(row: dict) -> float:
 
     def right(gold: str) -> bool:
         t = chart_number(gold)
-        if p is None or not t:                          # no number, or 0, of which no part can be taken
+        if p is None or not t:      # no number, or 0, of which no part can be taken
             return prediction.lower() == gold.lower()
-        return abs(p - t) / abs(t) <= 0.05              # in this order: 26.985 is a rounding error too far from 25.7
+        # in this order: 26.985 is a rounding error too far from 25.7
+        return abs(p - t) / abs(t) <= 0.05
 
     return float(any(map(right, row["answers"])))
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# TextVQA: VQA accuracy (the official evaluation's normalisation, on golds and predictions alike as in VLMEvalKit)
+# -------------------------------------------------------------------------------------------------
+# TextVQA: VQA accuracy (the official evaluation's normalisation, on golds and predictions alike as
+# in VLMEvalKit)
 
 PUNCTUATION = ";/[]\"{}()=+\\_-><@`,?!"
-NUMBERS = {"none": "0", **{word: str(n) for n, word in enumerate(
-    "zero one two three four five six seven eight nine ten".split())}}
+DIGITS = enumerate("zero one two three four five six seven eight nine ten".split())
+NUMBERS = {"none": "0", **{word: str(n) for n, word in DIGITS}}
 CONTRACTIONS = """
-    ain't aren't can't could've couldn't couldn't've didn't doesn't don't hadn't hadn't've hasn't haven't he'd he'd've
-    he's how'd how'll how's isn't it'd it'd've it'll ma'am mightn't mightn't've might've mustn't must've needn't not've
-    o'clock oughtn't 'ow's'at shan't she'd've should've shouldn't shouldn't've somebody'd've somebody'll somebody's
-    someone'd someone'd've someone'll someone's something'd something'd've something'll that's there'd there'd've
-    there're there's they'd they'd've they'll they're they've 'twas wasn't we'd've we've weren't what'll what're what's
-    what've when's where'd where's where've who'd who'd've who'll who's who've why'll why're why's won't would've
-    wouldn't wouldn't've y'all y'all'll y'all'd've you'd you'd've you'll you're you've""".split()
-# A word that lacks one of its apostrophes gets it back. (The official table also turns one the other way round.)
-APOSTROPHES = {"somebody'd": "somebodyd", **{word[:i] + word[i + 1:]: word for word in CONTRACTIONS
-                                             for i, c in enumerate(word) if c == "'"}}
+    ain't aren't can't could've couldn't couldn't've didn't doesn't don't hadn't hadn't've hasn't
+    haven't he'd he'd've he's how'd how'll how's isn't it'd it'd've it'll ma'am mightn't mightn't've
+    might've mustn't must've needn't not've o'clock oughtn't 'ow's'at shan't she'd've should've
+    shouldn't shouldn't've somebody'd've somebody'll somebody's someone'd someone'd've someone'll
+    someone's something'd something'd've something'll that's there'd there'd've there're there's
+    they'd they'd've they'll they're they've 'twas wasn't we'd've we've weren't what'll what're
+    what's what've when's where'd where's where've who'd who'd've who'll who's who've why'll why're
+    why's won't would've wouldn't wouldn't've y'all y'all'll y'all'd've you'd you'd've you'll you're
+    you've""".split()
+# A word that lacks one of its apostrophes gets it back. (The official table also turns one the
+# other way round.)
+APOSTROPHES = {"somebody'd": "somebodyd"}
+for contraction in CONTRACTIONS:
+    for place, sign in enumerate(contraction):
+        if sign == "'":
+            APOSTROPHES[contraction[:place] + contraction[place + 1:]] = contraction
 
 
 def vqa_words(text: str) -> list[str]:
     text = text.replace("\n", " ").replace("\t", " ").strip()
-    # A sign that touches a space, or any sign beside a number like 1,000, goes; others leave a space.
+    # A sign that touches a space, or any sign beside a number like 1,000, goes; others leave a
+    # space.
     thousands = re.search(r"\d,\d", text)
-    text = text.translate(str.maketrans({
-        sign: "" if thousands or f"{sign} " in text or f" {sign}" in text else " " for sign in PUNCTUATION}))
-    text = re.sub(r"\.(?!\d)", "", text, count=32)      # the official code passes a flag, 32, where the count belongs
+    becomes = {}
+    for sign in PUNCTUATION:
+        goes = thousands or f"{sign} " in text or f" {sign}" in text
+        becomes[sign] = "" if goes else " "
+    text = text.translate(str.maketrans(becomes))
+    # the official code passes a flag, 32, where the count belongs
+    text = re.sub(r"\.(?!\d)", "", text, count=32)
     words = (NUMBERS.get(word, word) for word in text.lower().split())
     return [APOSTROPHES.get(word, word) for word in words if word not in ("a", "an", "the")]
 
 
 def vqa_of(row: dict) -> float:
     prediction = vqa_words(row["prediction"])
-    hits = np.array([vqa_words(gold) == prediction for gold in row["answers"]])         # (golds,)
-    return float(np.minimum(1, (hits.sum() - hits) / 3).mean())         # of each gold: how many others agree
+    hits = np.array([vqa_words(gold) == prediction for gold in row["answers"]])     # (golds,)
+    others = hits.sum() - hits              # of each gold: how many others agree
+    return float(np.minimum(1, others / 3).mean())
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# WTQ, and the vwtq splits: do two lists denote the same values? (Pasupat and Liang 2015; WikiTableQuestions'
-# evaluator.py)
+# -------------------------------------------------------------------------------------------------
+# WTQ, and the vwtq splits: do two lists denote the same values? (Pasupat and Liang 2015;
+# WikiTableQuestions' evaluator.py)
 
-SAME = str.maketrans({**dict.fromkeys("‘’´`", "'"), **dict.fromkeys("“”", '"'), **dict.fromkeys("‐‑‒–—−", "-")})
-NOTES = re.compile(r"((?<!^)\[[^\]]*\]|\[\d+\]|[•♦†‡*#+])*")                            # citations, at the end
-DETAILS = re.compile(r"(?<!^)( \([^)]*\))*")                                            # parentheses, at the end
+SAME = str.maketrans({**dict.fromkeys("‘’´`", "'"), **dict.fromkeys("“”", '"'),
+                      **dict.fromkeys("‐‑‒–—−", "-")})
+NOTES = re.compile(r"((?<!^)\[[^\]]*\]|\[\d+\]|[•♦†‡*#+])*")        # citations, at the end
+DETAILS = re.compile(r"(?<!^)( \([^)]*\))*")                        # parentheses, at the end
 
 
 def without_end(pattern: re.Pattern, text: str) -> str:
@@ -126,7 +143,8 @@ def without_end(pattern: re.Pattern, text: str) -> str:
 
 
 def plain(text: str) -> str:
-    text = "".join(c for c in unicodedata.normalize("NFKD", text) if unicodedata.category(c) != "Mn").translate(SAME)
+    letters = [c for c in unicodedata.normalize("NFKD", text) if unicodedata.category(c) != "Mn"]
+    text = "".join(letters).translate(SAME)
     before = None
     while text != before:
         before = text
@@ -152,18 +170,22 @@ def date(text: str) -> tuple[int, int, int] | None:
     parts = text.lower().split("-")
     unknown = [("xx", "xxxx"), ("xx",), ("xx",)]
     try:
-        year, month, day = (-1 if part in x else int(part) for part, x in zip(parts, unknown, strict=True))
+        year, month, day = (-1 if part in x else int(part)
+                            for part, x in zip(parts, unknown, strict=True))
     except ValueError:
         return None
-    known = (year, month, day) != (-1, -1, -1)
-    return (year, month, day) if known and month in (-1, *range(1, 13)) and day in (-1, *range(1, 32)) else None
+    if (year, month, day) == (-1, -1, -1):
+        return None
+    if month not in (-1, *range(1, 13)) or day not in (-1, *range(1, 32)):
+        return None
+    return year, month, day
 
 
 def denoted(text: str) -> tuple:
     """What a text denotes: a hashable that is equal where the evaluator's values are."""
     amount, ymd = number(text), date(text)
     if amount is None and ymd and ymd[1:] == (-1, -1):
-        amount = ymd[0]                                                                 # a date of a year alone
+        amount = ymd[0]             # a date of a year alone
     if amount is not None:
         # int() cuts towards 0: 4.9999999 becomes 4 in the evaluator, hence here
         return "number", int(amount) if abs(amount - round(amount)) < 1e-6 else amount
@@ -185,16 +207,22 @@ def denotation_of(row: dict) -> float:
     def same(t: tuple, spelled: str) -> bool:
         if spelled in predicted.values() or t[0] == "date" and t in predicted:
             return True
-        return t[0] == "number" and any(kind == "number" and abs(value - t[1]) < 1e-6 for kind, value in predicted)
+        if t[0] != "number":
+            return False
+        return any(kind == "number" and abs(value - t[1]) < 1e-6 for kind, value in predicted)
 
-    return float(len(predicted) == len(gold) and all(same(t, spelled) for t, spelled in gold.items()))
+    if len(predicted) != len(gold):
+        return 0.0
+    return float(all(same(t, spelled) for t, spelled in gold.items()))
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# -------------------------------------------------------------------------------------------------
 # TableVQABench's own two (naver-ai/tablevqabench, evaluate_tablevqa_dataset.py)
 
-UNITS = r"\b(dollar|gallons|square feet|shares|mbtu|mbpd|mbbls|mmbtu|unit|gwh|year|mmcf|mile|mboe)s?\b"
-POWERS = [(r" ?\bthousand\b", "e3"), (r" ?\bmillion\b", "e6"), (r" ?\bbillion\b", "e9"), (r" ?%", "e-2")]
+UNITS = (r"\b(dollar|gallons|square feet|shares|mbtu|mbpd|mbbls|mmbtu|unit|gwh|year|mmcf|mile|mboe)"
+         r"s?\b")
+POWERS = [(r" ?\bthousand\b", "e3"), (r" ?\bmillion\b", "e6"), (r" ?\bbillion\b", "e9"),
+          (r" ?%", "e-2")]
 
 
 def amounts(text: str) -> tuple[float | str, float | str]:
@@ -210,27 +238,31 @@ def amounts(text: str) -> tuple[float | str, float | str]:
 
 
 def financial_of(row: dict) -> float:
-    return float(any(p == t for gold in row["answers"] for p in amounts(row["prediction"]) for t in amounts(gold)))
+    predicted = amounts(row["prediction"])
+    return float(any(p == t for gold in row["answers"] for p in predicted for t in amounts(gold)))
 
 
 def verdict_of(row: dict) -> float:
     """The golds are "1" and "0"; a prediction with both words, or neither, is wrong."""
-    said = {gold for word, gold in (("true", "1"), ("false", "0")) if word in row["prediction"].lower()}
+    words = {"true": "1", "false": "0"}
+    said = {gold for word, gold in words.items() if word in row["prediction"].lower()}
     return float(len(said) == 1 and said <= set(row["answers"]))
 
 
-SPLITS = {"vtabfact": verdict_of, "vwtq": denotation_of, "vwtq_syn": denotation_of, "fintabnetqa": financial_of}
+SPLITS = {"vtabfact": verdict_of, "vwtq": denotation_of, "vwtq_syn": denotation_of,
+          "fintabnetqa": financial_of}
 
 
 def table_vqa_of(row: dict) -> float:
-    row = {**row, "prediction": row["prediction"].removeprefix("Answer: ")}             # VLMEvalKit does
+    prediction = row["prediction"].removeprefix("Answer: ")         # VLMEvalKit does
     if row["split"].startswith("vwtq"):
-        row["prediction"] = row["prediction"].replace("||", "|")                        # its prompt asks for ||
-    return SPLITS[row["split"]](row)
+        prediction = prediction.replace("||", "|")                  # its prompt asks for ||
+    return SPLITS[row["split"]]({**row, "prediction": prediction})
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# TabFact; DeepForm and KLC (DocOwl 1.5's evaluation: benchmarks_eval.py, due_benchmarks_eval.py, fscorer.py)
+# -------------------------------------------------------------------------------------------------
+# TabFact; DeepForm and KLC (DocOwl 1.5's evaluation: benchmarks_eval.py, due_benchmarks_eval.py,
+# fscorer.py)
 
 
 def one_line(text: str) -> str:
@@ -238,16 +270,21 @@ def one_line(text: str) -> str:
 
 
 def exact_of(row: dict) -> float:
-    return float(one_line(row["prediction"]) in [one_line(gold).removesuffix(".") for gold in row["answers"]])
+    golds = [one_line(gold).removesuffix(".") for gold in row["answers"]]
+    return float(one_line(row["prediction"]) in golds)
 
 
 def micro_f1(rows: list[dict]) -> dict[str, float]:
-    """F1 over all (key, value) of all documents. A row is one key of one document, so a value counts only against its
-    own row's golds. An answer "None", predicted or gold, says that the document has no such key: it is no pair."""
+    """F1 over all (key, value) of all documents.
+
+    A row is one key of one document, so a value counts only against its own row's golds. An answer
+    "None", predicted or gold, says that the document has no such key: it is no pair.
+    """
     predicted = gold = right = 0
     for row in rows:
         value = one_line(row["prediction"])
-        golds = {answer.upper() for answer in row["answers"] if answer != "None"}       # spellings of one value
+        # spellings of one value
+        golds = {answer.upper() for answer in row["answers"] if answer != "None"}
         predicted += value != "None"
         gold += bool(golds)
         right += value != "None" and value.upper() in golds
@@ -255,11 +292,13 @@ def micro_f1(rows: list[dict]) -> dict[str, float]:
             "precision": right / max(predicted, 1), "recall": right / max(gold, 1)}
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# VCR (Zhang et al. 2024, section 4; tianyu-z/VCR's evaluation_metrics.py, the same in VLMEvalKit's vcr.py)
+# -------------------------------------------------------------------------------------------------
+# VCR (Zhang et al. 2024, section 4; tianyu-z/VCR's evaluation_metrics.py, the same in VLMEvalKit's
+# vcr.py)
 
-# What spaCy's English tokeniser, which VCR uses, makes of ordinary text: words, numbers, abbreviations, and what a
-# word is shortened to ('s, n't) are tokens, every other sign is one of its own.
+# What spaCy's English tokeniser, which VCR uses, makes of ordinary text: words, numbers,
+# abbreviations, and what a word is shortened to ('s, n't) are tokens, every other sign is one of
+# its own.
 TOKEN = re.compile(r"""
     (?:[A-Za-z]\.){2,}                          # U.S.
   | \d+(?:[.,]\d+)*                             # 1,000.5
@@ -272,27 +311,33 @@ TOKEN = re.compile(r"""
 
 
 def blank_of(gold: str, prediction: str) -> tuple[float, float]:
-    """(exact match, Jaccard) of a blank: against the n tokens of the prediction that look most like its own n."""
+    """(exact match, Jaccard) of a blank.
+
+    Against the n tokens of the prediction that look most like its own n.
+    """
     wanted, tokens = TOKEN.findall(gold), TOKEN.findall(prediction)
     grams = [tokens[i:i + len(wanted)] for i in range(len(tokens) - len(wanted) + 1)]
     grams = [gram for gram in grams if set(gram) & set(wanted)]
     if not grams:
         return 0.0, 0.0
-    best = max(grams, key=lambda gram: difflib.SequenceMatcher(None, " ".join(gram), gold).ratio())     # the first best
-    return float(best == wanted), len(set(best) & set(wanted)) / len(set(best) | set(wanted))
+    ratios = [difflib.SequenceMatcher(None, " ".join(gram), gold).ratio() for gram in grams]
+    best = grams[ratios.index(max(ratios))]             # the first best
+    shared, either = set(best) & set(wanted), set(best) | set(wanted)
+    return float(best == wanted), len(shared) / len(either)
 
 
 def vcr(rows: list[dict]) -> dict[str, float]:
-    scores = []                                                                         # (exact, Jaccard) of each blank
+    scores = []             # (exact, Jaccard) of each blank
     for row in rows:
         said = row["prediction"].split("Assistant: ")[-1]
         refused = "I can't" in said or "I cannot" in said or "sorry" in said.lower()
-        scores += [(0.0, 0.0) if refused else blank_of(gold, said) for gold in row["answers"]]
+        for gold in row["answers"]:
+            scores.append((0.0, 0.0) if refused else blank_of(gold, said))
     exact, jaccard = np.mean(scores, axis=0)
     return {"score": float(exact), "jaccard": float(jaccard)}
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# -------------------------------------------------------------------------------------------------
 
 
 def average(of):
@@ -301,16 +346,18 @@ def average(of):
         splits = defaultdict(list)
         for row in rows:
             splits[row["split"]].append(of(row))
-        return {"score": mean(sum(splits.values(), [])), **{name: mean(s) for name, s in splits.items() if name}}
+        means = {name: mean(of_split) for name, of_split in splits.items() if name}
+        return {"score": mean(sum(splits.values(), [])), **means}
     return scores
 
 
 def table_vqa(rows: list[dict]) -> dict[str, float]:
     scores = average(table_vqa_of)(rows)
     splits = {name: scores[name] for name in SPLITS if name in scores}
-    return {"score": mean(splits.values()), **splits}                                   # of the splits, not of the rows
+    return {"score": mean(splits.values()), **splits}           # of the splits, not of the rows
 
 
-SCORES = {"DocVQA": average(anls_of), "InfoVQA": average(anls_of), "DeepForm": micro_f1, "KLC": micro_f1,
-          "WTQ": average(denotation_of), "TabFact": average(exact_of), "ChartQA": average(relaxed_of),
-          "TextVQA": average(vqa_of), "TableVQABench": table_vqa, "VCR-easy": vcr, "VCR-hard": vcr}
+SCORES = {"DocVQA": average(anls_of), "InfoVQA": average(anls_of), "DeepForm": micro_f1,
+          "KLC": micro_f1, "WTQ": average(denotation_of), "TabFact": average(exact_of),
+          "ChartQA": average(relaxed_of), "TextVQA": average(vqa_of), "TableVQABench": table_vqa,
+          "VCR-easy": vcr, "VCR-hard": vcr}
