@@ -82,6 +82,7 @@ class Tokenizer:
         return self.pairs.size
 
     def find_chat_format(self) -> ChatFormat | None:
+        """The first format whose special tokens are all there."""
         for chat in CHAT_FORMATS.values():
             needed = {*chat.header[0], chat.end[0]}
             if needed <= self.special.keys():

@@ -1,7 +1,7 @@
 """A tokenizer's file -> text to ids and back: Llama 3's tokenizer.model, or a tokenizer.json.
 
-tiktoken does the work. Here lies what it needs to know, and what it cannot bear: bytes that are no
-token, text that is no UTF-8, text that its regular expressions cannot split.
+tiktoken does the work. Here lies what it needs to know, and what it does not catch: bytes that are
+no token, text that is no UTF-8, text that its regular expressions cannot split.
 """
 import base64
 import re
@@ -119,6 +119,7 @@ def vocabulary_size(path: Path, ranks: dict[bytes, int], special: dict[str, int]
 
 
 def check_surrogates(text: str) -> None:
+    """Raise TextError for text that has no UTF-8: tiktoken would replace it."""
     try:
         text.encode()
     except UnicodeEncodeError as error:
