@@ -12,13 +12,15 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 import train
 
-path, accumulate = Path(sys.argv.pop(1)), train.accumulate_gradients
+path = Path(sys.argv.pop(1))
+accumulate = train.accumulate_gradients
 
 
 def accumulate_and_save(model, rows, device):
     result = accumulate(model, rows, device)
     train.accumulate_gradients = accumulate
-    gradients = {name: p.grad.full_tensor().contiguous() for name, p in model.named_parameters()}
+    gradients = {name: p.grad.full_tensor().contiguous()
+                 for name, p in model.named_parameters()}
     if dist.get_rank() == 0:
         save_file(gradients, path)
     return result

@@ -1,9 +1,10 @@
-"""Start the repository's commands from a process that has imported torch already: that takes most of their time.
+"""Start the repository's commands from a process that has imported torch already.
 
-That process, the server, is started by conftest.py and imports only: no thread runs in it, no tensor is made. For each
-command it forks, and the fork runs the command as Python would: with arguments, folder, environment and output of its
-own, in a session of its own, to a real exit status. Forks of one server share its seed of str's hash: where two
-processes have to agree whatever that is, start one of them as Python alone.
+That takes most of their time. The process, the server, is started by commands.py and imports only:
+no thread runs in it, no tensor is made. For each command it forks, and the fork runs the command as
+Python would: with arguments, folder, environment and output of its own, in a session of its own, to
+a real exit status. Forks of one server share its seed of str's hash: where two processes have to
+agree whatever that is, start one of them as Python alone.
 """
 import atexit
 import gc
@@ -28,7 +29,7 @@ MODULES = ["train", "sample", "torch.distributed.launcher.api", "torch._dynamo"]
 
 
 class Forked:
-    """What subprocess.Popen(python, *command) is: of its methods those that the tests and torchrun need."""
+    """What subprocess.Popen(python, *command) is, with the methods that tests and torchrun need."""
 
     def __init__(self, command, cwd=None, env=None, stdout=None, stderr=None):
         self.args, self.returncode = [*map(str, command)], None
@@ -36,7 +37,8 @@ class Forked:
         env = dict(env or os.environ)
         self.server = socket.socket(socket.AF_UNIX)
         self.server.connect(env[SOCKET])
-        socket.send_fds(self.server, [b"\n"], [file.fileno() if file else n for n, file in [(1, stdout), (2, stderr)]])
+        outputs = [stdout.fileno() if stdout else 1, stderr.fileno() if stderr else 2]
+        socket.send_fds(self.server, [b"\n"], outputs)
         request = json.dumps([self.args, str(cwd or os.getcwd()), env])
         self.server.sendall(request.encode() + b"\n")
         self.pid = self.reply()
@@ -61,7 +63,12 @@ class Forked:
     def communicate(self, timeout: float | None = None) -> list[str | None]:
         """What it has written to its files until its end."""
         self.wait(timeout)
-        return [file and (file.seek(0), file.read())[1] for file in (self.stdout, self.stderr)]
+        written = []
+        for file in (self.stdout, self.stderr):
+            if file:
+                file.seek(0)
+            written.append(file.read() if file else None)
+        return written
 
     def send_signal(self, number: int) -> None:
         if self.poll() is None:
@@ -75,14 +82,18 @@ class Forked:
 
 
 def serve(listener: socket.socket) -> list[str]:
-    """Fork for each request, and tell who made it the process's id and, in the end, its status. Returns in the forks,
-    with their command. The server ends with the tests, whose end its standard input shows."""
+    """Fork for each request, and tell who made it the process's id and, in the end, its status.
+
+    Returns in the forks, with their command. The server ends with the tests, whose end its standard
+    input shows.
+    """
     woken, wake = socket.socketpair()
     for end in (woken, wake):
         end.setblocking(False)
-    signal.signal(signal.SIGCHLD, lambda *_: None)      # select() would sleep on, if it were ignored
+    # With the signal ignored select() would sleep on.
+    signal.signal(signal.SIGCHLD, lambda *_: None)
     signal.set_wakeup_fd(wake.fileno())
-    running: dict[int, socket.socket] = {}
+    running: dict[int, socket.socket] = {}      # by process
     gc.freeze()         # or a collection in a fork copies every page
     while True:
         ready = select.select([listener, woken, sys.stdin], [], [])[0]
@@ -92,31 +103,44 @@ def serve(listener: socket.socket) -> list[str]:
             sys.exit()
         if woken in ready:
             woken.recv(4096)
-            while running and (ended := os.waitpid(-1, os.WNOHANG))[0]:
-                answer(running.pop(ended[0]), os.waitstatus_to_exitcode(ended[1]))
+            tell_the_ended(running)
         if listener in ready:
             client = listener.accept()[0]
-            _, outputs, *_ = socket.recv_fds(client, 1, 2)
+            outputs = socket.recv_fds(client, 1, 2)[1]
             with client.makefile() as lines:
                 command, cwd, env = json.loads(lines.readline())
-            if pid := os.fork():
-                running[pid] = client
-                for fd in outputs:
-                    os.close(fd)
-                answer(client, pid)
-                continue
-            signal.set_wakeup_fd(-1)
-            signal.signal(signal.SIGCHLD, signal.SIG_DFL)
-            for file in (listener, woken, wake, client, *running.values()):
-                file.close()
-            for n, fd in enumerate(outputs, 1):
-                os.dup2(fd, n)
+            pid = os.fork()
+            if pid == 0:
+                become(outputs, cwd, env)
+                for file in (listener, woken, wake, client, *running.values()):
+                    file.close()
+                return command
+            running[pid] = client
+            for fd in outputs:
                 os.close(fd)
-            os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
-            os.chdir(cwd)
-            os.environ.clear()
-            os.environ.update(env)
-            return command
+            answer(client, pid)
+
+
+def tell_the_ended(running: dict[int, socket.socket]) -> None:
+    """The status of the forks that have ended, to those who asked for them."""
+    while running:
+        pid, status = os.waitpid(-1, os.WNOHANG)
+        if pid == 0:
+            return
+        answer(running.pop(pid), os.waitstatus_to_exitcode(status))
+
+
+def become(outputs: list[int], cwd: str, env: dict[str, str]) -> None:
+    """Make this fork of the server a process as Python would have it."""
+    signal.set_wakeup_fd(-1)
+    signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+    for n, fd in enumerate(outputs, 1):
+        os.dup2(fd, n)
+        os.close(fd)
+    os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
+    os.chdir(cwd)
+    os.environ.clear()
+    os.environ.update(env)
 
 
 def answer(client: socket.socket, number: int) -> None:
@@ -136,9 +160,10 @@ def execute(command: list[str]) -> None:
         exec(compile(command[1], "<string>", "exec"), {"__name__": "__main__"})
     elif command[0] == "-m":
         sys.argv, sys.path[0] = command[1:], os.getcwd()
-        if command[1] == "torch.distributed.run":       # it starts its processes from the server, too
-            from torch.distributed.elastic.multiprocessing.subprocess_handler import SubprocessHandler
-            SubprocessHandler._popen = lambda self, args, env: Forked(args[1:], env=env)
+        if command[1] == "torch.distributed.run":   # it starts its processes from the server, too
+            from torch.distributed.elastic.multiprocessing import subprocess_handler
+            subprocess_handler.SubprocessHandler._popen = (
+                lambda self, args, env: Forked(args[1:], env=env))
         runpy.run_module(command[1], run_name="__main__", alter_sys=True)
     else:
         sys.argv, sys.path[0] = command, str(Path(command[0]).parent.absolute())
@@ -146,7 +171,7 @@ def execute(command: list[str]) -> None:
 
 
 def run_to_the_end(command: list[str]) -> NoReturn:
-    """Ends as Python does, except that it does not take its modules apart: that would copy every page."""
+    """Ends as Python does, but does not take its modules apart: that would copy every page."""
     os.setsid()
     status = 0
     try:

@@ -2,8 +2,8 @@
 
     torchrun --nproc_per_node 2 tests/helpers/struck.py KILL|STOP STEP FILE [train.py's flags]
 
-It comes within that step, before the gradients. FILE is made just before and holds the process's id; where it is
-already there, nothing happens: a restarted rank is left alone.
+It comes within that step, before the gradients. FILE is made just before and holds the process's
+id; where it is already there, nothing happens: a restarted rank is left alone.
 """
 import os
 import signal
@@ -14,8 +14,11 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 import train
 
-strike, last, file = signal.Signals["SIG" + sys.argv.pop(1)], int(sys.argv.pop(1)), Path(sys.argv.pop(1))
-accumulate, step = train.accumulate_gradients, -1
+strike = signal.Signals["SIG" + sys.argv.pop(1)]
+last = int(sys.argv.pop(1))
+file = Path(sys.argv.pop(1))
+accumulate = train.accumulate_gradients
+step = -1
 
 
 def accumulate_or_fall(*inputs):

@@ -1,9 +1,10 @@
-"""Training whatever happens to it: kills, signals, stalls, a full disk, bad steps; and how it goes on."""
+"""Training whatever happens to it, and how it goes on: kills, stalls, a full disk, bad steps."""
 import json
 import os
 import shutil
 import signal
 import time
+from pathlib import Path
 
 import pytest
 import torch
@@ -19,8 +20,9 @@ def out(stage1, tmp_path):
     return tmp_path
 
 
-def train(out, *more):
-    return ["train.py", "--stage", 2, "--steps", 12, "--batch-size", 4, "--save-every", 3, "--out", out, *more]
+def train(out: Path, *more) -> list:
+    return ["train.py", "--stage", 2, "--steps", 12, "--batch-size", 4, "--save-every", 3,
+            "--out", out, *more]
 
 
 @pytest.fixture(scope="module")
@@ -32,11 +34,20 @@ def undisturbed(stage1, tmp_path_factory):
     return losses(out / "stage2")
 
 
-def wait_for(path, process, seconds=60):
+def wait_for(path: Path, process, seconds: float = 60) -> None:
     until = time.time() + seconds
     while not path.exists():
         assert process.poll() is None and time.time() < until, f"no {path}"
         time.sleep(0.02)
+
+
+def resumed(folder: Path) -> list[int]:
+    """The steps from which a stage went on."""
+    return [row["resumed"] for row in rows(folder) if "resumed" in row]
+
+
+def states(folder: Path) -> list[str]:
+    return sorted(path.name for path in folder.glob("step-*"))
 
 
 def test_killed_and_resumed_is_as_if_nothing_had_happened():
@@ -48,16 +59,17 @@ def test_another_number_of_processes_goes_on(out, undisturbed):
     torchrun(2, *train(out, "--max-steps", 5))
     assert not (out / "stage2").exists()
     run(*train(out))
-    assert [row["resumed"] for row in rows(out / "stage2") if "resumed" in row] == [5]
+    assert resumed(out / "stage2") == [5]
     assert losses(out / "stage2") == pytest.approx(undisturbed, rel=1e-5)
-    assert not [*(out / "stage2").glob("step-*")]
+    assert not states(out / "stage2")
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_a_signal_saves_and_exits_0(out, number):
     process = start(*train(out, "--steps", 400, "--save-every", 1000, "--workers", 1))
-    wait_for(out / "stage2.partial" / "log.jsonl", process)
-    while (out / "stage2.partial" / "log.jsonl").read_text().count("\n") < 2:
+    log = out / "stage2.partial" / "log.jsonl"
+    wait_for(log, process)
+    while log.read_text().count("\n") < 2:
         time.sleep(0.05)
     os.killpg(process.pid, number)          # as a cluster does it: the loading processes get it too
     printed, error = process.communicate(timeout=30)
@@ -67,33 +79,40 @@ def test_a_signal_saves_and_exits_0(out, number):
     assert step == len(losses(out / "stage2.partial")) and str(state) in printed
 
 
-@pytest.mark.parametrize("progress", ["[]", '{"step": 3}', '{"step": 3, "position": {"x": 1}, "holes": {}}'])
+@pytest.mark.parametrize("progress", [
+    "[]", '{"step": 3}', '{"step": 3, "position": {"x": 1}, "bad": {}}'])
 def test_a_damaged_state_is_one_line_that_names_it(out, progress):
     run(*train(out, "--max-steps", 3))
     [state] = (out / "stage2.partial").glob("step-*")
     (state / "progress.json").write_text(progress)
     last = run(*train(out), code=2).stderr.splitlines()[-1]
-    assert last.startswith("train.py: ") and str(state) in last and (state / "progress.json").exists()
+    assert last.startswith("train.py: ") and str(state) in last
+    assert (state / "progress.json").exists()
 
 
 def test_torchrun_restarts_what_died(out, undisturbed):
-    """Rank 1 dies in the step after the eighth; the state of six may still have been on its way to the disk."""
-    run(*launcher(2), "--max-restarts", 1, "tests/helpers/struck.py", "KILL", 8, out / "struck", *train(out)[1:])
+    """Rank 1 dies in the step after the eighth; the state of six may still have been on its way to
+    the disk."""
+    run(*launcher(2), "--max-restarts", 1, "tests/helpers/struck.py", "KILL", 8, out / "struck",
+        *train(out)[1:])
     assert (out / "struck").exists()
-    assert [row["resumed"] for row in rows(out / "stage2") if "resumed" in row] in ([3], [6])
+    assert resumed(out / "stage2") in ([3], [6])
     assert losses(out / "stage2") == undisturbed
 
 
 def test_a_stalled_rank_is_named(out):
-    process = start(*launcher(2), "tests/helpers/struck.py", "STOP", 3, out / "struck", *train(out, "--timeout", 5)[1:])
+    process = start(*launcher(2), "tests/helpers/struck.py", "STOP", 3, out / "struck",
+                    *train(out, "--timeout", 5)[1:])
     until = time.time() + 120
     while b": a rank has stalled" not in os.pread(process.stderr.fileno(), 10 ** 6, 0):
         assert process.poll() is None and time.time() < until, process.communicate()[1]
         time.sleep(0.05)
-    os.kill(int((out / "struck").read_text()), signal.SIGCONT)      # or torchrun waits 30 s before it kills
+    # Or torchrun waits 30 s before it kills.
+    os.kill(int((out / "struck").read_text()), signal.SIGCONT)
     error = process.communicate(timeout=60)[1]
     assert process.returncode != 0
-    assert any(": a rank has stalled" in line and "Ranks 1 " in line for line in error.splitlines()), error
+    named = [line for line in error.splitlines() if ": a rank has stalled" in line]
+    assert any("Ranks 1 " in line for line in named), error
 
 
 def test_a_full_disk_keeps_the_last_good_state(out):
@@ -107,36 +126,43 @@ def test_a_full_disk_keeps_the_last_good_state(out):
     done = run("-c", limited, *train(out)[1:], code=2)
     line = next(line for line in done.stderr.splitlines() if "train.py: " in line)
     assert "could not be written" in line and "step-00000004" in line, done.stderr
-    assert {path.name for path in (out / "stage2.partial").glob("step-*")} == {"step-00000003", "step-00000004"}
+    assert states(out / "stage2.partial") == ["step-00000003", "step-00000004"]
     run(*train(out))
-    assert [row["resumed"] for row in rows(out / "stage2") if "resumed" in row] == [4, 4]
+    assert resumed(out / "stage2") == [4, 4]
     assert len(losses(out / "stage2")) == 12
 
 
 def test_no_room_and_no_permission_are_said_before_the_first_step(out):
-    done = run(*train(out, "--keep", 10 ** 7), code=2)
-    assert done.stderr.splitlines()[-1].startswith("train.py: ") and "GB free" in done.stderr
+    many_states = """if True:
+        import plumbing.processes, plumbing.states, sys, train
+        plumbing.states.KEPT = 10 ** 7
+        sys.argv[0] = "train.py"
+        plumbing.processes.run_main(train.main)
+    """
+    done = run("-c", many_states, *train(out)[1:], code=2)
+    last = done.stderr.splitlines()[-1]
+    assert last.startswith("train.py: ") and "GB free" in last
     (out / "file").write_text("")
-    done = run("train.py", "--stage", 0, "--steps", 1, "--out", out / "file" / "below", code=2)
-    assert done.stderr.splitlines() == [f"train.py: --out {out / 'file' / 'below'}: Not a directory"]
+    below = out / "file" / "below"
+    done = run("train.py", "--stage", 0, "--steps", 1, "--out", below, code=2)
+    assert done.stderr.splitlines() == [f"train.py: --out {below}: Not a directory"]
 
 
 def test_a_run_that_diverges_stops_and_names_its_samples(tmp_path):
-    done = run("train.py", "--stage", 0, "--steps", 30, "--batch-size", 2, "--lr", "1e30", "--save-every", 1, "--out", tmp_path,
-               code=2)
+    done = run("train.py", "--stage", 0, "--steps", 30, "--batch-size", 2, "--lr", "1e30",
+               "--save-every", 1, "--out", tmp_path, code=2)
     line = done.stderr.splitlines()[-1]
     assert "--lr" in line and "toy/0/" in line and not (tmp_path / "stage0").exists()
     log = rows(tmp_path / "stage0.partial")
     assert [row["loss"] for row in log][-9:] == [None] * 9
-    last = max((tmp_path / "stage0.partial").glob("step-????????"))
-    assert int(last.name[5:]) == log[-1]["step"] + 2 - 10, "a state was saved among the bad steps"
+    newest = states(tmp_path / "stage0.partial")[-1]
+    assert int(newest[5:]) == log[-1]["step"] + 2 - 10, "a state was saved among the bad steps"
 
 
 def test_a_bad_step_is_skipped_and_changes_nothing(stage1, tmp_path):
     """The same steps without the poisoned one's samples leave the same weights."""
     code = """if True:
-        import sys, torch, train
-        from collections import Counter
+        import train
         accumulate, calls = train.accumulate_gradients, []
         def poisoned(model, rows, device):
             loss, counts, losses = accumulate(model, rows, device)
@@ -156,37 +182,39 @@ def test_a_bad_step_is_skipped_and_changes_nothing(stage1, tmp_path):
         out.mkdir()
         (out / "stage1").symlink_to(stage1)
         run("-c", code.replace("POISON", str(poison)), *train(out, "--steps", 5)[1:])
-    bad, good = (load_file(tmp_path / name / "stage2" / "model.safetensors") for name in ("True", "False"))
+    bad, good = (load_file(tmp_path / name / "stage2" / "model.safetensors")
+                 for name in ("True", "False"))
     assert all(torch.equal(bad[name], good[name]) for name in good)
     log = rows(tmp_path / "True" / "stage2")
-    assert [row["skipped"] for row in log] == [0, 0, 1, 1, 1] and log[2]["loss"] is None and log[2]["grad_norm"] is None
+    assert [row["skipped"] for row in log] == [0, 0, 1, 1, 1]
+    assert log[2]["loss"] is None and log[2]["grad_norm"] is None
 
 
-def test_resume_never_and_from_a_path(out, tmp_path):
+def test_begun_anew_or_from_an_earlier_state_by_deleting(out):
+    partial = out / "stage2.partial"
     run(*train(out, "--max-steps", 7))
-    states = [path.name for path in sorted((out / "stage2.partial").glob("step-*"))]
-    assert states == ["step-00000006", "step-00000007"]
+    assert states(partial) == ["step-00000006", "step-00000007"]
     done = run(*train(out, "--lr", 0.5), code=2)
-    assert "was trained with lr" in done.stderr and "--resume never" in done.stderr
-    for wrong in (out / "stage2.partial", "step-00000006"):         # nothing is touched for a path that is no state
-        assert "no such training state" in run(*train(out, "--resume", wrong), code=2).stderr
-    run(*train(out, "--max-steps", 7))                              # done already
-    assert states == [path.name for path in sorted((out / "stage2.partial").glob("step-*"))]
-    run(*train(out, "--resume", out / "stage2.partial" / "step-00000006", "--max-steps", 8))
-    assert [row["resumed"] for row in rows(out / "stage2.partial") if "resumed" in row][-1] == 6
-    run(*train(out, "--resume", "never"))
+    [line] = [line for line in done.stderr.splitlines() if line.startswith("train.py: ")]
+    assert line.startswith(f"train.py: {partial} was trained with lr") and "delete" in line
+    run(*train(out, "--max-steps", 7))                  # done already
+    assert states(partial) == ["step-00000006", "step-00000007"]
+    shutil.rmtree(partial / "step-00000007")
+    run(*train(out, "--max-steps", 8))
+    assert resumed(partial)[-1] == 6
+    shutil.rmtree(partial)
+    run(*train(out))
     assert [row["step"] for row in rows(out / "stage2")] == list(range(12))
-    done = run(*train(out, "--retrain", "--resume", out / "nowhere"), code=2)
-    assert len(done.stderr.splitlines()) == 1 and "nowhere" in done.stderr
 
 
 def test_parameters_that_never_get_a_gradient_resume_too(out, stage1):
     """With F from the layer before the last, the last one learns nothing."""
     (out / "stage1").unlink()
     shutil.copytree(stage1, out / "stage1")
-    config = json.loads((out / "stage1" / "config.json").read_text())
+    path = out / "stage1" / "config.json"
+    config = json.loads(path.read_text())
     config["vision"]["feature_layer"] = -2
-    (out / "stage1" / "config.json").write_text(json.dumps(config))
+    path.write_text(json.dumps(config))
     run(*train(out, "--max-steps", 4))
     run(*train(out))
     assert len(losses(out / "stage2")) == 12
