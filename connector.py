@@ -103,17 +103,17 @@ class Mixture(torch.autograd.Function):
                 eps: float, multiply) -> Tensor:
         ctx.save_for_backward(h, W2, weight, bias, E_text)
         ctx.eps, ctx.multiply = eps, multiply
-        shape = *h.shape[:-1], E_text.shape[1]
+        F_align = h.new_empty(*h.shape[:-1], E_text.shape[1])           # (..., D)
         h = h.reshape(-1, h.shape[-1])                                  # (n_tokens, D)
-        F_align = h.new_empty(len(h), E_text.shape[1])                  # (n_tokens, D)
+        out = F_align.view(-1, E_text.shape[1])                         # (n_tokens, D)
         blocks = token_blocks(len(h), len(W2) * h.element_size())
         buffer = h.new_empty(blocks[0].stop, len(W2))                   # (n, V)
         for block in blocks:
             P = buffer[:block.stop - block.start]                       # (n, V)
             multiply(h[block], W2.T, out=P)                             # z = h W2^T
             softmax_layer_norm(P, weight, bias, eps, out=P)             # equation 1
-            multiply(P, E_text, out=F_align[block])                     # equation 2
-        return F_align.view(shape)
+            multiply(P, E_text, out=out[block])                         # equation 2
+        return F_align
 
     @staticmethod
     @once_differentiable

@@ -392,10 +392,16 @@ class MLP(nn.Module):
         self.gate_proj = nn.Linear(D, width, bias=False)
         self.up_proj = nn.Linear(D, width, bias=False)
         self.down_proj = nn.Linear(width, D, bias=False)
+        self.gate = gate
 
     def forward(self, x: Tensor) -> Tensor:
         """x (..., D) -> (..., D)."""
-        return self.down_proj(nnf.silu(self.gate_proj(x)) * self.up_proj(x))
+        return self.down_proj(self.gate(self.gate_proj(x), self.up_proj(x)))
+
+
+def gate(g: Tensor, u: Tensor) -> Tensor:
+    """g, u (..., width) -> silu(g) * u (..., width)."""
+    return nnf.silu(g) * u
 
 
 class Attention(nn.Module):
