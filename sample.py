@@ -95,10 +95,7 @@ def continue_text(llm: Llama, tokenizer: Tokenizer, tokens: Tensor,
 
 
 class Conversation:
-    """Questions about the same images: what was read of them stays in a cache for every question.
-
-    No question knows of those before it.
-    """
+    """Questions about the same images, which a cache keeps; none knows of those before it."""
 
     def __init__(self, model: AlignVLM, tokenizer: Tokenizer, images: list[Image.Image],
                  max_tiles: int = 9):
@@ -246,8 +243,7 @@ def answer_each(model: AlignVLM, tokenizer: Tokenizer, files: list[Path], prompt
     with tqdm(total=len(files), desc="answering") as bar:
         for first in range(0, len(files), BATCH):
             images = [read_image(file) for file in files[first:first + BATCH]]
-            some = prompts[first:first + BATCH]
-            *_, texts = answer(model, tokenizer, images, some, **options)
+            *_, texts = answer(model, tokenizer, images, prompts[first:first + BATCH], **options)
             yield from texts
             bar.update(len(images))
 
@@ -272,8 +268,8 @@ def answer_questions(model: AlignVLM, tokenizer: Tokenizer, questions: Path, ans
 def answer_folder(model: AlignVLM, tokenizer: Tokenizer, files: list[Path], prompt: str,
                   **options) -> None:
     """Ask the same about each image: a line `name: answer` each, its own line ends as slashes."""
-    texts = answer_each(model, tokenizer, files, [prompt] * len(files), **options)
-    for file, text in zip(files, texts):
+    prompts = [prompt] * len(files)
+    for file, text in zip(files, answer_each(model, tokenizer, files, prompts, **options)):
         tqdm.write(f"{file.name}: {' / '.join(text.splitlines())}")
 
 
@@ -293,7 +289,7 @@ def newest_checkpoint(out: Path = Path("out")) -> Path | None:
 def default_model() -> Path:
     """The newest trained model, or else the shipped one. Raises InputError if there is neither."""
     newest = newest_checkpoint()
-    if newest is not None:
+    if newest:
         return newest
     if not (SHIPPED / "config.json").exists():
         raise InputError("no trained model under out/: run `python train.py` first, or name one "
@@ -313,21 +309,17 @@ def parse_args() -> argparse.Namespace:
         "that are typed, a line each, until an empty one; none knows of those before it")
     add("--explain", type=Path, metavar="OUT.png", help="draw --image with the token of each "
         "patch, the more opaque the likelier; of several images OUT-1.png, OUT-2.png, ...")
-    add("--questions", type=Path, metavar="JSONL", help="rows with an image (relative to the file) "
+    add("--questions", type=Path, metavar="JSONL", help="rows with an image, relative to the file, "
         "and a prompt")
-    add("--answers", type=Path, metavar="JSONL", help="where to write the rows of --questions with "
-        "a prediction in each")
+    add("--answers", type=Path, metavar="JSONL", help="the same rows, each with a prediction")
     add("--align-vocab", action="store_true", help="mix only the tokens that `python -m "
         "paper.align_vocab` chose for this model")
-    add("--checkpoint", type=Path, help="model folder (default: the newest under out/, else the "
-        "shipped one)")
-    add("--llm", type=Path, help="folder with a released Llama and its tokenizer: ask it --prompt, "
-        "with no image")
+    add("--checkpoint", type=Path, help="model folder (default: the newest, or the shipped one)")
+    add("--llm", type=Path, help="folder with a released Llama: ask it --prompt, without an image")
     add("--max-new-tokens", type=int, default=256, help="longest answer (default: %(default)s)")
     add("--temperature", type=float, default=0.0, help="0 is greedy (default: %(default)s)")
     add("--seed", type=int, default=0, help="of the sampling (default: %(default)s)")
-    add("--max-tiles", type=int, default=9, help="tiles a page is cut into at most (default: "
-        "%(default)s)")
+    add("--max-tiles", type=int, default=9, help="of a page, at most (default: %(default)s)")
     add("--device", choices=["cpu", "cuda", "mps"], help="default: the fastest there is")
     args = parser.parse_args()
     cuda, mps = torch.cuda.is_available(), torch.backends.mps.is_available()
