@@ -211,7 +211,8 @@ def accumulate_gradients(model: AlignVLM, rows: list[list[Sample]],
         # copy of the model, between replicas (--shard-size) only at the last.
         model.set_requires_all_reduce(i == len(rows) - 1)
         loss = row_loss(model, row, device)
-        (loss * dist.get_world_size() / counts["supervised"]).backward()    # FSDP's sum is a mean
+        # FSDP's sum is a mean over the ranks: hence times their number.
+        (loss * dist.get_world_size() / counts["supervised"]).backward()
         losses.append(loss.detach())
     total = sum(losses)
     dist.all_reduce(total)
@@ -255,7 +256,7 @@ def learning_rate(step: int, recipe: Recipe) -> float:
 
 
 # --------------------------------------------------------------------------------------------------
-# One stage
+# The steps of a stage
 
 
 @dataclass
@@ -352,10 +353,13 @@ def open_documents(stage: int, recipe: Recipe, tokenizer: Tokenizer, config: Ali
     """What a stage learns from, and what it is evaluated on: --data and --eval-data, or the toy's
     pages. Raises InputError."""
     if not args.data or stage == 0:
-        return tuple(ToyDocuments(stage, n, args.seed, tokenizer, config.vision, split,
-                                  config.tile_tokens, args.look)
-                     for n, split in [(recipe.steps * recipe.batch_size, "train"),
-                                      (EVAL_SAMPLES, "held-out")])
+        def drawn(n: int, split: str) -> ToyDocuments:
+            return ToyDocuments(stage, n, args.seed, tokenizer, config.vision, split,
+                                config.tile_tokens, args.look)
+
+        n = recipe.steps * recipe.batch_size
+        return drawn(n, "train"), drawn(EVAL_SAMPLES, "held-out")
+
     encode_chat([Turn("user", [])], tokenizer, [])      # refuses here, not sample by sample
     make_sample = functools.partial(
         prepare, tokenizer=tokenizer, config=config.vision, max_tiles=args.max_tiles,
@@ -421,32 +425,8 @@ def evaluate_held_out(stage: int, model: AlignVLM, tokenizer: Tokenizer, held_ou
     return scores
 
 
-def start_of(stage: int, args: argparse.Namespace) -> Path | None:
-    """The folder from which a stage starts, or would: the stage before's; for stage 1 --llm, or the
-    shipped LLM unless this run has its own. None for stage 0."""
-    if stage == 0:
-        return None
-    if stage == 1 and args.llm:
-        return args.llm
-    before = args.out / f"stage{stage - 1}"
-    if stage == 1 and not (before / "config.json").exists():
-        return STAGE0
-    return before
-
-
-def connector_of(stage: int, folder: Path | None, args: argparse.Namespace) -> ConnectorConfig:
-    """What --connector asks for in stage 1, then what the folder has. Raises InputError if it asks
-    for another."""
-    if stage == 0:
-        return ALIGNVLM_PRESETS["toy"].connector
-    if stage == 1:
-        sizes = ALIGNVLM_PRESETS["llama-3.2-1b" if args.llm else "toy"].connector
-        return replace(sizes, kind=args.connector or sizes.kind)
-    connector = read_config(folder).connector
-    if args.connector not in (None, connector.kind):
-        raise InputError(f"{folder} has the connector {connector.kind}: another begins with stage "
-                         "1")
-    return connector
+# --------------------------------------------------------------------------------------------------
+# One stage: from the folder of the one before to its own
 
 
 def run_stage(stage: int, args: argparse.Namespace, device: torch.device) -> bool:
@@ -461,10 +441,7 @@ def run_stage(stage: int, args: argparse.Namespace, device: torch.device) -> boo
         raise InputError(f"stage {stage} starts from stage {stage - 1}, and {args.out} has none: "
                          "train that first")
     connector = connector_of(stage, folder if complete[0] else start, args)
-    record = {"preset": args.preset, "seed": args.seed, "data": args.data if stage else None,
-              "look": args.look if stage else "clean", "max_tiles": args.max_tiles,
-              "connector": connector.kind, **asdict(recipe)}
-    record = json.loads(json.dumps(record))     # as it is read again
+    record = record_of(stage, recipe, connector, args)
     if complete[0]:
         check_recipe(folder, record)
         if main_rank:
@@ -495,6 +472,44 @@ def run_stage(stage: int, args: argparse.Namespace, device: torch.device) -> boo
     if main_rank:
         drop_states(folder)
     return True
+
+
+def start_of(stage: int, args: argparse.Namespace) -> Path | None:
+    """The folder from which a stage starts, or would: the stage before's; for stage 1 --llm, or the
+    shipped LLM unless this run has its own. None for stage 0."""
+    if stage == 0:
+        return None
+    if stage == 1 and args.llm:
+        return args.llm
+    before = args.out / f"stage{stage - 1}"
+    if stage == 1 and not (before / "config.json").exists():
+        return STAGE0
+    return before
+
+
+def connector_of(stage: int, folder: Path | None, args: argparse.Namespace) -> ConnectorConfig:
+    """What --connector asks for in stage 1, then what the folder has. Raises InputError if it asks
+    for another."""
+    if stage == 0:
+        return ALIGNVLM_PRESETS["toy"].connector
+    if stage == 1:
+        sizes = ALIGNVLM_PRESETS["llama-3.2-1b" if args.llm else "toy"].connector
+        return replace(sizes, kind=args.connector or sizes.kind)
+    connector = read_config(folder).connector
+    if args.connector not in (None, connector.kind):
+        raise InputError(f"{folder} has the connector {connector.kind}: another begins with stage "
+                         "1")
+    return connector
+
+
+def record_of(stage: int, recipe: Recipe, connector: ConnectorConfig,
+              args: argparse.Namespace) -> dict:
+    """What recipe.json says that a stage was trained with; as it is read again, from JSON."""
+    record = {"preset": args.preset, "seed": args.seed, "data": None, "look": "clean",
+              "max_tiles": args.max_tiles, "connector": connector.kind, **asdict(recipe)}
+    if stage > 0:
+        record |= {"data": args.data, "look": args.look}
+    return json.loads(json.dumps(record))
 
 
 # --------------------------------------------------------------------------------------------------
