@@ -124,9 +124,11 @@ def multiply(a: Tensor, B: Tensor, out: Tensor, add: float = 0.0) -> Tensor:
     """
     if len(B) == 0 or not by_onednn(a):
         return torch.addmm(out, a, B, beta=add, out=out)
+    # Some columns of a B that lies row by row would be read number by number: 1,000 times as long.
+    width = CELL if B.stride(0) == 1 else B.shape[1]
     for a_rows, out_rows in zip(a.split(CELL), out.split(CELL)):
-        for columns, cell in zip(B.split(CELL, dim=1), out_rows.split(CELL, dim=1)):
-            product = onednn(a_rows, columns.T)                             # (2048, 2048) at most
+        for columns, cell in zip(B.split(width, dim=1), out_rows.split(width, dim=1)):
+            product = onednn(a_rows, columns.T)                             # (2048, width) at most
             cell.copy_(product.add_(cell, alpha=add) if add else product)
     return out
 
