@@ -1,19 +1,47 @@
-"""An image file, in whatever state it is -> an upright RGB image."""
+"""An image file, in whatever state it is -> upright RGB images, one a page.
+
+Pixels and metadata are read apart. Of the metadata only the orientation is read, by a reader of our
+own, to which nothing is too odd. Pillow is given the pixels alone: no EXIF, XMP or text can cost
+them.
+"""
+import io
+import math
 import os
+import re
 import struct
 import warnings
+import zlib
+from collections.abc import Iterator
 
 import numpy as np
-from PIL import Image, ImageOps
+from PIL import Image
 
 from plumbing.settings import InputError
 
 # A page of 10,000 x 10,000; beyond that a small file could fill the memory.
 MAX_PIXELS = 100_000_000
+# Of a file's pages together.
+MAX_PAGE_PIXELS = 4 * MAX_PIXELS
+MAX_BYTES = 2 ** 31         # of a file
+MAX_TEXT = 2 ** 20          # bytes of a compressed text that are looked at
 
-# What Pillow raises for one damaged file or another.
-UNREADABLE = (OSError, ValueError, SyntaxError, EOFError, LookupError, RuntimeError,
-              ArithmeticError, struct.error)
+PNG = b"\x89PNG\r\n\x1a\n"
+JPEG = b"\xff\xd8"
+TIFF = (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+")
+XMP = b"http://ns.adobe.com/xap/1.0/\0"
+
+# What makes a stored picture upright, by the value of its orientation.
+UPRIGHT = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
+
+Picture = tuple[bytes, int | None]      # a file of one page without metadata, its orientation
 
 
 class ImageError(InputError):
@@ -21,36 +49,102 @@ class ImageError(InputError):
 
 
 def read_image(file) -> Image.Image:
-    """A path or a binary file -> an upright RGB image: EXIF rotation applied, transparency laid on
-    white.
+    """A path or a binary file -> an upright RGB image: its orientation applied, transparency laid
+    on white.
 
-    Raises ImageError for what is no image, is truncated, or has more than MAX_PIXELS (nothing is
-    decoded then).
+    Raises ImageError for what is no image, is truncated, has several pages (read_pages), or more
+    than MAX_PIXELS (nothing is decoded then).
     """
-    name = file if isinstance(file, (str, os.PathLike)) else getattr(file, "name", "image")
+    name = name_of(file)
+    pictures = pictures_of(read_bytes(file, name))
+    first = next(pictures)
+    more = sum(1 for _ in pictures)
+    if more:
+        raise ImageError(f"{name}: {1 + more} pages, where one image is expected: save each page "
+                         "as a file")
+    return read_picture(*first, name)
+
+
+def read_pages(file) -> list[Image.Image]:
+    """A path or a binary file -> its pages, as read_image reads them: several of a TIFF of several,
+    else one.
+
+    Raises ImageError, also for pages of more than MAX_PAGE_PIXELS together.
+    """
+    name = name_of(file)
+    pages = []
+    n_pixels = 0
+    for picture in pictures_of(read_bytes(file, name)):
+        page = read_picture(*picture, name)
+        n_pixels += page.width * page.height
+        if n_pixels > MAX_PAGE_PIXELS:
+            raise ImageError(f"{name}: pages of more than {MAX_PAGE_PIXELS:,} pixels together; "
+                             "scale them down first, or save some of them apart")
+        pages.append(page)
+    return pages
+
+
+def name_of(file) -> str:
+    return file if isinstance(file, (str, os.PathLike)) else getattr(file, "name", "image")
+
+
+def read_bytes(file, name: str) -> bytes:
+    """The content of a path or a binary file. Raises ImageError."""
+    try:
+        if not isinstance(file, (str, os.PathLike)):
+            file.seek(0)
+            return file.read()
+        with open(file, "rb") as opened:
+            if os.fstat(opened.fileno()).st_size > MAX_BYTES:
+                raise ImageError(f"{name}: larger than {MAX_BYTES:,} bytes")
+            return opened.read()
+    except FileNotFoundError:
+        hint = ""
+        if re.match(r"https?:", str(name)):
+            hint = " here: an image on the web is downloaded first, then named by its file"
+        raise ImageError(f"{name}: no such file{hint}") from None
+    except PermissionError:
+        raise ImageError(f"{name}: it may not be read (permission denied)") from None
+    except (OSError, ValueError) as error:
+        reason = getattr(error, "strerror", None) or error
+        raise ImageError(f"{name}: not a readable image ({reason})") from None
+
+
+# --------------------------------------------------------------------------------------------------
+# Pixels
+
+
+def read_picture(data: bytes, orientation: int | None, name: str) -> Image.Image:
+    """A file of one page -> an upright RGB image. Raises ImageError."""
     try:
         with warnings.catch_warnings():     # MAX_PIXELS is ours; Pillow's own limits are near it
-            warnings.simplefilter("ignore", Image.DecompressionBombWarning)
-            image = Image.open(file)
-        with image:
-            if image.width * image.height > MAX_PIXELS:
-                raise ImageError(f"{name}: {image.width} x {image.height} pixels are more than "
-                                 f"{MAX_PIXELS:,}; scale it down first")
-            return upright_rgb(image)
+            warnings.simplefilter("ignore")
+            image = Image.open(io.BytesIO(data))
+            with image:
+                if image.width * image.height > MAX_PIXELS:
+                    raise ImageError(f"{name}: {image.width} x {image.height} pixels are more than "
+                                     f"{MAX_PIXELS:,}; scale it down first")
+                image.load()
+                if orientation is None:     # of a format that Pillow alone knows
+                    orientation = stated_orientation(image)
+                image = in_rgb(image)
+        if orientation in UPRIGHT:
+            image = image.transpose(UPRIGHT[orientation])
+        return image
     except ImageError:
         raise
-    except FileNotFoundError:
-        raise ImageError(f"{name}: no such file") from None
     except Image.DecompressionBombError:
         raise ImageError(f"{name}: more than {MAX_PIXELS:,} pixels; scale it down first") from None
-    except UNREADABLE as error:
-        raise ImageError(f"{name}: not a readable image ({error})") from None
+    except Image.UnidentifiedImageError:
+        raise ImageError(f"{name}: not a readable image (of no format that Pillow "
+                         "knows)") from None
+    except Exception as error:      # a damaged file shows itself in many ways
+        reason = " ".join(str(error).split())
+        raise ImageError(f"{name}: not a readable image ({reason})") from None
 
 
-def upright_rgb(image: Image.Image) -> Image.Image:
-    """Decode an opened image."""
-    image.load()
-    ImageOps.exif_transpose(image, in_place=True)
+def in_rgb(image: Image.Image) -> Image.Image:
+    """A decoded image of any mode -> RGB."""
     if image.mode.startswith("I") or image.mode == "F":
         image = eight_bits(image)
     if "A" in image.getbands() or "transparency" in image.info:
@@ -78,3 +172,291 @@ def eight_bits(image: Image.Image) -> Image.Image:
     np.clip(grey, 0, 255, out=grey)                     # in place: a page may have 100 M pixels
     np.round(grey, out=grey)
     return Image.fromarray(grey.astype(np.uint8))
+
+
+# --------------------------------------------------------------------------------------------------
+# Pages without their metadata, and the orientation
+
+
+def pictures_of(data: bytes) -> Iterator[Picture]:
+    """The pages of a file, one at least, each as a file of its own."""
+    if data.startswith(JPEG):
+        yield jpeg_picture(data)
+    elif data.startswith(PNG):
+        yield png_picture(data)
+    elif data.startswith(TIFF):
+        yield from tiff_pictures(data)
+    else:
+        yield data, None
+
+
+def stated_orientation(image: Image.Image) -> int:
+    """The orientation of an image that Pillow has opened, by its EXIF or XMP (WebP, AVIF)."""
+    exif, xmp = image.info.get("exif"), image.info.get("xmp")
+    return orientation_of(exif if isinstance(exif, bytes) else b"",
+                          xmp if isinstance(xmp, bytes) else b"")
+
+
+def orientation_of(exif: bytes, xmp: bytes) -> int:
+    """What EXIF says, or else XMP, from 1 to 8; 1, upright, where neither can be read."""
+    return exif_orientation(exif) or xmp_orientation(xmp) or 1
+
+
+def exif_orientation(block: bytes) -> int | None:
+    """The orientation of an EXIF block, a small TIFF file; None where it has none."""
+    while block.startswith(b"Exif\0\0"):
+        block = block[6:]
+    layout = tiff_layout(block)
+    return directory_orientation(block, layout, first_directory(block, layout)) if layout else None
+
+
+def xmp_orientation(text: bytes) -> int | None:
+    """The orientation of XMP, as an attribute or as an element; None where it has none."""
+    found = re.search(rb"""tiff:Orientation(?:\s*=\s*["']|>)\s*([1-8])(?![0-9])""", text)
+    return int(found[1]) if found else None
+
+
+# -------------------------------------------------------------------------------------------------
+# JPEG: segments of a marker and a length, then the scans
+
+
+def jpeg_picture(data: bytes) -> Picture:
+    """A JPEG without its segments of applications, and its orientation."""
+    kept = [JPEG]
+    exif, xmp = b"", b""
+    at = len(JPEG)
+    while True:
+        at = data.find(b"\xff", at)         # what is no marker is skipped, as decoders do
+        if at < 0 or at + 4 > len(data):
+            break
+        marker = data[at + 1]
+        if marker == 0xFF:                  # filling
+            at += 1
+            continue
+        if marker in (0x00, 0x01) or 0xD0 <= marker <= 0xD8:        # markers without a length
+            at += 2
+            continue
+        if marker in (0xD9, 0xDA):          # the end, or a scan: pixels from here on
+            kept.append(data[at:])
+            break
+        stop = at + 2 + max(2, int.from_bytes(data[at + 2:at + 4], "big"))
+        segment = data[at + 4:stop]
+        if tells_of_pixels(marker, segment):
+            kept.append(data[at:stop])
+        elif marker == 0xE1 and segment.startswith(XMP):
+            xmp += segment[len(XMP):]
+        elif marker == 0xE1 and segment.startswith(b"Exif\0"):
+            exif += segment[6:]             # a long block goes on in the next segment
+        at = stop
+    return b"".join(kept), orientation_of(exif, xmp)
+
+
+def tells_of_pixels(marker: int, segment: bytes) -> bool:
+    """Whether a decoder needs a JPEG's segment: all but comments and those of applications, of
+    which JFIF's and Adobe's tell the colours."""
+    if marker == 0xE0:
+        return segment.startswith(b"JFIF\0") and len(segment) >= 14
+    if marker == 0xEE:
+        return segment.startswith(b"Adobe") and len(segment) >= 12
+    return not (0xE0 <= marker <= 0xEF or marker == 0xFE)
+
+
+# -------------------------------------------------------------------------------------------------
+# PNG: chunks of a length, a kind, the content and a checksum
+
+
+def png_picture(data: bytes) -> Picture:
+    """A PNG without its ancillary chunks but the transparency, and its orientation."""
+    kept = [PNG]
+    exif, profile, xmp = b"", b"", b""
+    at = len(PNG)
+    while at + 8 <= len(data):
+        length, kind = struct.unpack_from(">I4s", data, at)
+        stop = at + 12 + length
+        content = data[at + 8:stop - 4]
+        if not kind[0] & 0x20:              # an upper-case letter: no decoder may skip it
+            kept.append(data[at:stop])
+        elif kind == b"tRNS":
+            if data[stop - 4:stop] == zlib.crc32(kind + content).to_bytes(4, "big"):
+                kept.append(data[at:stop])
+        elif kind == b"eXIf":
+            exif = content
+        elif kind in (b"tEXt", b"zTXt", b"iTXt"):
+            keyword, text = png_text(kind, content)
+            if keyword in (b"Raw profile type exif", b"Raw profile type APP1"):
+                profile = raw_profile(text)
+            elif keyword == b"XML:com.adobe.xmp":
+                xmp = text
+        at = stop
+        if kind == b"IEND":
+            break
+    kept.append(data[at:at + 8])            # half a chunk's head: Pillow says what is wrong
+    return b"".join(kept), orientation_of(exif or profile, xmp or profile)
+
+
+def png_text(kind: bytes, content: bytes) -> tuple[bytes, bytes]:
+    """The keyword and the text of a chunk, of which only the first MAX_TEXT bytes matter."""
+    keyword, _, text = content.partition(b"\0")
+    if kind == b"zTXt":                     # after a byte for the method
+        return keyword, inflated(text[1:])
+    if kind == b"iTXt":                     # is it compressed, method, language, keyword, text
+        is_compressed = text[:1] == b"\1"
+        text = text[2:].split(b"\0", 2)[-1]
+        return keyword, inflated(text) if is_compressed else text[:MAX_TEXT]
+    return keyword, text[:MAX_TEXT]
+
+
+def inflated(data: bytes) -> bytes:
+    """The first MAX_TEXT bytes of what was compressed, or as far as it is whole."""
+    try:
+        return zlib.decompressobj().decompress(data, MAX_TEXT)
+    except zlib.error:
+        return b""
+
+
+def raw_profile(text: bytes) -> bytes:
+    """ImageMagick's way to write a block as text: its name, its length, then hexadecimal digits, on
+    lines of their own."""
+    digits = re.sub(rb"[^0-9a-fA-F]", b"", b"".join(text.split(b"\n")[3:]))
+    return bytes.fromhex(digits[:len(digits) // 2 * 2].decode())
+
+
+# -------------------------------------------------------------------------------------------------
+# TIFF, and EXIF, which is one: directories of entries (tag, type, count, value or its place)
+
+
+# The tags without which pixels cannot be decoded, or not rightly: sizes, colours, compression,
+# strips and tiles. All others are metadata.
+PIXEL_TAGS = {254, 255, 256, 257, 258, 259, 262, 266, 273, 277, 278, 279, 284, 292, 293, 317, 320,
+              322, 323, 324, 325, 332, 334, 338, 339, 347, *range(512, 522), 529, 530, 531, 532,
+              37439, 50674}
+SUBFILE, ORIENTATION, XMP_TAG = 254, 274, 700
+SIZES = (256, 257)              # width and height
+PIXELS_AT = (273, 324, 513)     # the places of strips, of tiles, of an old JPEG
+NUMBERS = {1: "B", 3: "H", 4: "I", 6: "b", 8: "h", 9: "i", 11: "f", 12: "d", 13: "I", 16: "Q"}
+
+Layout = tuple[str, str, int, str]      # byte order; formats of a count, bytes of an entry, an offset
+
+
+def tiff_layout(data: bytes) -> Layout | None:
+    """How a TIFF's directories are written; None for what is no TIFF."""
+    order = {b"II": "<", b"MM": ">"}.get(data[:2])
+    if order is None:
+        return None
+    is_big = data[2:4] in (b"+\0", b"\0+")
+    return (order, "Q", 20, "Q") if is_big else (order, "H", 12, "I")
+
+
+def number_at(data: bytes, at: int, form: str) -> int | float | None:
+    """The number of a struct format; None where the data end before it."""
+    if at < 0 or at + struct.calcsize(form) > len(data):
+        return None
+    return struct.unpack_from(form, data, at)[0]
+
+
+def first_directory(data: bytes, layout: Layout) -> int:
+    """Where the first directory is; 0 for nowhere."""
+    order, _, _, offset = layout
+    return number_at(data, 4 if offset == "I" else 8, order + offset) or 0
+
+
+def entries_of(data: bytes, layout: Layout, at: int) -> dict[int, int]:
+    """The place of each whole entry of a directory by its tag; the first of two with one tag."""
+    order, count, size, _ = layout
+    n = number_at(data, at, order + count) or 0
+    first = at + struct.calcsize(order + count)
+    room = max(0, len(data) - first) // size
+    places: dict[int, int] = {}
+    for place in range(first, first + size * min(n, room), size):
+        places.setdefault(number_at(data, place, order + "H"), place)
+    return places
+
+
+def entry_value(data: bytes, layout: Layout, place: int | None) -> int | None:
+    """The first number of an entry, whatever type it is written in; None for what is none."""
+    if place is None:
+        return None
+    order, _, size, offset = layout
+    kind = number_at(data, place + 2, order + "H")
+    if kind not in NUMBERS:
+        return None
+    form = order + NUMBERS[kind]
+    value_at = place + size - struct.calcsize(order + offset)
+    if struct.calcsize(form) > struct.calcsize(order + offset):     # it is elsewhere
+        value_at = number_at(data, value_at, order + offset)
+    value = number_at(data, value_at, form)
+    return int(value) if value is not None and math.isfinite(value) else None
+
+
+def directory_orientation(data: bytes, layout: Layout, at: int) -> int | None:
+    value = entry_value(data, layout, entries_of(data, layout, at).get(ORIENTATION))
+    return value if value in range(1, 9) else None
+
+
+def tiff_pictures(data: bytes) -> Iterator[Picture]:
+    """The pages of a TIFF: its directories but those of previews and masks, without metadata.
+
+    If it has nothing but those, the first one. What leads nowhere ends the pages before it.
+    """
+    layout = tiff_layout(data)
+    order, _, _, offset = layout
+    tidied = bytearray(data)
+    pages, others = [], []          # (place, orientation)
+    at = first_directory(data, layout)
+    seen = set()
+    while at and at not in seen:
+        seen.add(at)
+        places = entries_of(data, layout, at)
+        if not is_picture(data, layout, places):
+            break
+        orientation = directory_orientation(data, layout, at)
+        if orientation is None:
+            orientation = xmp_orientation(entry_bytes(data, layout, places.get(XMP_TAG)))
+        subfile = entry_value(data, layout, places.get(SUBFILE)) or 0
+        is_page = not subfile & 0b101       # neither a preview nor a mask
+        (pages if is_page else others).append((at, orientation or 1))
+        following = next_directory(data, layout, at)
+        drop_metadata(tidied, data, layout, at, places)
+        at = following
+    first_at = 4 if offset == "I" else 8
+    for at, orientation in pages or others[:1]:
+        struct.pack_into(order + offset, tidied, first_at, at)
+        yield bytes(tidied), orientation
+    if not pages and not others:
+        yield data, 1                       # Pillow says what is wrong
+
+
+def is_picture(data: bytes, layout: Layout, places: dict[int, int]) -> bool:
+    """Whether a directory has sizes, and a place where pixels are."""
+    sizes = [entry_value(data, layout, places.get(tag)) or 0 for tag in SIZES]
+    return min(sizes) > 0 and any(tag in places for tag in PIXELS_AT)
+
+
+def entry_bytes(data: bytes, layout: Layout, place: int | None) -> bytes:
+    """The bytes of an entry's value, whose type has one each."""
+    if place is None:
+        return b""
+    order, _, _, offset = layout
+    n = number_at(data, place + 4, order + offset)
+    value_at = number_at(data, place + 4 + struct.calcsize(order + offset), order + offset)
+    return data[value_at:value_at + min(n, MAX_TEXT)]
+
+
+def next_directory(data: bytes, layout: Layout, at: int) -> int:
+    """Where the directory after this one is; 0 for nowhere."""
+    order, count, size, offset = layout
+    n = number_at(data, at, order + count)
+    return number_at(data, at + struct.calcsize(order + count) + size * n, order + offset) or 0
+
+
+def drop_metadata(tidied: bytearray, data: bytes, layout: Layout, at: int,
+                  places: dict[int, int]) -> None:
+    """Write the directory at `at` anew, into its own place in `tidied`: its entries of PIXEL_TAGS
+    alone, and none after it."""
+    order, count, size, offset = layout
+    kept = [data[place:place + size] for tag, place in places.items() if tag in PIXEL_TAGS]
+    end = struct.pack(order + offset, 0)
+    entries = struct.pack(order + count, len(kept)) + b"".join(kept)
+    tidied[at:at + len(entries)] = entries
+    after = at + len(entries)
+    tidied[after:after + len(end)] = end[:max(0, len(tidied) - after)]
