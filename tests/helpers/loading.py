@@ -1,11 +1,12 @@
 """Started by test_weights.py as a process of its own, which is measured:
 
-    python tests/helpers/loading.py load LLAMA_FOLDER           # Llama.from_pretrained in bf16
-    python tests/helpers/loading.py time LLAMA_FOLDER           # by hand: that against load_file and a clone of every tensor
-    torchrun --nproc_per_node 2 tests/helpers/loading.py ranks LLAMA_FOLDER OUT             # every rank its part, in bf16
-    torchrun --nproc_per_node 2 tests/helpers/loading.py vlm VISION_FOLDER LLM_FOLDER OUT   # from_backbones, then saved
+    python tests/helpers/loading.py load LLAMA_FOLDER       # Llama.from_pretrained in bf16
+    python tests/helpers/loading.py time LLAMA_FOLDER       # by hand: that beside load_file
+    torchrun --nproc_per_node 2 tests/helpers/loading.py ranks LLAMA_FOLDER OUT
+    torchrun --nproc_per_node 2 tests/helpers/loading.py vlm VISION_FOLDER LLM_FOLDER OUT
 
-Prints JSON; ranks writes it to OUT/RANK. The peak is what came on top of importing torch.
+ranks: every rank its part, in bf16. vlm: from_backbones, then saved. Prints JSON; ranks writes it
+to OUT/RANK. The peak is what came on top of importing torch.
 """
 import json
 import sys
@@ -18,7 +19,10 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 
 def peak() -> int:
-    """Bytes of the largest resident set of this process (its own: ru_maxrss would begin with its parent's)."""
+    """Bytes of the largest resident set of this process.
+
+    Its own: ru_maxrss would begin with its parent's.
+    """
     for line in Path("/proc/self/status").read_text().splitlines():
         if line.startswith("VmHWM:"):
             return int(line.split()[1]) * 1024
@@ -26,55 +30,65 @@ def peak() -> int:
 
 IMPORTED = peak()
 
+import torch.distributed as dist
+from torch.distributed.fsdp import fully_shard
 
-def timed(action) -> float:
+from model import AlignVLM, Llama
+from plumbing.processes import start_processes
+
+
+def load(folder: str) -> None:
+    model = Llama.from_pretrained(folder, torch.bfloat16)
+    size = sum(p.numel() * p.element_size() for p in model.parameters())
+    print(json.dumps({"peak": peak() - IMPORTED, "bytes": size}))
+
+
+def seconds(action) -> float:
     start = time.perf_counter()
     action()
     return time.perf_counter() - start
 
 
-def load_and_clone(folder: Path) -> None:
+def load_and_clone(folder: str) -> None:
     from safetensors.torch import load_file
     kept = []
-    for file in sorted(folder.glob("*.safetensors")):
+    for file in sorted(Path(folder).glob("*.safetensors")):
         kept += [tensor.clone() for tensor in load_file(file).values()]
 
 
-what, *paths = sys.argv[1:]
-if what in ("load", "time"):
-    from model import Llama
-    if what == "load":
-        model = Llama.from_pretrained(paths[0], torch.bfloat16)
-        size = sum(p.numel() * p.element_size() for p in model.parameters())
-        print(json.dumps({"peak": peak() - IMPORTED, "bytes": size}))
-    else:
-        ours, theirs = [], []
-        for _ in range(2):      # turn by turn, and the best of each: a busy machine slows down both
-            theirs.append(timed(lambda: load_and_clone(Path(paths[0]))))
-            ours.append(timed(lambda: Llama.from_pretrained(paths[0], torch.bfloat16)))
-        print(json.dumps({"ours": min(ours), "load_file and clone": min(theirs)}))
-else:
-    import torch.distributed as dist
+def compare(folder: str) -> None:
+    """Turn by turn, and the best of each: a busy machine slows down both."""
+    ours, theirs = [], []
+    for _ in range(2):
+        theirs.append(seconds(lambda: load_and_clone(folder)))
+        ours.append(seconds(lambda: Llama.from_pretrained(folder, torch.bfloat16)))
+    print(json.dumps({"ours": min(ours), "load_file and clone": min(theirs)}))
 
-    from model import AlignVLM, Llama
-    from plumbing.processes import start_processes
 
-    device = start_processes()
-    if what == "ranks":
-        from torch.distributed.fsdp import fully_shard
+def load_part(folder: str, out: str) -> None:
+    def shard_llama(model: Llama) -> None:
+        for module in [*model.layers, model]:
+            fully_shard(module)
 
-        def shard_llama(model: Llama) -> None:
-            for module in [*model.layers, model]:
-                fully_shard(module)
-
-        model = Llama.from_pretrained(paths[0], torch.bfloat16, shard=shard_llama)
-        own = sum(p.to_local().numel() * p.element_size() for p in model.parameters())
-        (Path(paths[1]) / str(dist.get_rank())).write_text(json.dumps({"peak": peak() - IMPORTED, "bytes": own}))
-        dist.barrier()
-    else:
-        from train import shard
-
-        torch.manual_seed(0)
-        model = AlignVLM.from_backbones(paths[0], paths[1], torch.float32, device, lambda model: shard(model, device))
-        model.save_pretrained(paths[2], Path(paths[1]) / "tokenizer.model", torch.float32)
+    start_processes()
+    model = Llama.from_pretrained(folder, torch.bfloat16, shard=shard_llama)
+    own = sum(p.to_local().numel() * p.element_size() for p in model.parameters())
+    result = {"peak": peak() - IMPORTED, "bytes": own}
+    (Path(out) / str(dist.get_rank())).write_text(json.dumps(result))
+    dist.barrier()
     dist.destroy_process_group()
+
+
+def load_and_save(vision: str, llm: str, out: str) -> None:
+    from train import shard
+    device = start_processes()
+    torch.manual_seed(0)
+    model = AlignVLM.from_backbones(vision, llm, torch.float32, device,
+                                    lambda model: shard(model, device))
+    model.save_pretrained(out, Path(llm) / "tokenizer.model", torch.float32)
+    dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    what, *paths = sys.argv[1:]
+    {"load": load, "time": compare, "ranks": load_part, "vlm": load_and_save}[what](*paths)
