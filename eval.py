@@ -96,11 +96,11 @@ def report(folder: Path, n: int, seed: int, look: str, device: torch.device) -> 
 
 
 def evaluate_benchmark(model: AlignVLM, tokenizer: Tokenizer, benchmark: Benchmark, weights: int,
-                       args: argparse.Namespace) -> tuple[dict[str, float], list[dict]]:
-    """A benchmark's scores by name, and those with noise (evaluate_with_noise).
+                       args: argparse.Namespace) -> tuple[dict, dict, list[dict]]:
+    """A benchmark's scores by name, their 95 % intervals, and those with noise.
 
     weights: the model's fingerprint. Predictions go to files in args.out. On all ranks but the
-    first both are empty.
+    first all are empty.
     """
     benchmark = replace(benchmark, rows=benchmark.rows[:args.limit],
                         prompts=benchmark.prompts[:args.limit])
@@ -108,8 +108,10 @@ def evaluate_benchmark(model: AlignVLM, tokenizer: Tokenizer, benchmark: Benchma
                 "max_new_tokens": args.max_new_tokens, "max_tiles": args.max_tiles, "noise": 0.0}
     stem = str(args.out / benchmark.name)
     rows = predict(model, tokenizer, benchmark, stem, settings, args.batch_size)
-    scores = METRICS[benchmark.name](rows) if rows else {}
-    return scores, evaluate_with_noise(model, tokenizer, benchmark, settings, args)
+    metric = METRICS[benchmark.name]
+    scores = metric(rows) if rows else {}
+    intervals = metric.intervals(rows) if rows else {}
+    return scores, intervals, evaluate_with_noise(model, tokenizer, benchmark, settings, args)
 
 
 def evaluate_with_noise(model: AlignVLM, tokenizer: Tokenizer, benchmark: Benchmark,
@@ -131,8 +133,10 @@ def evaluate_with_noise(model: AlignVLM, tokenizer: Tokenizer, benchmark: Benchm
         rows = predict(model, tokenizer, benchmark, stem, noisy, args.batch_size)
         if rows:
             measured = read_json(Path(f"{stem}.settings.json"))["measured"]
-            score = headline(METRICS[benchmark.name](rows))
-            runs.append({"sigma": sigma, **measured, "score": score})
+            metric = METRICS[benchmark.name]
+            interval = next(iter(metric.intervals(rows).values()))
+            runs.append({"sigma": sigma, **measured, "score": headline(metric(rows)),
+                         "interval": interval})
     return runs
 
 
@@ -253,7 +257,7 @@ def earlier_results(path: Path, weights: int) -> dict[str, dict]:
 
     The table is of all that was measured. Raises InputError for those of another model.
     """
-    results = {"scores": {}, "noise": {}}
+    results = {"scores": {}, "intervals": {}, "noise": {}}
     if not path.exists():
         return results
     before = read_json(path)
@@ -296,8 +300,10 @@ def main() -> None:
                **earlier_results(args.out / "scores.json", weights)}
     with name_stalled_rank(TIMEOUT):
         for benchmark in benchmarks:
-            scores, noise = evaluate_benchmark(model, tokenizer, benchmark, weights, args)
+            scores, intervals, noise = evaluate_benchmark(model, tokenizer, benchmark, weights,
+                                                          args)
             results["scores"][benchmark.name] = scores
+            results["intervals"][benchmark.name] = intervals
             if noise:
                 runs = [*results["noise"].get(benchmark.name, []), *noise]
                 newest = {run["sigma"]: run for run in runs}

@@ -57,6 +57,11 @@ TOYS = {"toy" if look == "clean" else f"toy-{look}": (look, KINDS) for look in L
 TOYS["toy-reports"] = ("hard", ["report"])
 # An `image` cell that has no more characters is the index of the row whose image it shares.
 REFERENCE = 64
+# Said by a row whose file is scored by DUE (paper/metrics.py).
+DUE = "DUE"
+# DUE's names of what DocDownstream has of it; DocOwl's evaluation reads DocVQA and InfoVQA so too.
+DUE_FOLDERS = {"DocVQA": "DocVQA", "InfoVQA": "InfographicsVQA", "DeepForm": "DeepForm",
+               "KLC": "KleisterCharity", "WTQ": "WikiTableQuestions"}
 
 
 @dataclass
@@ -108,6 +113,9 @@ def name_of(path: str) -> str:
     """The benchmark that a file's name tells, or else that of a folder above it."""
     for part in reversed(Path(path).parts):
         letters = re.sub(r"[^a-z0-9]", "", part.lower())
+        if re.search("vcr.*zh", letters):
+            raise InputError(f"{path}: VCR in Chinese is not scored: its words are not marked by "
+                             "spaces")
         for name, pattern in FILE_NAMES.items():
             if re.search(pattern, letters):
                 return name
@@ -129,7 +137,7 @@ def read_images(names: list[str], folders: list[Path], root: Path) -> list[Image
     for name in names:
         paths = [Path(os.path.abspath(folder / name)) for folder in folders]
         inside = [path for path in paths if path.is_relative_to(root)]
-        if not inside:
+        if paths[0] not in inside:
             raise ImageError(f"{name}: outside of {root}")
         there = [path for path in inside if path.is_file()]
         images.append(read_image((there or inside)[0]))
@@ -148,7 +156,7 @@ def tsv_benchmark(name: str, path: Path) -> Benchmark:
     check_header(header, path)
     rows, prompts = [], []
     starts = {}             # by index: the byte at which the row begins
-    image_of = []           # by row: the index of the row that has its image
+    image_of = {}           # by index: the index of the row that has its image, or points on
     for record, stop in records:
         if len(record) != len(header):
             raise InputError(f"{path}: {len(record)} fields, not {len(header)}, in row "
@@ -161,25 +169,44 @@ def tsv_benchmark(name: str, path: Path) -> Benchmark:
         if name == "TableVQABench" and split not in TABLE_VQA_SPLITS:
             raise InputError(f"{path}, index {index}: its split is {split}, not "
                              f"{' or '.join(TABLE_VQA_SPLITS)}")
-        rows.append(row_of(index, cells["question"], as_list(cells["answer"]), split))
+        # VLMEvalKit takes TableVQABench's cells as they are.
+        answer = cells["answer"]
+        golds = [answer] if name == "TableVQABench" else as_list(answer)
+        if not golds:
+            raise InputError(f"{path}, index {index}: its answer is an empty list")
+        rows.append(row_of(index, cells["question"], golds, split))
         prompts.append(tsv_prompt(name, cells["question"], split))
         image = cells.get("image", "")
-        image_of.append(image if 0 < len(image) <= REFERENCE else index)
+        image_of[index] = image if 0 < len(image) <= REFERENCE else index
         starts[index] = start
         start = stop
 
     def images(i: int) -> list[Image.Image]:
         where = f"{path}, index {rows[i]['index']}"
-        if image_of[i] not in starts:
-            raise InputError(f"{where}: its image is that of index {image_of[i]!r}, which is not "
-                             "there")
-        record, _ = next(tsv_records(path, starts[image_of[i]]))
+        index = image_row(image_of, rows[i]["index"], where)
+        record, _ = next(tsv_records(path, starts[index]))
         try:
-            return tsv_images(dict(zip(header, record)), path.parent)
+            return tsv_images(dict(zip(header, record)), path)
         except (ImageError, binascii.Error) as error:
             raise InputError(f"{where}: {error}") from None
 
     return Benchmark(name, rows, prompts, images)
+
+
+def image_row(image_of: dict[str, str], index: str, where: str) -> str:
+    """The index of the row that has the image of row `index`, from one row to another.
+
+    Raises InputError.
+    """
+    passed = [index]
+    while image_of[passed[-1]] != passed[-1]:
+        target = image_of[passed[-1]]
+        if target not in image_of:
+            raise InputError(f"{where}: its image is that of index {target!r}, which is not there")
+        if target in passed:
+            raise InputError(f"{where}: its image is that of index {target!r}, which points back")
+        passed.append(target)
+    return passed[-1]
 
 
 def tsv_records(path: Path, start: int = 0) -> Iterator[tuple[list[str], int]]:
@@ -210,19 +237,21 @@ def check_header(header: list[str], path: Path) -> None:
         raise InputError(f"{path}: neither a column image nor image_path among {columns}")
 
 
-def tsv_images(cells: dict[str, str], folder: Path) -> list[Image.Image]:
+def tsv_images(cells: dict[str, str], path: Path) -> list[Image.Image]:
     """The images of a row, in base64 or as names of files below the TSV's folder.
 
-    Below LMUData/images VLMEvalKit puts the images of a TSV that it has made small. Raises
-    ImageError, and binascii.Error for what is no base64.
+    VLMEvalKit keeps DATASET.tsv's images in LMUData/images/DATASET. Raises ImageError, and
+    binascii.Error for what is no base64.
     """
+    folder = path.parent
     image = cells.get("image", "")
     if len(image) > REFERENCE:
         return [read_image(io.BytesIO(base64.b64decode(text))) for text in as_list(image)]
     names = cells.get("image_path")
     if not names:
         raise ImageError("no image")
-    return read_images(as_list(names), [folder, folder / "images"], folder)
+    images = folder / "images"
+    return read_images(as_list(names), [folder, images / path.stem, images], folder)
 
 
 def as_list(text: str) -> list[str]:
@@ -230,9 +259,10 @@ def as_list(text: str) -> list[str]:
 
     `[Yes, No]` is no such list, but an answer.
     """
-    if text.startswith("[") and text.endswith("]"):
+    stripped = text.strip(" \t")
+    if stripped.startswith("[") and stripped.endswith("]"):
         try:
-            return [str(item) for item in ast.literal_eval(text)]
+            return [str(item) for item in ast.literal_eval(stripped)]
         except (ValueError, SyntaxError, RecursionError, MemoryError):
             pass
     return [text]
@@ -261,7 +291,8 @@ def tsv_prompt(name: str, question: str, split: str | None) -> str:
 def jsonl_benchmark(name: str, path: Path) -> Benchmark:
     """A question and its answer a line; images lie relative to the file, or the folder above.
 
-    The model is asked what the file asks, as stage 3 has taught it.
+    The model is asked what the file asks, as stage 3 has taught it. The golds are those of DUE's
+    document.jsonl if it lies in DocDownstream's folder meta, else the answer.
     """
     if name == "TextVQA":
         raise InputError(f"{path}: TextVQA's accuracy needs the answers of ten people, "
@@ -272,9 +303,14 @@ def jsonl_benchmark(name: str, path: Path) -> Benchmark:
             if line.strip():
                 where = f"{path}, line {number}"
                 question, gold, names = read_record(line, where)
-                rows.append(row_of(len(rows), question, [gold]))
+                row = {**row_of(len(rows), question, [gold]), "document": names[0]}
+                rows.append({**row, "evaluation": DUE} if name in DUE_FOLDERS else row)
                 files.append((where, names))
     above = path.parent.parent
+    if name in DUE_FOLDERS:
+        meta = above / "meta" / DUE_FOLDERS[name] / "test"
+        if (meta / "document.jsonl").exists():
+            take_variants(rows, meta, every_value=name == "WTQ")
 
     def images(i: int) -> list[Image.Image]:
         where, names = files[i]
@@ -284,6 +320,74 @@ def jsonl_benchmark(name: str, path: Path) -> Benchmark:
             raise InputError(f"{where}: {error}") from None
 
     return Benchmark(name, rows, [row["question"] for row in rows], images)
+
+
+def take_variants(rows: list[dict], meta: Path, every_value: bool) -> None:
+    """Put DUE's document names and golds into the rows. Raises InputError.
+
+    metadata.jsonl has a line for each row: its document, and the question as DUE has it, in which
+    DeepForm's and KLC's key stands. document.jsonl has a line for each document: its keys, each
+    with values, and these with value_variants. The golds are all spellings of the values, and
+    "values" says how many these are; with every_value (WTQ) the golds are one spelling of each. A
+    row whose key the document lacks keeps its own.
+    """
+    values = document_values(meta / "document.jsonl")
+    records = read_json_lines(meta / "metadata.jsonl")
+    if len(records) != len(rows):
+        raise InputError(f"{meta / 'metadata.jsonl'}: {len(records):,} lines for {len(rows):,} "
+                         "questions: it belongs to another file, take it away or take that one")
+    for number, (row, record) in enumerate(zip(rows, records), 1):
+        try:
+            name = record["file_name"].split("/")[-1].split(".pdf")[0]
+            question = json.loads(record["ground_truth"])["gt_parses"][0]["question"]
+        except (ValueError, LookupError, TypeError, AttributeError):
+            raise InputError(f"{meta / 'metadata.jsonl'}, line {number}: no file_name and "
+                             "ground_truth as DocDownstream has them") from None
+        row["document"] = name
+        found = values.get(name, {})
+        keys = [key for key in found if key in question]
+        if not keys:
+            continue
+        spellings = found[max(keys, key=len)]       # the whole question, if it is a key
+        row["answers"] = [of_value[0] for of_value in spellings]
+        if not every_value:
+            row["answers"] = [text for of_value in spellings for text in of_value]
+            row["values"] = len(spellings)
+
+
+def document_values(path: Path) -> dict[str, dict[str, list[list[str]]]]:
+    """document.jsonl -> by document and key the values, each a list of its spellings.
+
+    Raises InputError.
+    """
+    documents: dict[str, dict[str, list[list[str]]]] = {}
+    for number, record in enumerate(read_json_lines(path), 1):
+        try:
+            of_document = documents.setdefault(record["name"], {})
+            for annotation in record["annotations"]:
+                spellings = [[value["value"], *(value.get("value_variants") or [])]
+                             for value in annotation["values"]]
+                if spellings:
+                    of_document.setdefault(annotation["key"], []).extend(spellings)
+                if not all(isinstance(text, str) for of_value in spellings for text in of_value):
+                    raise ValueError
+        except (ValueError, LookupError, TypeError, AttributeError):
+            raise InputError(f"{path}, line {number}: no name and annotations with values as DUE "
+                             "has them") from None
+    return documents
+
+
+def read_json_lines(path: Path) -> list:
+    """The values in a JSONL file. Raises InputError."""
+    values = []
+    with path.open("rb") as file:
+        for number, line in enumerate(file, 1):
+            try:
+                if line.strip():
+                    values.append(json.loads(line))
+            except (ValueError, RecursionError):
+                raise InputError(f"{path}, line {number}: not JSON") from None
+    return values
 
 
 def read_record(line: bytes, where: str) -> tuple[str, str, list[str]]:

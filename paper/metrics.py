@@ -3,28 +3,108 @@
 METRICS[benchmark](rows) takes rows with "prediction" (what the model wrote), "answers" (the golds,
 never empty), "question" and "split". It returns scores from 0 to 1 by name, the headline first, and
 nan without rows. They have to compare with published numbers, so each does what the benchmark's own
-evaluation does, oddities included.
+evaluation does, oddities included: VLMEvalKit's (ms-vlmeval 0.0.20) for DocVQA, InfoVQA, ChartQA,
+TextVQA, TableVQABench and VCR, DocOwl 1.5's for DeepForm, KLC, WTQ and TabFact.
+
+METRICS[benchmark].intervals(rows) says how sure the scores are; paper/compare.py compares two
+models.
 """
+import functools
 import math
 import re
 import unicodedata
 from collections.abc import Callable
+from dataclasses import dataclass
 from difflib import SequenceMatcher
 
-from paper.benchmarks import TOYS
+import numpy as np
 
-Metric = Callable[[list[dict]], dict[str, float]]
+from paper.benchmarks import DUE, TOYS
+
+RESAMPLES = 1000
+Scores = dict[str, float]
 
 
-def mean(scores: list[float]) -> float:
-    return sum(scores) / len(scores) if scores else math.nan
+@dataclass
+class Metric:
+    """A benchmark's scores, in two steps so that samples can be drawn again and again.
+
+    counts(row) are a row's k numbers that are added over the rows; scores(sums) makes scores from
+    0 to 1 of their sums (..., k), by name, each of shape (...).
+    """
+    k: int
+    counts: Callable[[dict], list[float]]
+    scores: Callable[[np.ndarray], dict[str, np.ndarray]]
+    by_document: bool = False       # rows of one "document" are drawn together
+
+    def __call__(self, rows: list[dict]) -> Scores:
+        return self.of_counts(self.counted(rows))
+
+    def counted(self, rows: list[dict]) -> np.ndarray:
+        """(rows, k), float64."""
+        return np.array([self.counts(row) for row in rows], dtype=np.float64).reshape(-1, self.k)
+
+    def of_counts(self, counts: np.ndarray) -> Scores:
+        """counts (rows, k) -> the scores over all rows."""
+        return {name: float(score) for name, score in self.of_sums(counts.sum(axis=0)).items()}
+
+    def of_sums(self, sums: np.ndarray) -> dict[str, np.ndarray]:
+        """sums (..., k) -> scores (...) by name, nan where nothing was counted."""
+        with np.errstate(invalid="ignore", divide="ignore"):
+            return self.scores(sums)
+
+    def drawn(self, rows: list[dict], *counts: np.ndarray) -> list[dict[str, np.ndarray]]:
+        """The bootstrap: scores (RESAMPLES,) by name of rows drawn with replacement.
+
+        counts (rows, k) of each model; the draws are the same for all of them, and every time.
+        """
+        groups = documents(rows) if self.by_document else np.arange(len(rows))      # (rows,)
+        n = int(groups.max()) + 1
+        generator = np.random.default_rng(0)
+        of_groups = np.zeros((n, len(counts), self.k))
+        np.add.at(of_groups, groups, np.stack(counts, axis=1))
+        sums = np.empty((RESAMPLES, len(counts), self.k))
+        for draw in range(RESAMPLES):
+            times = np.bincount(generator.integers(n, size=n), minlength=n)     # (n,)
+            sums[draw] = np.tensordot(times, of_groups, axes=1)
+        return [self.of_sums(sums[:, model]) for model in range(len(counts))]
+
+    def intervals(self, rows: list[dict]) -> dict[str, list[float]]:
+        """The 95 % interval [low, high] of each score: the middle of the bootstrap's."""
+        if not rows:
+            return {name: [math.nan, math.nan] for name in self(rows)}
+        [drawn] = self.drawn(rows, self.counted(rows))
+        return {name: middle(scores) for name, scores in drawn.items()}
+
+
+def documents(rows: list[dict]) -> np.ndarray:
+    """(rows,): the number of each row's document, 0 for the first; without one, its own."""
+    numbers: dict = {}
+    names = [row.get("document") or i for i, row in enumerate(rows)]
+    return np.array([numbers.setdefault(name, len(numbers)) for name in names])
+
+
+def middle(values: np.ndarray) -> list[float]:
+    """Between which two numbers the middle 95 % of the values lie, nan aside."""
+    values = values[~np.isnan(values)]
+    if not len(values):
+        return [math.nan, math.nan]
+    return [float(value) for value in np.percentile(values, [2.5, 97.5])]
 
 
 def averaged(name: str, score: Callable[[str, list[str]], float]) -> Metric:
     """The metric that is the mean over all rows of score(prediction, answers)."""
-    def metric(rows: list[dict]) -> dict[str, float]:
-        return {name: mean([score(row["prediction"], row["answers"]) for row in rows])}
-    return metric
+    return averaged_rows(name, lambda row: score(row["prediction"], row["answers"]))
+
+
+def averaged_rows(name: str, score: Callable[[dict], float]) -> Metric:
+    """The metric that is the mean over all rows of score(row)."""
+    return Metric(2, lambda row: [score(row), 1], lambda sums: {name: ratio(sums, 0)})
+
+
+def ratio(sums: np.ndarray, i: int) -> np.ndarray:
+    """sums (..., k): number i by the next."""
+    return sums[..., i] / sums[..., i + 1]
 
 
 # -------------------------------------------------------------------------------------------------
@@ -80,9 +160,32 @@ def anls(prediction: str, answers: list[str]) -> float:
 
 
 def levenshtein_similarity(prediction: str, gold: str) -> float:
-    """Case and the amount of white space don't count in the distance; the length is the raw one."""
+    """Case and the amount of white space don't count in the distance.
+
+    The length is the raw text's, in capitals: "ß" counts as two letters.
+    """
     distance = edit_distance(" ".join(gold.lower().split()), " ".join(prediction.lower().split()))
-    return 1 - distance / max(len(gold), len(prediction), 1)
+    return 1 - distance / max(len(gold.upper()), len(prediction.upper()), 1)
+
+
+def due_anls(prediction: str, answers: list[str]) -> float:
+    """DocVQA, InfoVQA as DUE scores them, which DocOwl calls for DocDownstream's files.
+
+    Here 0.5 itself is 0, and white space counts, but for line ends.
+    """
+    text = prediction.strip().replace("\n", "").upper()
+    similarity = max(plain_similarity(text, gold.upper()) for gold in answers)
+    return similarity if similarity > 0.5 else 0.0
+
+
+def plain_similarity(a: str, b: str) -> float:
+    return 1 - edit_distance(a, b) / max(len(a), len(b), 1)
+
+
+def doc_vqa(row: dict) -> float:
+    """A row is scored as its file's own evaluation does: VLMEvalKit's TSV, or DUE."""
+    score = due_anls if row.get("evaluation") == DUE else anls
+    return score(row["prediction"], row["answers"])
 
 
 # -------------------------------------------------------------------------------------------------
@@ -116,13 +219,23 @@ def chart_number(text: str) -> float | None:
         return None
 
 
-def chartqa(rows: list[dict]) -> dict[str, float]:
+CHART_SPLITS = "human", "augmented"
+
+
+def chart_counts(row: dict) -> list[float]:
+    """(score, 1) of all rows and of each split's."""
+    score = relaxed_accuracy(row["prediction"], row["answers"])
+    counts = [score, 1.0]
+    for split in CHART_SPLITS:
+        inside = float(row["split"] == split)
+        counts += [inside * score, inside]
+    return counts
+
+
+def chart_scores(sums: np.ndarray) -> dict[str, np.ndarray]:
     """ChartQA's relaxed accuracy over all rows, and over each of its two splits."""
-    metric = averaged("relaxed_accuracy", relaxed_accuracy)
-    scores = metric(rows)
-    for split in ("human", "augmented"):
-        scores[split] = metric([row for row in rows if row["split"] == split])["relaxed_accuracy"]
-    return scores
+    names = "relaxed_accuracy", *CHART_SPLITS
+    return {name: ratio(sums, 2 * i) for i, name in enumerate(names)}
 
 
 # -------------------------------------------------------------------------------------------------
@@ -168,7 +281,8 @@ def vqa_normalise(text: str) -> str:
     for mark in ';/[]"{}()=+\\_-><@`,?!':
         vanishes = has_thousands or f"{mark} " in original or f" {mark}" in original
         text = text.replace(mark, "" if vanishes else " ")
-    text = re.sub(r"\.(?!\d)", "", text)        # all dots but those of decimals
+    # Dots go that are beside no digit: the first 32, since re.sub is handed a flag as its count.
+    text = re.sub(r"(?<!\d)\.(?!\d)", "", text, count=32)
     words = [NUMBERS.get(word, word) for word in text.lower().split()]
     words = [word for word in words if word not in ("a", "an", "the")]
     return " ".join(APOSTROPHES.get(word, word) for word in words)
@@ -183,7 +297,8 @@ def vqa_accuracy(prediction: str, answers: list[str]) -> float:
     """
     normal = vqa_normalise(prediction)
     equal = [vqa_normalise(gold) == normal for gold in answers]
-    return mean([min(1, (sum(equal) - this) / 3) for this in equal])
+    matches = [min(1, (sum(equal) - this) / 3) for this in equal]
+    return sum(matches) / len(matches)
 
 
 # -------------------------------------------------------------------------------------------------
@@ -209,7 +324,8 @@ def wtq_values(text: str) -> list[tuple[tuple, str]]:
     """The different values of a list "a|b", each with the normal form of its first spelling."""
     found: dict[tuple, str] = {}
     for item in text.split("|"):
-        item = item.replace(r"\n", "\n").replace(r"\\", "\\")       # as the data's TSV escapes them
+        # as the data's TSV escapes them
+        item = item.replace(r"\n", "\n").replace(r"\p", "|").replace(r"\\", "\\")
         found.setdefault(wtq_value(item), wtq_normalise(item))
     return list(found.items())
 
@@ -220,7 +336,14 @@ def wtq_match(gold: tuple[tuple, str], predicted: tuple[tuple, str]) -> bool:
     b, b_normal = predicted
     if a_normal == b_normal or a == b:
         return True
-    return a[0] == b[0] == "number" and abs(a[1] - b[1]) < 1e-6
+    return a[0] == b[0] == "number" and near(a[1], b[1])
+
+
+def near(a: int | float, b: int | float) -> bool:
+    try:
+        return abs(a - b) < 1e-6
+    except OverflowError:       # an int that no float reaches, and a float
+        return False
 
 
 def wtq_value(text: str) -> tuple:
@@ -235,13 +358,17 @@ def wtq_value(text: str) -> tuple:
     if date is None:
         return "text", wtq_normalise(text)
     year, month, day = date
-    if month == day == -1 and year < 10 ** 18:      # more is compared with no float
+    if month == day == -1:
         return "number", year
     return "date", year, month, day
 
 
 def wtq_number(text: str) -> int | float | None:
     """Nearly whole numbers are cut, as in the original: 2.9999999 is 2."""
+    try:
+        return int(text)            # exactly, however many digits
+    except ValueError:
+        pass
     try:
         number = float(text)
     except ValueError:
@@ -321,7 +448,7 @@ def amounts(text: str) -> list[float] | list[str]:
     "$3,852 million" is 3852e6 and 3852, "34.2%" is 0.342 and 34.2.
     """
     text = re.sub(r"[$(),]", "", wtq_normalise(text))
-    text = re.sub(UNITS, "", text)
+    text = re.sub(UNITS, "", text, flags=re.IGNORECASE)
     bare = text
     for unit, power in POWERS.items():
         text = re.sub(unit, power, text)
@@ -332,76 +459,125 @@ def amounts(text: str) -> list[float] | list[str]:
         return [text, bare]
 
 
-def table_vqa(rows: list[dict]) -> dict[str, float]:
+TABLE_SPLITS = {"vwtq": denotation, "vwtq_syn": denotation, "vtabfact": true_or_false,
+                "fintabnetqa": financial}
+
+
+def table_counts(row: dict) -> list[float]:
+    """(score, 1) of each split's rows. Raises KeyError if the row's split is none of the four."""
+    # The prompts end in "Answer:", which models like to repeat; VLMEvalKit takes it away.
+    prediction = row["prediction"].removeprefix("Answer: ")
+    score = TABLE_SPLITS[row["split"]](prediction, row["answers"])
+    counts = []
+    for split in TABLE_SPLITS:
+        inside = float(row["split"] == split)
+        counts += [inside * score, inside]
+    return counts
+
+
+def table_scores(sums: np.ndarray) -> dict[str, np.ndarray]:
     """TableVQABench (Kim et al. 2024): the accuracy of each split, and first the mean of the four.
 
-    A split without rows is nan, and so is the mean then. Raises KeyError if a row's split is none
-    of the four.
+    A split without rows is nan, and so is the mean then.
     """
-    score = {"vwtq": denotation, "vwtq_syn": denotation, "vtabfact": true_or_false,
-             "fintabnetqa": financial}
-    scores: dict[str, list[float]] = {split: [] for split in score}
-    for row in rows:
-        # The prompts end in "Answer:", which models like to repeat; VLMEvalKit takes it away.
-        prediction = row["prediction"].removeprefix("Answer: ")
-        split = row["split"]
-        scores[split].append(score[split](prediction, row["answers"]))
-    accuracy = {split: mean(of_split) for split, of_split in scores.items()}
-    return {"accuracy": mean(list(accuracy.values())), **accuracy}
+    accuracy = {split: ratio(sums, 2 * i) for i, split in enumerate(TABLE_SPLITS)}
+    return {"accuracy": sum(accuracy.values()) / len(accuracy), **accuracy}
 
 
 # -------------------------------------------------------------------------------------------------
 # DeepForm, KLC
 
 
-def key_value_f1(rows: list[dict]) -> dict[str, float]:
+def pair_counts(row: dict) -> list[float]:
+    """A row's (key, value) pairs: right, predicted and expected; and 1 for the row.
+
+    A row asks for one key of one document; its golds are variants of one value. "None", so written,
+    says that there is no value: such a gold is not expected, such a prediction not counted. An
+    empty prediction is counted, as wrong. Where DUE has several values for a key ("values"), each
+    is expected, though one answer gives only one.
+    """
+    golds = {gold.strip().upper() for gold in row["answers"] if gold.strip() != "None"}
+    prediction = row["prediction"].strip().replace("\n", "")
+    predicted = prediction != "None"
+    right = predicted and prediction.upper() in golds
+    expected = row.get("values", 1) if golds else 0
+    return [right, predicted, expected, 1]
+
+
+def pair_scores(sums: np.ndarray) -> dict[str, np.ndarray]:
     """DeepForm, KLC: F1 over all (key, value) pairs, with precision and recall.
 
-    As DUE's FScorer does it, which DocOwl calls. A row asks for one key of one document; its golds
-    are variants of one value. "None", so written, says that there is no value: such a gold is not
-    expected, such a prediction not counted. An empty prediction is counted, as wrong.
+    As DUE's FScorer does it, which DocOwl calls.
     """
-    if not rows:
-        return dict.fromkeys(("f1", "precision", "recall"), math.nan)
-    right = predicted = expected = 0
-    for row in rows:
-        golds = {gold.strip().upper() for gold in row["answers"] if gold.strip() != "None"}
-        prediction = row["prediction"].strip().replace("\n", "")
-        expected += bool(golds)
-        if prediction != "None":
-            predicted += 1
-            right += prediction.upper() in golds
-    return {"f1": 2 * right / max(predicted + expected, 1), "precision": right / max(predicted, 1),
-            "recall": right / max(expected, 1)}
+    right, predicted, expected, rows = np.moveaxis(sums, -1, 0)
+    right = np.where(rows > 0, right, math.nan)
+    return {"f1": 2 * right / np.maximum(predicted + expected, 1),
+            "precision": right / np.maximum(predicted, 1),
+            "recall": right / np.maximum(expected, 1)}
 
 
 # -------------------------------------------------------------------------------------------------
 # VCR
 
-# U.S., 1,000.5, do and n't, it and 's, words, dots, and every other mark by itself.
-VCR_TOKEN = re.compile(r"(?:[A-Za-z]\.){2,}|\d+(?:[.,]\d+)*|[^\W\d]\w*?(?=n['’]t\b)|n['’]t\b"
-                       r"|['’](?:s|re|ve|ll|d|m)\b|[^\W\d]\w*|\.{2,}|[^\w\s]")
+# Without spaCy: an initial or U.S., 1st and 1,000.5, do and n't, it and 's, AT&T and other words,
+# dots, and every other mark by itself.
+VCR_TOKEN = re.compile(r"(?<!\w)(?:[A-Za-z]\.)+|\d+(?:st|nd|rd|th)\b|\d+(?:[.,]\d+)*"
+                       r"|[^\W\d]\w*?(?=n['’]t\b)|n['’]t\b|['’](?:s|re|ve|ll|d|m)\b"
+                       r"|[^\W\d]\w*(?:&\w+)*|\.{2,}|[^\w\s]")
 
 
-def vcr(rows: list[dict]) -> dict[str, float]:
-    """VCR (Zhang et al. 2024): exact match and Jaccard, the means over all blanks of all rows.
+@functools.cache
+def spacy_tokenizer() -> Callable | None:
+    """spaCy's for English, the original's, if it is installed."""
+    try:
+        import spacy
+    except ImportError:
+        return None
+    return spacy.blank("en").tokenizer
 
-    The golds of a row are its blanks. A refusal scores 0. Tokens are nearly those of spaCy, the
-    original's.
+
+def vcr_tokens(text: str) -> list[str]:
+    """spaCy's tokens of an English text, or without spaCy nearly those.
+
+    White space is a token where it is more than the one space after a token.
     """
-    exact, jaccard = [], []
-    for row in rows:
-        prediction = row["prediction"].split("Assistant: ")[-1]
-        refuses = ("I can't" in prediction or "I cannot" in prediction
-                   or "sorry" in prediction.lower())
-        tokens = VCR_TOKEN.findall("" if refuses else prediction)
-        for gold in row["answers"]:
-            blank = VCR_TOKEN.findall(gold)
-            best = likest_ngram(tokens, blank, gold)
-            exact.append(float(best == blank and blank != []))
-            shared, all_tokens = set(best) & set(blank), set(best) | set(blank)
-            jaccard.append(len(shared) / max(len(all_tokens), 1))
-    return {"exact_match": mean(exact), "jaccard": mean(jaccard)}
+    tokenizer = spacy_tokenizer()
+    if tokenizer:
+        return [token.text for token in tokenizer(text)]
+    tokens: list[str] = []
+    for part in re.findall(r"\s+|\S+", text):
+        if not part.isspace():
+            tokens += VCR_TOKEN.findall(part)
+            continue
+        if tokens:
+            part = part.removeprefix(" ")
+        if part:
+            tokens.append(part)
+    return tokens
+
+
+def vcr_counts(row: dict) -> list[float]:
+    """Exact matches, Jaccard and number of the row's blanks, which are its golds.
+
+    A refusal scores 0.
+    """
+    prediction = row["prediction"].split("Assistant: ")[-1]
+    refusals = "I can't", "I cannot", "无法", "抱歉"
+    refuses = any(words in prediction for words in refusals) or "sorry" in prediction.lower()
+    tokens = vcr_tokens("" if refuses else prediction)
+    exact = jaccard = 0.0
+    for gold in row["answers"]:
+        blank = vcr_tokens(gold)
+        best = likest_ngram(tokens, blank, gold)
+        exact += float(best == blank and blank != [])
+        shared, all_tokens = set(best) & set(blank), set(best) | set(blank)
+        jaccard += len(shared) / max(len(all_tokens), 1)
+    return [exact, len(row["answers"]), jaccard, len(row["answers"])]
+
+
+def vcr_scores(sums: np.ndarray) -> dict[str, np.ndarray]:
+    """VCR (Zhang et al. 2024): exact match and Jaccard, the means over all blanks of all rows."""
+    return {"exact_match": ratio(sums, 0), "jaccard": ratio(sums, 2)}
 
 
 def likest_ngram(tokens: list[str], blank: list[str], gold: str) -> list[str]:
@@ -415,22 +591,24 @@ def likest_ngram(tokens: list[str], blank: list[str], gold: str) -> list[str]:
 
     def likeness(ngram: list[str]) -> float:
         return SequenceMatcher(None, " ".join(ngram), gold).ratio()
-    return max(ngrams, key=likeness, default=[])
+    best = max(ngrams, key=likeness, default=[])
+    # Of a gold of 200 letters difflib may see nothing in common.
+    return best if best and likeness(best) > 0 else []
 
 
 # -------------------------------------------------------------------------------------------------
 
 METRICS: dict[str, Metric] = {
-    "DocVQA": averaged("anls", anls),
-    "InfoVQA": averaged("anls", anls),
-    "DeepForm": key_value_f1,
-    "KLC": key_value_f1,
+    "DocVQA": averaged_rows("anls", doc_vqa),
+    "InfoVQA": averaged_rows("anls", doc_vqa),
+    "DeepForm": Metric(4, pair_counts, pair_scores, by_document=True),
+    "KLC": Metric(4, pair_counts, pair_scores, by_document=True),
     "WTQ": averaged("accuracy", denotation),
     "TabFact": averaged("accuracy", tabfact),
-    "ChartQA": chartqa,
+    "ChartQA": Metric(6, chart_counts, chart_scores),
     "TextVQA": averaged("vqa_accuracy", vqa_accuracy),
-    "TableVQABench": table_vqa,
-    "VCR-easy": vcr,
-    "VCR-hard": vcr,
+    "TableVQABench": Metric(8, table_counts, table_scores),
+    "VCR-easy": Metric(4, vcr_counts, vcr_scores),
+    "VCR-hard": Metric(4, vcr_counts, vcr_scores),
     **dict.fromkeys(TOYS, averaged("exact_match", exact_match)),
 }

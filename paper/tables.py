@@ -104,24 +104,48 @@ def table_1(scores: dict[str, float], ours: str) -> str:
     return markdown(header, rows)
 
 
+def interval_table(results: dict) -> str:
+    """Every score of every benchmark (%), and between which numbers it lies.
+
+    The interval is that of drawing the benchmark's samples anew: 95 of 100 such scores lie in it.
+    Empty without scores.
+    """
+    rows = []
+    for name, scores in results["scores"].items():
+        intervals = results["intervals"].get(name, {})
+        for score, value in scores.items():
+            if not math.isnan(value):
+                rows.append([f"{name} {score}", 100 * value, span(intervals.get(score))])
+    return markdown(["Score, %", f"**{results['model']}**", "95 % interval"], rows) if rows else ""
+
+
+def span(interval: list[float] | None) -> str | None:
+    """[0.7, 0.75] -> "70.00 to 75.00"."""
+    if interval is None:
+        return None
+    low, high = interval
+    return f"{100 * low:.2f} to {100 * high:.2f}"
+
+
 def noise_table(noise: dict[str, list[dict]], scores: dict[str, float], model: str) -> str:
     """Table 3: for each benchmark and sigma the score (%) without and with noise.
 
     Beside it their difference, and how much the noise is for F and for the connector.
-    noise: by benchmark, dicts of sigma, std_F, cosine_distance, score.
+    noise: by benchmark, dicts of sigma, std_F, cosine_distance, score (%), and interval (0 to 1).
     """
     header = ["Model", "benchmark", "sigma", "std(F)", "sigma / std(F)", "without noise",
-              "with noise", "drop", "cosine distance"]
+              "with noise", "95 % interval", "drop", "cosine distance"]
     rows = []
     for name, (clean, noisy, distance) in TABLE_3.items():
-        rows.append([name, "average of nine", "3", None, None, clean, noisy, clean - noisy,
+        rows.append([name, "average of nine", "3", None, None, clean, noisy, None, clean - noisy,
                      f"{distance:.4f}"])
     for name, runs in noise.items():
         for run in sorted(runs, key=lambda run: run["sigma"]):
             sigma, std = run["sigma"], run["std_F"]
             relative = f"{sigma / std:.3g}" if std else None
             rows.append([f"**{model}**", name, f"{sigma:.3g}", f"{std:.3g}", relative,
-                         scores[name], run["score"], scores[name] - run["score"],
+                         scores[name], run["score"], span(run.get("interval")),
+                         scores[name] - run["score"],
                          f"{run['cosine_distance']:.4f}"])
     return markdown(header, rows)
 
@@ -134,11 +158,13 @@ def headline(scores: dict[str, float]) -> float:
 def show(results: dict, out: Path | None) -> None:
     """Print the tables, and write them and all scores to OUT/table.md and OUT/scores.json."""
     scores = {name: headline(of_name) for name, of_name in results["scores"].items()}
-    text = score_tables(scores, results["model"])
+    text = score_tables(scores, results["model"]) + "\n" + interval_table(results)
     if results["noise"]:
         text += "\n" + noise_table(results["noise"], scores, results["model"])
     for name, of_name in results["scores"].items():
-        values = " ".join(f"{key}={value:.4f}" for key, value in of_name.items())
+        intervals = results["intervals"].get(name, {})
+        values = " ".join(score_text(key, value, intervals.get(key))
+                          for key, value in of_name.items())
         print(f"{name}: {values}")
     print("\n" + text, end="")
     if out:
@@ -147,10 +173,17 @@ def show(results: dict, out: Path | None) -> None:
         write_text(out / "scores.json", json.dumps(results, indent=2) + "\n")
 
 
+def score_text(name: str, score: float, interval: list[float] | None) -> str:
+    text = f"{name}={score:.4f}"
+    return f"{text} [{interval[0]:.4f}, {interval[1]:.4f}]" if interval else text
+
+
 def check_scores(results: dict, path: Path) -> None:
     """Raise InputError unless a scores.json is as `show` writes it."""
     scores, noise = results.get("scores", {}), results.get("noise", {})
+    intervals = results.get("intervals", {})
     if (not isinstance(scores, dict) or not all(map(is_scores, scores.values()))
+            or not isinstance(intervals, dict) or not all(map(are_intervals, intervals.values()))
             or not isinstance(noise, dict) or not all(map(are_noise_runs, noise.values()))
             or not noise.keys() <= scores.keys()):
         raise InputError(f"{path}: not as eval.py writes it: delete it, or take another --out")
@@ -164,28 +197,45 @@ def is_scores(value) -> bool:
     return isinstance(value, dict) and bool(value) and all(map(is_number, value.values()))
 
 
+def are_intervals(value) -> bool:
+    return isinstance(value, dict) and all(map(is_interval, value.values()))
+
+
+def is_interval(value) -> bool:
+    return isinstance(value, list) and len(value) == 2 and all(map(is_number, value))
+
+
 def are_noise_runs(value) -> bool:
     keys = "sigma", "std_F", "cosine_distance", "score"
     return isinstance(value, list) and all(
-        isinstance(run, dict) and all(is_number(run.get(key)) for key in keys) for run in value)
+        isinstance(run, dict) and all(is_number(run.get(key)) for key in keys)
+        and is_interval(run.get("interval", [0, 0])) for run in value)
+
+
+def benchmark_file(spec: str) -> tuple[str, Path]:
+    """BENCHMARK.jsonl, or BENCHMARK=FILE -> benchmark and file. Raises InputError."""
+    name, path = "", spec
+    if not Path(spec).exists():
+        name, _, path = spec.rpartition("=")
+    name = name or Path(path).name.split(".")[0]
+    if name not in METRICS:
+        raise InputError(f"{spec}: no benchmark {name}: say NAME={path}, with one of "
+                         f"{', '.join(METRICS)}")
+    return name, Path(path)
 
 
 def score_files(specs: list[str], out: Path | None) -> None:
     """--score: files of predictions, called BENCHMARK.jsonl or given as BENCHMARK=FILE."""
-    results = {"model": "these predictions", "scores": {}, "noise": {}}
+    results = {"model": "these predictions", "scores": {}, "intervals": {}, "noise": {}}
     for spec in specs:
-        name, path = "", spec
-        if not Path(spec).exists():
-            name, _, path = spec.rpartition("=")
-        name = name or Path(path).name.split(".")[0]
-        if name not in METRICS:
-            raise InputError(f"{spec}: no benchmark {name}: say NAME={path}, with one of "
-                             f"{', '.join(METRICS)}")
+        name, path = benchmark_file(spec)
         if name in results["scores"]:
             raise InputError(f"{spec}: a second file for {name}: score one at a time")
+        rows = read_predictions(path)
         try:
-            results["scores"][name] = METRICS[name](read_predictions(Path(path)))
+            results["scores"][name] = METRICS[name](rows)
         except KeyError as error:
             raise InputError(f"{path}: a row's split is {error}, which {name} does not have"
                              ) from None
+        results["intervals"][name] = METRICS[name].intervals(rows)
     show(results, out)

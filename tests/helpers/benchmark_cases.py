@@ -42,8 +42,8 @@ def row(prediction: str, *answers: str, question: str = "What does it say?",
             "split": split}
 
 
-def filled(rng: random.Random, rows: list[dict], draw) -> list[dict]:
-    rows = rows + [draw() for _ in range(N - len(rows))]
+def filled(rng: random.Random, n: int, rows: list[dict], draw) -> list[dict]:
+    rows = rows + [draw() for _ in range(n - len(rows))]
     rng.shuffle(rows)
     return rows
 
@@ -52,7 +52,7 @@ def filled(rng: random.Random, rows: list[dict], draw) -> list[dict]:
 # DocVQA, InfoVQA
 
 
-def anls_cases(rng: random.Random) -> list[dict]:
+def anls_cases(rng: random.Random, n: int) -> list[dict]:
     rows = [
         # similarity 0.5, 0.4, 0.5
         row("abcd", "abxy"), row("abxyz", "abcde"), row("abcx", "abyz"),
@@ -86,7 +86,7 @@ def anls_cases(rng: random.Random) -> list[dict]:
             lambda: rng.choice(["", "None", "unanswerable", "yes", "no", rng.choice(TEXTS)])])()
         return row(prediction, *golds)
 
-    return filled(rng, rows, draw)
+    return filled(rng, n, rows, draw)
 
 
 # -------------------------------------------------------------------------------------------------
@@ -112,7 +112,7 @@ FORMS = {
                                                     "None"]}}
 
 
-def form_cases(rng: random.Random, forms: dict[str, list[str]]) -> list[dict]:
+def form_cases(rng: random.Random, n: int, forms: dict[str, list[str]]) -> list[dict]:
     keys = list(forms)
 
     def asked(key: str) -> str:
@@ -152,7 +152,7 @@ def form_cases(rng: random.Random, forms: dict[str, list[str]]) -> list[dict]:
                     gold.replace(".00", "")] if gold != "None" and rng.random() < 0.3 else []
         return row(prediction, gold, *variants, question=asked(key))
 
-    return filled(rng, rows, draw)
+    return filled(rng, n, rows, draw)
 
 
 # -------------------------------------------------------------------------------------------------
@@ -207,15 +207,15 @@ def denotation_draw(rng: random.Random) -> dict:
     return row(prediction, *(parts if rng.random() < 0.5 else [gold]))
 
 
-def wtq_cases(rng: random.Random) -> list[dict]:
-    return filled(rng, list(DENOTATIONS), lambda: denotation_draw(rng))
+def wtq_cases(rng: random.Random, n: int) -> list[dict]:
+    return filled(rng, n, list(DENOTATIONS), lambda: denotation_draw(rng))
 
 
 # -------------------------------------------------------------------------------------------------
 # TabFact
 
 
-def fact_cases(rng: random.Random) -> list[dict]:
+def fact_cases(rng: random.Random, n: int) -> list[dict]:
     rows = [
         row("True", "True"), row("True", "True."), row("True.", "True."), row("True.", "True"),
         row("true", "True"), row("TRUE", "True."), row("False", "False."), row("false", "False."),
@@ -232,14 +232,14 @@ def fact_cases(rng: random.Random) -> list[dict]:
                                  f" {gold}", f"{gold}\n"])
         return row(prediction, gold + rng.choice(["", "."]))
 
-    return filled(rng, rows, draw)
+    return filled(rng, n, rows, draw)
 
 
 # -------------------------------------------------------------------------------------------------
 # ChartQA
 
 
-def chart_cases(rng: random.Random) -> list[dict]:
+def chart_cases(rng: random.Random, n: int) -> list[dict]:
     pairs = [
         ("105", "100"), ("95", "100"), ("105.0001", "100"), ("94.9999", "100"), ("21", "20"),
         ("19", "20"), ("1.05", "1"), ("0.95", "1"), ("1.06", "1"), ("26.985", "25.7"),
@@ -282,7 +282,7 @@ def chart_cases(rng: random.Random) -> list[dict]:
                               (f"${p}", t)])
         return row(*percent, split=split)
 
-    return filled(rng, rows, draw)
+    return filled(rng, n, rows, draw)
 
 
 # -------------------------------------------------------------------------------------------------
@@ -326,7 +326,7 @@ VQA = [
 ]
 
 
-def vqa_cases(rng: random.Random) -> list[dict]:
+def vqa_cases(rng: random.Random, n: int) -> list[dict]:
     rows = []
     for prediction, counts in VQA:
         golds = [gold for gold, n in counts.items() for _ in range(n)]
@@ -346,14 +346,14 @@ def vqa_cases(rng: random.Random) -> list[dict]:
                                  "unanswerable"])
         return row(prediction, *rng.sample(golds, 10))
 
-    return filled(rng, rows, draw)
+    return filled(rng, n, rows, draw)
 
 
 # -------------------------------------------------------------------------------------------------
 # TableVQABench: unequal splits, so that the mean of the splits is not the mean of the rows
 
 
-def table_cases(rng: random.Random) -> list[dict]:
+def table_cases(rng: random.Random, n: int) -> list[dict]:
     verdicts = [
         ("True", "1"), ("true", "0"), ("False", "0"), ("FALSE.", "0"), ("False", "1"),
         ("True", "0"), ("The statement is true.", "1"), ("True or False", "1"),
@@ -401,7 +401,7 @@ def table_cases(rng: random.Random) -> list[dict]:
         return {**drawn, "prediction": drawn["prediction"].replace("|", "||"), "answers": answers,
                 "split": rng.choice(["vwtq", "vwtq", "vwtq_syn"])}
 
-    return filled(rng, rows, draw)
+    return filled(rng, n, rows, draw)
 
 
 # -------------------------------------------------------------------------------------------------
@@ -414,7 +414,7 @@ BLANKS = ["the old town hall was", "river that flows through the", "is a species
           "the largest city of the", "the the of of the", "members of the same family"]
 
 
-def blank_cases(rng: random.Random) -> list[dict]:
+def blank_cases(rng: random.Random, n: int) -> list[dict]:
     gold, other = "the old town hall was", "is a species of beetle"
     rows = [row(p, gold) for p in [
         "the old town hall was", "The old town hall was", "the old town hall",
@@ -457,7 +457,7 @@ def blank_cases(rng: random.Random) -> list[dict]:
         between = rng.choice([", ", ", ", "\n", "; ", " ", " and "])
         return row(between.join(said) + rng.choice(["", "."]), *golds)
 
-    return filled(rng, rows, draw)
+    return filled(rng, n, rows, draw)
 
 
 # -------------------------------------------------------------------------------------------------
@@ -468,12 +468,36 @@ DRAWN = {"DocVQA": anls_cases, "InfoVQA": anls_cases, "WTQ": wtq_cases, "TabFact
          "VCR-easy": blank_cases, "VCR-hard": blank_cases}
 
 
-def cases(name: str) -> list[dict]:
-    """The benchmark's N rows: dicts of prediction, answers, question and split.
+ODD_ENDS = [". . .", "..", "\n", "\t", " \u00a0", "\u200b", "%", " %", "[1]", " (x)", "'s", "n't",
+            "e3", " million", "ß", "İ", "①", "\u0301", "\\p", "\\n", "\\\\", "||", "|", "-xx-xx",
+            "!?", " ,", ",5", ".5", "1st", "AT&T", " a.", "🙂", "_1", "٣", "I cannot", "抱歉",
+            "\x1c", "."]
+ODD_TEXTS = ["a.b." * 20, "x. " * 40, "9" * 30, "1" * 400, "1_000", "0x10", "1e400", "1e-7", " ",
+             "\n", "ß" * 9, "['a', 'b']", "[]", "Infinity", "-0.0", "２０", "½", "a, the",
+             "2004-xx-xx", "99999999999999999999-xx-xx", "None", "Answer: ", "Answer: Answer: 1",
+             "%", "%%", "||", "'"]
 
-    That is what metrics_again.SCORES takes.
+
+def odd(rng: random.Random, text: str) -> str:
+    """The text with something at an end or within, or one that programs trip over."""
+    end = rng.choice(ODD_ENDS)
+    i = rng.randrange(len(text) + 1)
+    return rng.choice([text + end, end + text, text[:i] + end + text[i:], text.replace(" ", "  "),
+                       text.replace(" ", "\n"), rng.choice(ODD_TEXTS)])
+
+
+def cases(name: str, n: int = N) -> list[dict]:
+    """The benchmark's n rows: dicts of prediction, answers, question and split.
+
+    That is what metrics_again.SCORES takes. Of more than N rows a third is made odd.
     """
     rng = random.Random(name)
-    if name in FORMS:
-        return form_cases(rng, FORMS[name])
-    return DRAWN[name](rng)
+    rows = form_cases(rng, n, FORMS[name]) if name in FORMS else DRAWN[name](rng, n)
+    for row in rows if n > N else []:
+        if rng.random() < 0.3:
+            row["prediction"] = odd(rng, row["prediction"])
+        if rng.random() < 0.1 and row["split"] != "vtabfact":
+            i = rng.randrange(len(row["answers"]))
+            changed = odd(rng, row["answers"][i])
+            row["answers"] = [*row["answers"][:i], changed, *row["answers"][i + 1:]]
+    return rows

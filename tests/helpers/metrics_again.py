@@ -43,7 +43,8 @@ def edit_distance(a: str, b: str) -> int:
 
 def anls_of(row: dict) -> float:
     def distance(gold: str) -> float:
-        longest = max(len(gold), len(row["prediction"]))        # raw, not the collapsed text
+        # raw, not the collapsed text, and in capitals
+        longest = max(len(gold.upper()), len(row["prediction"].upper()))
         texts = (" ".join(text.lower().split()) for text in (gold, row["prediction"]))
         return edit_distance(*texts) / longest if longest else 0.0
 
@@ -115,7 +116,7 @@ def vqa_words(text: str) -> list[str]:
         becomes[sign] = "" if goes else " "
     text = text.translate(str.maketrans(becomes))
     # the official code passes a flag, 32, where the count belongs
-    text = re.sub(r"\.(?!\d)", "", text, count=32)
+    text = re.sub(r"(?<!\d)\.(?!\d)", "", text, count=32)
     words = (NUMBERS.get(word, word) for word in text.lower().split())
     return [APOSTROPHES.get(word, word) for word in words if word not in ("a", "an", "the")]
 
@@ -300,14 +301,24 @@ def micro_f1(rows: list[dict]) -> dict[str, float]:
 # abbreviations, and what a word is shortened to ('s, n't) are tokens, every other sign is one of
 # its own.
 TOKEN = re.compile(r"""
-    (?:[A-Za-z]\.){2,}                          # U.S.
+    (?<!\w)(?:[A-Za-z]\.)+                      # U.S., and an initial
+  | \d+(?:st|nd|rd|th)\b
   | \d+(?:[.,]\d+)*                             # 1,000.5
   | [^\W\d]\w*?(?=n['’]t\b)                     # do, of don't
   | n['’]t\b
   | ['’](?:s|re|ve|ll|d|m)\b
-  | [^\W\d]\w*
+  | [^\W\d]\w*(?:&\w+)*                         # AT&T
   | \.{2,}
   | [^\w\s]""", re.VERBOSE)
+
+
+def tokens_of(text: str) -> list[str]:
+    """A run of white space is a token, less the space that belongs to the token before it."""
+    tokens = []
+    for mark in re.finditer(r"(^\s+)|(?<=\S) ?(\s*)|(\S+)", text):
+        spaces, more, word = mark.groups()
+        tokens += TOKEN.findall(word) if word else [spaces or more or ""]
+    return [token for token in tokens if token]
 
 
 def blank_of(gold: str, prediction: str) -> tuple[float, float]:
@@ -315,7 +326,7 @@ def blank_of(gold: str, prediction: str) -> tuple[float, float]:
 
     Against the n tokens of the prediction that look most like its own n.
     """
-    wanted, tokens = TOKEN.findall(gold), TOKEN.findall(prediction)
+    wanted, tokens = tokens_of(gold), tokens_of(prediction)
     grams = [tokens[i:i + len(wanted)] for i in range(len(tokens) - len(wanted) + 1)]
     grams = [gram for gram in grams if set(gram) & set(wanted)]
     if not grams:
@@ -330,7 +341,8 @@ def vcr(rows: list[dict]) -> dict[str, float]:
     scores = []             # (exact, Jaccard) of each blank
     for row in rows:
         said = row["prediction"].split("Assistant: ")[-1]
-        refused = "I can't" in said or "I cannot" in said or "sorry" in said.lower()
+        refused = "sorry" in said.lower() or any(
+            words in said for words in ("I can't", "I cannot", "无法", "抱歉"))
         for gold in row["answers"]:
             scores.append((0.0, 0.0) if refused else blank_of(gold, said))
     exact, jaccard = np.mean(scores, axis=0)
