@@ -347,7 +347,10 @@ def test_cached_hidden_states_equal_uncached_ones():
 
 @torch.inference_mode()
 def test_attention_reads_no_further_than_the_caches_reach():
-    """new_cache, reach and grow: a step reads what is filled, and what lies beyond plays no part."""
+    """new_cache, reach and grow: a step reads what is filled.
+
+    What lies beyond plays no part.
+    """
     llm = small_vlm().llm
     x = torch.randn(2, 9, 24)
     cache = llm.new_cache(2, 20)
