@@ -36,7 +36,7 @@ def use(model: nn.Module, inference: bool = False) -> None:
     """Let a model use what is fast on this machine. Call it before the model is sharded.
 
     inference: nothing but answers will follow. The decoder can then no longer be trained, moved,
-    saved or loaded into. In bf16 on a CPU its matrices, all but E_text, cannot even be looked at,
+    copied, saved or loaded into. In bf16 on a CPU its matrices, all but E_text, cannot even be looked at,
     and a head that is tied to E_text becomes a copy of it.
     """
     for module in model.modules():
