@@ -61,7 +61,8 @@ CHAT_FORMATS = {        # a tokenizer has the first one whose special tokens it 
 class Tokenizer:
     """A byte-level BPE: Llama 3's tokenizer.model, or a tokenizer.json like SmolLM2's.
 
-    path: the file, or the folder that holds it. vocab_size: the model's, which must be the same.
+    path: the file, or the folder that holds it. vocab_size: the model's, at least the tokenizer's:
+    rows of its embeddings beyond that are padding, which has no text.
     Attributes: path (of the file), special (name -> id), chat (its ChatFormat, or None), stop (the
     ids after which an answer is over). Raises CheckpointError for a file that it cannot read, or
     that asks for something else (another model type, a normaliser, an unknown split of text).
@@ -71,7 +72,7 @@ class Tokenizer:
         self.pairs = BytePairs(Path(path))
         self.path = self.pairs.path
         self.special = self.pairs.special
-        if vocab_size not in (None, len(self)):
+        if vocab_size is not None and vocab_size < len(self):
             raise CheckpointError(f"{self.path}: {len(self)} tokens, but the model's vocab_size is "
                                   f"{vocab_size}")
         self.chat = self.find_chat_format()
@@ -95,7 +96,8 @@ class Tokenizer:
         return self.pairs.encode(text)
 
     def decode(self, ids: list[int]) -> str:
-        """The text of ids; bytes that are no UTF-8 become U+FFFD."""
+        """The text of ids; ids without a token have none, bytes that are no UTF-8 become
+        U+FFFD."""
         return self.pairs.decode(ids)
 
     def encode_layout(self, parts: list[str]) -> list[int]:
@@ -125,7 +127,7 @@ def chat_pieces(turns: list[Turn], tokenizer: Tokenizer,
     images = iter(visual_tokens)
     yield tokenizer.encode_layout(chat.begin), False
     for turn in turns:
-        is_answer = turn.role == "assistant"
+        is_answer = turn.role == "assistant" and turn.is_learnt
         yield tokenizer.encode_header(turn.role), False
         for part in turn.parts:
             if part == IMAGE:

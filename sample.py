@@ -32,7 +32,7 @@ from data import READ, Sample, TextError, Tokenizer, encode_chat, prepare
 from model import AlignVLM, Llama
 from plumbing import fast
 from plumbing.examples import IMAGE, Example, Turn
-from plumbing.images import read_image
+from plumbing.images import read_pages
 from plumbing.settings import InputError
 
 SHIPPED = Path(__file__).parent / "toy" / "stage3"      # the model that comes with this repository
@@ -186,19 +186,15 @@ def image_files(paths: list[str]) -> list[Path]:
     Those of a folder are read once, so that a bad one is found before anything is answered.
     Raises InputError.
     """
-    folders = [Path(path) for path in paths if os.path.isdir(path)]
-    if not folders:
+    directories = [path for path in paths if os.path.isdir(path)]
+    if not directories:
         return [Path(path) for path in paths]
     if len(paths) > 1:
-        raise InputError(f"{folders[0]}: a folder goes alone, or else name its images")
-    endings = {ending for ending, kind in Image.registered_extensions().items()
-               if kind in Image.OPEN}
-    files = [file for file in sorted(folders[0].iterdir())
-             if file.is_file() and file.suffix.lower() in endings]
-    if not files:
-        raise InputError(f"{folders[0]}: no image in this folder")
+        raise InputError(f"{directories[0]}: a folder goes alone, or else name its images")
+    from plumbing.folders import image_files as images_in
+    files = images_in(Path(directories[0]))
     for file in files:
-        read_image(file)
+        read_pages(file)
     return files
 
 
@@ -230,7 +226,7 @@ def read_question(line: str, folder: Path, where: str) -> dict:
         raise InputError(f'{where}: not JSON with an "image" and a "prompt", both strings')
     if not (folder / image).is_file():
         raise InputError(f"{where}: no file {str(folder / image)[:200]!r}")
-    read_image(folder / image)
+    read_pages(folder / image)
     return row
 
 
@@ -242,7 +238,7 @@ def answer_each(model: AlignVLM, tokenizer: Tokenizer, files: list[Path], prompt
     """
     with tqdm(total=len(files), desc="answering") as bar:
         for first in range(0, len(files), BATCH):
-            images = [read_image(file) for file in files[first:first + BATCH]]
+            images = [read_pages(file) for file in files[first:first + BATCH]]
             *_, texts = answer(model, tokenizer, images, prompts[first:first + BATCH], **options)
             yield from texts
             bar.update(len(images))
@@ -303,7 +299,8 @@ def parse_args() -> argparse.Namespace:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
     add("--image", nargs="+", help="the document: PNG, JPEG, TIFF, ... in any mode, of any size; "
-        "several are shown together; of a folder each image is answered by itself")
+        "several, like the pages of a TIFF, are shown together; of a folder each image is answered "
+        "by itself")
     add("--prompt", help=f"what to ask about it (default: {READ!r}); '' gives a caption")
     add("--interactive", action="store_true", help="read --image once, then answer the questions "
         "that are typed, a line each, until an empty one; none knows of those before it")
@@ -386,7 +383,7 @@ def ask_model(folder: Path, args: argparse.Namespace, **generation) -> None:
         return explain_files(model, tokenizer, files, args.explain, args.max_tiles)
     if os.path.isdir(args.image[0]):
         return answer_folder(model, tokenizer, files, prompt, **options)
-    images = [read_image(file) for file in files]
+    images = [page for file in files for page in read_pages(file)]
     if args.interactive:
         return converse(model, tokenizer, images, **options)
     start = time.perf_counter()

@@ -366,7 +366,7 @@ def open_documents(stage: int, recipe: Recipe, tokenizer: Tokenizer, config: Ali
         max_text=recipe.max_length, max_tokens=recipe.row_tokens, tile_tokens=config.tile_tokens)
     held_out = None
     if args.eval_data:
-        held_out = Documents(args.eval_data, args.seed, make_sample)
+        held_out = Documents(args.eval_data, args.seed, make_sample, held_out=True)
     return Documents(args.data, args.seed, make_sample), held_out
 
 

@@ -13,6 +13,7 @@ class Turn:
     """One message of a chat."""
     role: str                       # "user", "assistant" or "system"
     parts: list[str | int]          # in their order: texts, and IMAGE for the example's next image
+    is_learnt: bool = True          # of an answer: whether it is supervised, or only read
 
 
 @dataclass

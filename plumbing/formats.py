@@ -1,106 +1,74 @@
-"""Data sets in the formats in which people have them on disk: their files, their samples' places,
-one sample.
+"""Data sets in the formats in which people have them on disk: their samples' places, one sample.
 
     tar         img2dataset: an image, its caption in .txt, or else in .json
-    parquet     BigDocs and VCR-wiki
+    parquet     BigDocs, VCR-wiki, and records as in JSON
     JSONL, JSON DocDownstream, MS-Swift and LLaVA: a record a line, or one list of them
 
 A place, or span, is (start, stop) in bytes or rows, found without decoding what lies there.
-plumbing/streams.py says in which order samples come.
+plumbing/streams.py says in which order samples come, plumbing/folders.py which files are data.
+
+What a sample can mean in two ways is no sample: it is "ambiguous". What a format can say and this
+reader does not do is "not implemented". Neither is learnt.
 """
-import glob
 import io
-import itertools
 import json
 import mmap
 import os
 import re
 import tarfile
+from collections import Counter
 from pathlib import Path
 
 from plumbing.examples import IMAGE, BadSample, Example, Turn
+from plumbing.folders import BYTE_ORDER_MARK, IMAGE_SUFFIXES, is_foreign, is_inside
 from plumbing.images import read_image
 from plumbing.settings import InputError
 
 Span = tuple[int, int]
+DAMAGED, TWICE = -1, -2         # stops of spans that cannot be read, and why
 
 MAX_RECORD = 256 * 2 ** 20      # bytes of a sample
 BIGDOCS_COLUMNS = ["image", "query", "annotations"]
 VCR_COLUMNS = ["stacked_image", "crossed_text"]
+TURNS = ("messages", "conversations")       # a record's fields
+IMAGES = ("images", "image")
 VCR_PROMPT = ("What is the covered texts in the image? "
               "Please restore the covered texts without outputting the explanations.")
-HELD_OUT = re.compile(r"(val|valid|validation|test|dev)(?![a-z])")      # names of files and folders
 ROLES = {"user": "user", "human": "user", "assistant": "assistant", "gpt": "assistant",
          "system": "system"}
-BYTE_ORDER_MARK = b"\xef\xbb\xbf"
-
-
-# --------------------------------------------------------------------------------------------------
-# Which files
-
-
-def data_files(path: str) -> tuple[Path, list[Path]]:
-    """A folder, a file or a glob -> the folder that its images may lie in, and its files.
-
-    Of a folder: the files of one format, in it or else one level below. img2dataset puts parquet
-    and JSON beside its tars, so tars come first. What is called val, test or dev is left to
-    evaluation. Raises InputError.
-    """
-    root = Path(os.path.abspath(path))
-    if not root.is_dir():
-        files = [root] if root.is_file() else sorted(map(Path, glob.glob(str(root))))
-        if not files:
-            raise InputError(f"{path}: no such file or folder")
-        return Path(os.path.commonpath([file.parent for file in files])), files
-    for level, suffix in itertools.product(("*", "*/*"), (".tar", ".parquet", ".jsonl", ".json")):
-        files = [file for file in sorted(root.glob(level + suffix)) if is_training_data(root, file)]
-        if files:
-            return root, files
-    raise InputError(f"{path}: no .tar, .parquet, .jsonl or .json (a list) in this folder or one "
-                     "level below")
-
-
-def is_training_data(root: Path, file: Path) -> bool:
-    """Whether a file below the root belongs to the training split, and holds samples at all: JSON
-    that is no list describes other files."""
-    if any(HELD_OUT.match(part) for part in file.relative_to(root).parts):
-        return False
-    return file.suffix != ".json" or file_format(file) == "json"
-
-
-def file_format(path: Path) -> str | None:
-    """tar, parquet, jsonl or json (one list), by the file's first bytes; None if it is none of
-    them."""
-    try:
-        with path.open("rb") as file:
-            head = file.read(2 ** 16)
-    except OSError:
-        return None
-    if head[:4] == b"PAR1":
-        return "parquet"
-    if head[257:262] == b"ustar":
-        return "tar"
-    first = head.removeprefix(BYTE_ORDER_MARK).lstrip()[:1]
-    if first == b"[":
-        return "json"
-    # The first line may be broken: then any line that begins like an object with keys will do.
-    if first == b"{" or re.search(rb'^[ \t]*\{[ \t]*"', head, re.M):
-        return "jsonl"
-    return None
+MARKS = ("<image>", "<|image|>")
+# Other formats' ways to show something in a user's turn.
+OTHER_MARKS = re.compile(r"<video>|<audio>|<img>.*?</img>|<audio>.*?</audio>", re.S)
+# Fields of a record, and of a turn, that mean something which this reader does not do.
+OTHER_FIELDS = ("videos", "video", "audios", "audio", "objects", "tools", "system", "history",
+                "rejected_messages", "rejected_response", "rejected_images")
+OTHER_TURN_FIELDS = ("tool_calls", "function_call")
+EMPTY = (None, "", [], {})      # absent, null and empty are one
 
 
 # --------------------------------------------------------------------------------------------------
 # Where the samples lie in a file
 
 
-def tar_spans(path: Path) -> list[Span]:
-    """The bytes of each sample: neighbouring members that have one name up to its first dot.
+def sample_name(member: str) -> str:
+    """What the members of one sample have in common: their name up to its last dot.
 
-    From where the archive is damaged or cut off the rest is one span (start, -1); a whole one ends
-    in zeros.
+    webdataset takes the first dot: then pages called 22.05.png and 22.06.png would be one sample.
+    """
+    folder, slash, name = member.removeprefix("./").rpartition("/")
+    stem, _, _ = name.rpartition(".")
+    return folder + slash + (stem or name)
+
+
+def tar_spans(path: Path) -> list[Span]:
+    """The bytes of each sample: neighbouring members of one name, without foreign ones.
+
+    From where the archive is damaged or cut off the rest is one span (start, DAMAGED); a whole one
+    ends in zeros. Where a name comes back later, all that have it are (start, TWICE).
     """
     spans: list[Span] = []
-    last = None             # the name of the sample that may go on
+    names: list[str] = []       # of each span
+    last = None                 # the name of the sample that may go on
     is_whole = False
     with tarfile.open(path, "r:") as tar:
         try:
@@ -110,10 +78,14 @@ def tar_spans(path: Path) -> list[Span]:
                 if member.isdir():
                     last = None
                     continue
-                name = re.match(r"(?:.*/)?[^.]*", member.name)[0]
+                if is_foreign(member.name):
+                    continue
+                name = sample_name(member.name)
                 start = member.offset
                 if name == last:
                     start, _ = spans.pop()
+                else:
+                    names.append(name)
                 blocks = -(-member.size // 512)         # rounded up
                 spans.append((start, member.offset_data + 512 * blocks))
                 last = name
@@ -121,10 +93,13 @@ def tar_spans(path: Path) -> list[Span]:
             is_whole = tar.fileobj.read(512) == bytes(512)
         except tarfile.ReadError:
             pass
+    times = Counter(names)
+    spans = [(start, TWICE if times[name] > 1 else stop)
+             for name, (start, stop) in zip(names, spans)]
     if is_whole:
         return spans
     damaged_from = spans[-1][0] if spans else 0
-    return [*spans[:-1], (damaged_from, -1)]
+    return [*spans[:-1], (damaged_from, DAMAGED)]
 
 
 def line_spans(text: mmap.mmap, start: int, stop: int) -> list[Span]:
@@ -212,24 +187,29 @@ def list_spans(text: mmap.mmap, start: int, stop: int) -> list[Span]:
 def tar_example(data: bytes, key: str) -> Example:
     """img2dataset's sample: an image, its caption in .txt, or else in .json."""
     with tarfile.open(fileobj=io.BytesIO(data), mode="r:") as tar:
-        files = [member for member in tar if member.isfile()]
+        files = [member for member in tar if member.isfile() and not is_foreign(member.name)]
         if any(member.size > len(data) for member in files):
             raise BadSample("broken record", "a sparse member, larger than the sample")
         members = {}            # content by lower-case suffix
         for member in files:
-            suffix = member.name.rpartition(".")[2].lower()
+            suffix = "." + member.name.rpartition(".")[2].lower()
+            if suffix in members:
+                raise BadSample("ambiguous", f"two members are its {suffix}")
             members[suffix] = tar.extractfile(member).read()
-    images = [members[kind] for kind in ("jpg", "jpeg", "png", "webp") if kind in members]
+    images = [suffix for suffix in members if suffix in IMAGE_SUFFIXES]
+    if len(images) > 1:
+        raise BadSample("ambiguous", f"two members are images: {', '.join(images)}")
     try:
-        if "txt" in members:
-            caption = members["txt"].decode()
+        if ".txt" in members:
+            caption = members[".txt"].decode("utf-8-sig")
         else:
-            caption = json.loads(members["json"])["caption"]
+            caption = parse_json(members[".json"])["caption"]
     except (KeyError, TypeError):
         raise BadSample("missing field", "neither a .txt nor a caption in a .json") from None
     if not images:
         raise BadSample("missing field", f"no image among {', '.join(members)}")
-    return conversation([io.BytesIO(images[0])], [("user", ""), ("assistant", caption)], key)
+    turns = [Turn("user", [IMAGE]), Turn("assistant", [caption])]
+    return conversation([io.BytesIO(members[images[0]])], turns, key)
 
 
 def read_parquet(path: Path):
@@ -246,17 +226,11 @@ def read_parquet(path: Path):
 
 
 def read_cells(path: Path, row: int) -> dict:
-    """The cells of one row of BigDocs or VCR-wiki by column; its row group is read with it. Raises
-    BadSample."""
+    """The cells of one row by column, of those columns that its format has; its row group is read
+    with it. Raises BadSample."""
     try:
         file = read_parquet(path)
-        names = file.schema_arrow.names
-        for columns in (BIGDOCS_COLUMNS, VCR_COLUMNS):
-            if {*columns} <= {*names}:
-                break
-        else:
-            known = f"{', '.join(BIGDOCS_COLUMNS)} or {', '.join(VCR_COLUMNS)}"
-            raise BadSample("missing field", f"no columns {known} among {', '.join(names)}")
+        columns = columns_of(file.schema_arrow.names)
         group = 0
         while row >= file.metadata.row_group(group).num_rows:
             row -= file.metadata.row_group(group).num_rows
@@ -269,18 +243,38 @@ def read_cells(path: Path, row: int) -> dict:
         raise BadSample("unreadable file", " ".join(str(error).split())) from None
 
 
+def columns_of(names: list[str]) -> list[str]:
+    """The columns to be read of a parquet file that has these. Raises BadSample."""
+    there = {*names}
+    fits = [columns for columns in (BIGDOCS_COLUMNS, VCR_COLUMNS) if {*columns} <= there]
+    if there & {*TURNS}:
+        fits.append([name for name in (*TURNS, *IMAGES, *OTHER_FIELDS, "label") if name in there])
+    if not fits:
+        known = (f"{', '.join(BIGDOCS_COLUMNS)} or {', '.join(VCR_COLUMNS)} or image and "
+                 f"{' or '.join(TURNS)}")
+        raise BadSample("missing field", f"no columns {known} among {', '.join(names)}")
+    if len(fits) > 1:
+        raise BadSample("ambiguous", f"columns of two formats: {', '.join(names)}")
+    if any(names.count(column) > 1 for column in fits[0]):
+        raise BadSample("ambiguous", f"two columns of one name: {', '.join(names)}")
+    return fits[0]
+
+
 def is_texts(cell) -> bool:
     """Whether a cell is a list of texts, one at least."""
     return isinstance(cell, list) and bool(cell) and all(isinstance(text, str) for text in cell)
 
 
-def parquet_example(path: Path, row: int, key: str) -> Example:
-    """A row of BigDocs (image, lists of queries and annotations) or of VCR-wiki (stacked_image,
-    list of crossed texts, which are one answer)."""
+def parquet_example(path: Path, row: int, key: str, root: Path | None = None) -> Example:
+    """A row of BigDocs (image, lists of queries and annotations), of VCR-wiki (stacked_image, list
+    of crossed texts, which are one answer), or a record as in JSON, with its images or their names,
+    which lie in the file's folder or in root."""
     cells = read_cells(path, row)
+    if not {*cells} <= {*BIGDOCS_COLUMNS, *VCR_COLUMNS}:
+        return record_example(cells, (path.parent, root or path.parent), key)
     image, *texts = cells.values()
-    has_image = isinstance(image, dict) and isinstance(image.get("bytes"), bytes) and image["bytes"]
-    if not has_image or not all(map(is_texts, texts)) or len(texts[0]) != len(texts[-1]):
+    content = image_bytes(image)
+    if content is None or not all(map(is_texts, texts)) or len(texts[0]) != len(texts[-1]):
         raise BadSample("missing field", f"{', '.join(cells)}: empty, of another type, or not as "
                                          "many of each")
     if len(texts) == 2:
@@ -288,9 +282,17 @@ def parquet_example(path: Path, row: int, key: str) -> Example:
     else:
         asked, answers = [VCR_PROMPT], [", ".join(texts[0])]
     turns = []
-    for prompt, answer in zip(asked, answers):
-        turns += [("user", prompt), ("assistant", answer)]
-    return conversation([io.BytesIO(image["bytes"])], turns, key)
+    for i, (prompt, answer) in enumerate(zip(asked, answers)):
+        # The page stands before the first question, or where it has a mark. Later ones are text.
+        parts = split_images(prompt) if i == 0 else [prompt]
+        turns += [Turn("user", parts), Turn("assistant", [answer])]
+    return conversation([content], turns, key)
+
+
+def image_bytes(cell) -> io.BytesIO | None:
+    """The image in a cell of parquet; None where there is none."""
+    content = cell.get("bytes") if isinstance(cell, dict) else None
+    return io.BytesIO(content) if isinstance(content, bytes) and content else None
 
 
 def json_example(data: bytes, folders: tuple[Path, Path], key: str) -> Example:
@@ -300,29 +302,120 @@ def json_example(data: bytes, folders: tuple[Path, Path], key: str) -> Example:
     folders: the record's, then the data set's; images are files relative to either, and not outside
     the latter.
     """
-    record = json.loads(data.removeprefix(BYTE_ORDER_MARK).strip(b" \t\r\n,"))
+    record = parse_json(data.removeprefix(BYTE_ORDER_MARK).strip(b" \t\r\n,"))
+    return record_example(record, folders, key)
+
+
+def parse_json(data: bytes):
+    """JSON in which no object has two values for one key. Raises BadSample, ValueError."""
+    def unique(pairs: list[tuple]) -> dict:
+        fields: dict = {}
+        for name, value in pairs:
+            if name in fields and fields[name] != value:
+                raise BadSample("ambiguous", f"two values for {name[:50]!r}")
+            fields[name] = value
+        return fields
+
+    return json.loads(data, object_pairs_hook=unique)
+
+
+# --------------------------------------------------------------------------------------------------
+# Records
+
+
+def is_empty(value) -> bool:
+    """Whether a field says nothing. 0 and false say something."""
+    return any(value is empty or type(value) is type(empty) and value == empty for empty in EMPTY)
+
+
+def field(record: dict, names: tuple[str, ...]):
+    """What a record says under one of several names. Absent, null and empty are one.
+
+    Raises BadSample where two of them differ.
+    """
+    values = [record[name] for name in names if name in record]
+    filled = [value for value in values if not is_empty(value)]
+    if any(value != filled[0] for value in filled):
+        raise BadSample("ambiguous", f"{' and '.join(names)} differ")
+    # An empty text is still a text: an empty answer.
+    return (filled or [value for value in values if value is not None] or [None])[0]
+
+
+def record_example(record: dict, folders: tuple[Path, Path], key: str) -> Example:
+    """Fields of MS-Swift's, DocDownstream's or LLaVA's names -> Example. Raises BadSample."""
     try:
-        turns = [(turn.get("role", turn.get("from")), turn.get("content", turn.get("value")))
-                 for turn in record.get("messages", record.get("conversations"))]
-        names = record.get("images", record.get("image")) or []
-        if isinstance(names, str):
-            names = [names]
-        images = [find_image(name, folders) for name in names]
+        for name in OTHER_FIELDS:
+            if not is_empty(record.get(name)):
+                raise BadSample("not implemented", f"its field {name}")
+        if record.get("label") is False:        # MS-Swift's way to say that an answer is bad
+            raise BadSample("not implemented", "its field label, false")
+        images = [find_image(image, folders) for image in record_images(record)]
+        turns = [record_turn(turn) for turn in field(record, TURNS)]
     except (AttributeError, TypeError):
         raise BadSample("missing field", "no messages with role and content, or an image that is "
                                          "no name") from None
+    for turn in turns:
+        if images and turn.role != "user" and any(mark in turn.parts[0] for mark in MARKS):
+            raise BadSample("not implemented", f"an image in a turn of the {turn.role}")
     return conversation(images, turns, key)
 
 
-def find_image(name: str, folders: tuple[Path, Path]) -> Path:
-    """The file of that name relative to one of the folders. Raises BadSample, also for a name that
-    leads out of the last of them, the data set's."""
-    paths = [Path(os.path.normpath(folder / name)) for folder in folders]
-    inside = [path for path in paths if path.is_relative_to(folders[-1])]
+def record_images(record: dict) -> list:
+    """The images of a record, however it names them."""
+    several = {name: record[name] if isinstance(record[name], list) else [record[name]]
+               for name in IMAGES if not is_empty(record.get(name))}
+    return field(several, IMAGES) or []
+
+
+def record_turn(turn: dict) -> Turn:
+    """A turn of a record. Raises BadSample, TypeError and AttributeError."""
+    role, text = field(turn, ("role", "from")), field(turn, ("content", "value"))
+    if not isinstance(role, str) or role not in ROLES or not isinstance(text, str):
+        raise BadSample("missing field", f"a turn that is no text of {', '.join(ROLES)}")
+    for name in OTHER_TURN_FIELDS:
+        if not is_empty(turn.get(name)):
+            raise BadSample("not implemented", f"a turn's field {name}")
+    role = ROLES[role]
+    if role == "user" and OTHER_MARKS.search(text):
+        raise BadSample("not implemented", f"{OTHER_MARKS.search(text)[0][:50]} in a question")
+    parts = split_images(text) if role == "user" else [text]
+    return Turn(role, parts, is_learnt(turn))
+
+
+def is_learnt(turn: dict) -> bool:
+    """Whether a turn's answer is learnt: MS-Swift's loss and loss_scale, OpenAI's weight. Raises
+    BadSample."""
+    said = [turn[name] for name in ("loss", "loss_scale", "weight") if turn.get(name) is not None]
+    if any(value not in (0, 1) for value in said):
+        raise BadSample("not implemented", "a turn's weight other than 0 and 1")
+    return all(said)
+
+
+def find_image(image, folders: tuple[Path, Path]) -> Path | io.BytesIO:
+    """The file of that name relative to one of the folders, or what parquet holds. Raises
+    BadSample, also for a name that leads out of the last of them, the data set's."""
+    content = image_bytes(image)
+    if content is not None:
+        return content
+    paths = [Path(os.path.normpath(folder / image)) for folder in folders]
+    inside = [path for path in paths if is_inside(path, folders[-1])]
     for path in inside:
         if os.path.isfile(path):
             return path
-    raise BadSample("image not found" if inside else "image outside the folder", str(name))
+    if any(map(is_forbidden, inside)):
+        raise BadSample("unreadable file", f"{image}: it may not be read (permission denied)")
+    raise BadSample("image not found" if inside else "image outside the folder", str(image))
+
+
+def is_forbidden(path: Path) -> bool:
+    """Whether nobody tells us if a file is there."""
+    try:
+        os.stat(path)
+    except PermissionError:
+        return True
+    except (OSError, ValueError):
+        pass
+    return False
 
 
 def split_images(text: str) -> list[str | int]:
@@ -330,26 +423,15 @@ def split_images(text: str) -> list[str | int]:
 
     For the readers of data sets only: what a user types stays text.
     """
-    parts = re.split(r"(<image>|<\|image\|>)", text)
-    return [IMAGE if part in ("<image>", "<|image|>") else part for part in parts if part]
+    parts = re.split("(" + "|".join(map(re.escape, MARKS)) + ")", text)
+    return [IMAGE if part in MARKS else part for part in parts if part]
 
 
-def conversation(images: list, turns: list[tuple[str, str]], key: str) -> Example:
-    """Image files and (role, text) pairs -> Example. Images without marks stand before the first
-    user's text. Raises BadSample or ImageError."""
-    asked: list[Turn] = []
-    answers: list[Turn] = []
-    parsed: list[Turn] = []
-    for role, text in turns:
-        if not isinstance(role, str) or role not in ROLES or not isinstance(text, str):
-            raise BadSample("missing field", f"a turn that is no text of {', '.join(ROLES)}")
-        turn = Turn(ROLES[role], [text])
-        if turn.role == "user":
-            turn.parts = split_images(text)
-            asked.append(turn)
-        elif turn.role == "assistant":
-            answers.append(turn)
-        parsed.append(turn)
+def conversation(images: list, turns: list[Turn], key: str) -> Example:
+    """Image files and turns -> Example. Images without marks stand before the first user's text.
+    Raises BadSample or ImageError."""
+    asked = [turn for turn in turns if turn.role == "user"]
+    answers = [turn for turn in turns if turn.role == "assistant"]
     marks = sum(turn.parts.count(IMAGE) for turn in asked)
     if asked and marks == 0:
         asked[0].parts[:0] = [IMAGE] * len(images)
@@ -357,6 +439,10 @@ def conversation(images: list, turns: list[tuple[str, str]], key: str) -> Exampl
         raise BadSample("missing field", f"{marks} marks for {len(images)} images")
     if not answers:
         raise BadSample("missing field", "no answer")
+    if not all(isinstance(turn.parts[0], str) for turn in answers):
+        raise BadSample("missing field", "an answer that is no text")
     if not all(turn.parts[0].strip() for turn in answers):
         raise BadSample("empty answer", "nothing to learn")
-    return Example([read_image(image) for image in images], parsed, key)
+    if not any(turn.is_learnt for turn in answers):
+        raise BadSample("empty answer", "nothing to learn: no turn is to be learnt")
+    return Example([read_image(image) for image in images], turns, key)

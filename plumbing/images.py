@@ -335,7 +335,8 @@ SIZES = (256, 257)              # width and height
 PIXELS_AT = (273, 324, 513)     # the places of strips, of tiles, of an old JPEG
 NUMBERS = {1: "B", 3: "H", 4: "I", 6: "b", 8: "h", 9: "i", 11: "f", 12: "d", 13: "I", 16: "Q"}
 
-Layout = tuple[str, str, int, str]      # byte order; formats of a count, bytes of an entry, an offset
+# Byte order, format of a count, bytes of an entry, format of an offset.
+Layout = tuple[str, str, int, str]
 
 
 def tiff_layout(data: bytes) -> Layout | None:

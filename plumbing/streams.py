@@ -31,14 +31,16 @@ from torch.utils.data import Dataset
 from tqdm import tqdm
 
 from plumbing.examples import BadSample, Example
-from plumbing.formats import (MAX_RECORD, Span, data_files, file_format, json_example, line_spans,
+from plumbing.folders import data_files, file_format, path_exists
+from plumbing.formats import (DAMAGED, MAX_RECORD, TWICE, Span, json_example, line_spans,
                               list_spans, parquet_example, read_parquet, tar_example, tar_spans)
 from plumbing.images import ImageError
 from plumbing.settings import InputError
 from plumbing.tokenizers import TextError
 
 BAD_KINDS = ["unreadable file", "broken record", "missing field", "empty answer", "image not found",
-             "image outside the folder", "unreadable image", "too long"]
+             "image outside the folder", "unreadable image", "too long", "ambiguous",
+             "not implemented"]
 GROUP = 8192            # samples that are shuffled together, at least
 BLOCK = 2 ** 20         # bytes of a JSON file that make a shard
 PARQUET_SHARDS = 16     # shards of a parquet file
@@ -77,13 +79,13 @@ class DataSet:
     line ends, and their samples are permuted.
     """
 
-    def __init__(self, paths: list[str], seed: int):
+    def __init__(self, paths: list[str], seed: int, held_out: bool = False):
         self.seed = seed
         self.files: list[tuple[Path, Path, str | None]] = []    # (images' folder, file, format)
         self.shards: list[tuple[int, int, int]] = []            # (file, part, parts)
         roots: dict[Path, Path] = {}        # by file: what two of the paths name is there once
         for path in paths:
-            root, files = data_files(path)
+            root, files = data_files(path, held_out)
             roots.update({file: root for file in files})
         for file, root in roots.items():
             kind = file_format(file)
@@ -98,8 +100,8 @@ class DataSet:
             raise InputError(f"{self.files[0][1]}: neither tar nor parquet nor JSON")
 
     def index(self, shard: int) -> list[Span]:
-        """The samples of a shard as (start, stop), in bytes or rows; stop is -1 where the file is
-        damaged."""
+        """The samples of a shard as (start, stop), in bytes or rows; stop is DAMAGED or TWICE
+        for what cannot be read."""
         file_number, part, parts = self.shards[shard]
         _, path, kind = self.files[file_number]
         try:
@@ -118,7 +120,7 @@ class DataSet:
             raise
         except (OSError, ValueError, tarfile.TarError):
             pass
-        return [(0, -1)] if part == 0 else []       # damaged from its start: said once
+        return [(0, DAMAGED)] if part == 0 else []       # damaged from its start: said once
 
     @functools.lru_cache(maxsize=8)         # the first group serves estimate() and the epoch
     def group(self, epoch: int, first: int) -> tuple[list[Reference], int]:
@@ -163,7 +165,7 @@ class DataSet:
         """Where a sample lies, in words: a tar's member, or the line of a JSONL file, which is
         counted now."""
         _, path, kind = self.files[self.shards[shard][0]]
-        if kind == "tar" and stop >= 0:
+        if kind == "tar" and stop != DAMAGED:
             with path.open("rb") as file:
                 file.seek(start)
                 name = file.read(100).partition(bytes(1))[0]    # its header's first field
@@ -175,13 +177,16 @@ class DataSet:
     def read(self, shard: int, start: int, stop: int) -> Example:
         """Read and decode one sample. Raises BadSample or ImageError."""
         root, path, kind = self.files[self.shards[shard][0]]
-        if stop < 0:
+        if stop == DAMAGED:
             raise BadSample("unreadable file", "damaged or cut off from here")
+        if stop == TWICE:
+            raise BadSample("ambiguous", "its name comes twice in the tar, or its members do not "
+                                         "stand together")
         if stop - start > MAX_RECORD:
             raise BadSample("broken record", f"{stop - start:,} bytes are more than {MAX_RECORD:,}")
         key = f"{path}:{start}"
         if kind == "parquet":
-            return parquet_example(path, start, key)
+            return parquet_example(path, start, key, root)
         with path.open("rb") as file:
             file.seek(start)
             data = file.read(stop - start)
@@ -206,30 +211,38 @@ def count_lines(path: Path, stop: int) -> int:
 # All data sets together
 
 
+def path_and_weight(spec: str) -> tuple[str, str | None]:
+    """PATH or PATH:WEIGHT; what is there under its whole name is a path."""
+    if path_exists(spec):
+        return spec, None
+    return re.fullmatch(r"(.*?)(?::(\d+(?:\.\d+)?))?", spec, re.S).groups()
+
+
 class Documents(Dataset):
     """The samples of --data, ready for the model; a Bad one where a sample cannot be used.
 
     specs: PATH, or PATH:WEIGHT for a data set of its own, of which WEIGHT samples are drawn for one
     of a set with weight 1. An epoch ends when the first set is through; the others go on from
     there, and begin anew as they end. prepare: makes a sample of an Example, as data.prepare does;
-    it may raise BadSample or TextError. Raises InputError.
+    it may raise BadSample or TextError. held_out: of folders the files for evaluation are taken
+    (plumbing/folders.py). Raises InputError.
     """
 
-    def __init__(self, specs: list[str], seed: int, prepare: Callable[[Example], Sample]):
+    def __init__(self, specs: list[str], seed: int, prepare: Callable[[Example], Sample],
+                 held_out: bool = False):
         self.prepare = prepare
         self.sets: list[DataSet] = []
         self.weights: list[float] = []
-        parsed = [re.fullmatch(r"(.*?)(?::(\d+(?:\.\d+)?))?", spec, re.S).groups()
-                  for spec in specs]                                # (path, weight or None)
+        parsed = [path_and_weight(spec) for spec in specs]
         if not any(weight for _, weight in parsed):                 # all of them are one data set
-            self.sets.append(DataSet(specs, seed))
+            self.sets.append(DataSet(specs, seed, held_out))
             self.weights.append(1.0)
             return
         for path, weight in parsed:
             weight = float(weight or 1)
             if weight == 0:
                 raise InputError(f"{' '.join(specs)}: a weight is more than 0")
-            self.sets.append(DataSet([path], seed))
+            self.sets.append(DataSet([path], seed, held_out))
             self.weights.append(weight)
 
     def __getitem__(self, reference: tuple | Position) -> Sample | Bad | Position:

@@ -55,6 +55,7 @@ class BytePairs:
         else:
             ranks, pattern, self.special = read_tokenizer_model(self.path)
         self.size = vocabulary_size(self.path, ranks, self.special)
+        self.known = {*ranks.values(), *self.special.values()}
         # tiktoken panics at a byte that is no token, and the reference drops it. So such a byte
         # gets an id of its own, from `size` on, and encode() drops those.
         missing = [bytes([b]) for b in range(256) if bytes([b]) not in ranks]
@@ -92,11 +93,14 @@ class BytePairs:
         return ids
 
     def decode(self, ids: list[int]) -> str:
-        """The text of ids; bytes that are no UTF-8 become U+FFFD."""
-        return self.encoding.decode(ids)
+        """The text of ids; bytes that are no UTF-8 become U+FFFD, and ids of no token, which pad a
+        model's vocabulary, nothing."""
+        return self.encoding.decode([i for i in ids if i in self.known])
 
     def token_bytes(self, token_id: int) -> bytes:
-        """The bytes of one token; of a special one its name."""
+        """The bytes of one token; of a special one its name; none of an id without a token."""
+        if token_id not in self.known:
+            return b""
         return self.encoding.decode_single_token_bytes(token_id)
 
 

@@ -90,10 +90,22 @@ def test_a_broken_tokenizer_model_is_one_line(tmp_path, content):
     assert str(error.value).startswith(f"{path}: ") and len(str(error.value).splitlines()) == 1
 
 
-def test_a_vocabulary_that_disagrees_with_the_model_is_refused(toy):
+def test_a_model_with_fewer_rows_than_tokens_is_refused(toy):
     assert len(Tokenizer(toy.parent, 542)) == 542
-    with pytest.raises(CheckpointError, match="542 tokens, but the model's vocab_size is 543"):
-        Tokenizer(toy.parent, 543)
+    with pytest.raises(CheckpointError, match="542 tokens, but the model's vocab_size is 541"):
+        Tokenizer(toy.parent, 541)
+
+
+def test_rows_beyond_the_tokenizer_are_padding_without_text(tmp_path, toy):
+    """Also where a byte is no token: its inner id is the first one of the padding."""
+    padded = Tokenizer(toy.parent, 576)
+    assert len(padded) == 542
+    assert padded.decode([75, 542, 575, 10 ** 9, 76]) == "KL"
+    assert padded.pairs.token_bytes(542) == b""
+    small = Tokenizer(small_json(tmp_path / "tokenizer.json"), 64)
+    for i in range(64):
+        assert isinstance(small.decode([i]), str)
+        assert i < len(small) or small.decode([i]) == "" and small.pairs.token_bytes(i) == b""
 
 
 def test_special_tokens_of_no_chat_format_are_refused_when_it_is_needed(tmp_path):

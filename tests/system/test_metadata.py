@@ -1,4 +1,4 @@
-"""plumbing/images.py: metadata never cost the pixels. 2,000 odd blocks, and files of several pages."""
+"""plumbing/images.py: metadata never cost pixels. 2,000 odd blocks, and files of several pages."""
 import io
 import random
 import struct
