@@ -36,8 +36,8 @@ def use(model: nn.Module, inference: bool = False) -> None:
     """Let a model use what is fast on this machine. Call it before the model is sharded.
 
     inference: nothing but answers will follow. The decoder can then no longer be trained, moved,
-    copied, saved or loaded into. In bf16 on a CPU its matrices, all but E_text, cannot even be looked at,
-    and a head that is tied to E_text becomes a copy of it.
+    copied, saved or loaded into. In bf16 on a CPU its matrices, all but E_text, cannot even be
+    looked at, and a head that is tied to E_text becomes a copy of it.
     """
     for module in model.modules():
         if type(module) is nn.Linear:
