@@ -48,7 +48,7 @@ from plumbing.runs import begin, check_recipe, is_complete, start_fingerprint
 from plumbing.settings import InputError
 from plumbing.states import States, drop_states, newest_state
 from plumbing.streams import (BAD_KINDS, Documents, Position, agree_on_position, check_bad_share,
-                              deal, keep_good, steps_of)
+                              deal, full_spec, keep_good, steps_of)
 from toy.looks import LOOKS
 from toy.pages import STAGE0, ToyDocuments, write_toy_tokenizer
 
@@ -508,7 +508,8 @@ def record_of(stage: int, recipe: Recipe, connector: ConnectorConfig,
     record = {"preset": args.preset, "seed": args.seed, "data": None, "look": "clean",
               "max_tiles": args.max_tiles, "connector": connector.kind, **asdict(recipe)}
     if stage > 0:
-        record |= {"data": args.data, "look": args.look}
+        record |= {"data": args.data and [full_spec(spec) for spec in args.data],
+                   "look": args.look}
     return json.loads(json.dumps(record))
 
 

@@ -29,6 +29,7 @@ from pathlib import Path
 from PIL import Image
 
 from plumbing.examples import IMAGE, BadSample
+from plumbing.folders import is_foreign, is_inside
 from plumbing.formats import (MAX_RECORD, VCR_PROMPT, parquet_example, read_parquet,
                               split_images)
 from plumbing.images import ImageError, read_image
@@ -136,7 +137,7 @@ def read_images(names: list[str], folders: list[Path], root: Path) -> list[Image
     root = Path(os.path.abspath(root))
     for name in names:
         paths = [Path(os.path.abspath(folder / name)) for folder in folders]
-        inside = [path for path in paths if path.is_relative_to(root)]
+        inside = [path for path in paths if is_inside(path, root)]
         if paths[0] not in inside:
             raise ImageError(f"{name}: outside of {root}")
         there = [path for path in inside if path.is_file()]
@@ -415,7 +416,10 @@ def read_record(line: bytes, where: str) -> tuple[str, str, list[str]]:
 
 def parquet_benchmark(name: str, path: Path) -> Benchmark:
     """VCR-wiki: stacked_image is shown, crossed_text are the texts of its blanks."""
-    files = sorted(path.rglob("test*.parquet")) if path.is_dir() else [path]
+    files = [path]
+    if path.is_dir():
+        files = [file for file in sorted(path.rglob("test*.parquet"))
+                 if not is_foreign(file.relative_to(path))]
     if not files:
         raise InputError(f"{path}: no test*.parquet there")
     rows, places = [], []

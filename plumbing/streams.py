@@ -13,6 +13,7 @@ cannot be used stands a Bad one. What a sample is, `prepare` says; nothing here 
 """
 import functools
 import mmap
+import os
 import re
 import sys
 import tarfile
@@ -216,6 +217,12 @@ def path_and_weight(spec: str) -> tuple[str, str | None]:
     if path_exists(spec):
         return spec, None
     return re.fullmatch(r"(.*?)(?::(\d+(?:\.\d+)?))?", spec, re.S).groups()
+
+
+def full_spec(spec: str) -> str:
+    """PATH:WEIGHT in the one way to write it: absolute and without links."""
+    path, weight = path_and_weight(spec)
+    return os.path.realpath(path) + (f":{float(weight):g}" if weight else "")
 
 
 class Documents(Dataset):

@@ -11,7 +11,7 @@ from conftest import ROOT
 from data import Sample
 from plumbing.folders import data_files, held_out_kind, image_files, is_foreign
 from plumbing.settings import InputError
-from plumbing.streams import Documents
+from plumbing.streams import Documents, full_spec
 from sets import (PAGES, add_member, encoded, messages, no_hang, outcome,  # noqa: F401
                   tokenizer, write_lines, write_texts)
 
@@ -136,6 +136,17 @@ def test_a_colon_in_a_path_is_no_weight(tmp_path, name):
         documents = Documents([f"{tmp_path}/{spec}"], 0, lambda example: example)
         assert documents.weights == [1.0] and documents.epoch_samples() == 3
     assert Documents([f"{tmp_path}/{name}:3"], 0, lambda example: example).weights == [3.0]
+
+
+def test_one_path_written_in_two_ways_is_one(tmp_path, monkeypatch):
+    """What a run is resumed with: `r/` for `r`, a relative path, a link."""
+    put(tmp_path / "r", "train.jsonl")
+    (tmp_path / "link").symlink_to("r")
+    monkeypatch.chdir(tmp_path)
+    named = f"{os.path.realpath(tmp_path)}/r"
+    for path in ("r", "r/", "./r", str(tmp_path / "r"), "link"):
+        assert full_spec(path) == named and full_spec(f"{path}:2.0") == f"{named}:2"
+    assert full_spec("r:1") != full_spec("r")       # a data set of its own
 
 
 # Says what becomes of each path for somebody without rights.
