@@ -142,6 +142,7 @@ def test_tsv_columns_in_any_order_paths_splits_and_line_ends(tmp_path):
 
 @pytest.mark.parametrize("text, answers", [
     ("a", ["a"]), ("", [""]), ("['a']", ["a"]), ("[3, 4.5, 'x']", ["3", "4.5", "x"]),
+    (" ['a', 'b'] ", ["a", "b"]),
     ("[Yes, No]", ["[Yes, No]"]),
     ("[__import__('os').getcwd()]", ["[__import__('os').getcwd()]"]),
     ("[" * 5000 + "]" * 5000, ["[" * 5000 + "]" * 5000])])
@@ -197,6 +198,76 @@ def test_doc_downstreams_test_files(tmp_path, file, name):
     for i in range(3):
         [image] = benchmark.images(i)
         assert same(image, picture(i)[0])
+
+
+def write_meta(root, folder, asked, documents):
+    """DocDownstream's meta/FOLDER/test: a line for each question, and DUE's golds by document.
+
+    asked: (document, question); documents: {document: {key: [[value, variant, ...], ...]}}.
+    """
+    meta = root / "meta" / folder / "test"
+    meta.mkdir(parents=True)
+    with (meta / "metadata.jsonl").open("w") as file:
+        for document, question in asked:
+            truth = {"gt_parses": [{"question": question, "answer": "x"}]}
+            record = {"file_name": f"x/{document}.pdf_0.png", "ground_truth": json.dumps(truth)}
+            file.write(json.dumps(record) + "\n")
+    with (meta / "document.jsonl").open("w") as file:
+        for name, keys in documents.items():
+            annotations = [
+                {"key": key, "values": [{"value": value, "value_variants": [value, *others]}
+                                        for value, *others in values]}
+                for key, values in keys.items()]
+            file.write(json.dumps({"name": name, "annotations": annotations}) + "\n")
+    return meta
+
+
+@pytest.mark.parametrize("file, folder, golds", [
+    ("DocVQA", "DocVQA", [["1 Jan", "1 Jan", "January 1"], ["kept"], ["b", "b", "c", "c", "C"]]),
+    ("KleisterCharity", "KleisterCharity",
+     [["1 Jan", "1 Jan", "January 1"], ["kept"], ["b", "b", "c", "c", "C"]]),
+    ("WikiTableQuestions", "WikiTableQuestions", [["1 Jan"], ["kept"], ["b", "c"]])])
+def test_dues_golds_are_taken_where_they_lie_beside(tmp_path, file, folder, golds):
+    """All spellings of a value, of WTQ's one each. A question without a key keeps its own."""
+    path = write_doc_downstream(tmp_path, file, [("the date ?", "one"), ("who?", "kept"),
+                                                 ("the dates?", "three")])
+    asked = [("a1", "the date"), ("a1", "who"), ("b2", "the dates")]
+    documents = {"a1": {"the date": [["1 Jan", "January 1"]], "date": [["wrong"]]},
+                 "b2": {"the dates": [["b"], ["c", "C"]], "who": [["other document"]]}}
+    meta = write_meta(tmp_path, folder, asked, documents)
+    rows = open_benchmark(str(path)).rows
+    assert [row["answers"] for row in rows] == golds
+    assert [row["document"] for row in rows] == ["a1", "a1", "b2"]
+    (meta / "metadata.jsonl").write_text("")
+    refused("0 lines for 3", "metadata.jsonl", open_benchmark, str(path))
+    (meta / "document.jsonl").write_text('{"name": "a1"}')
+    refused("line 1: no name and annotations", "document.jsonl", open_benchmark, str(path))
+
+
+def test_table_vqas_cells_are_taken_as_they_are(tmp_path):
+    path = write_tsv(tmp_path / "TableVQABench.tsv", [*HEADER, "split"],
+                     [["0", base64_of(0), "q", "['a', 'b']", "vwtq"],
+                      ["1", "0", "q", "[]", "vwtq"]])
+    assert [row["answers"] for row in open_benchmark(str(path)).rows] == [["['a', 'b']"], ["[]"]]
+
+
+def test_an_image_by_reference_to_a_reference_and_in_the_datasets_own_folder(tmp_path):
+    path = write_tsv(tmp_path / "DocVQA_VAL.tsv", HEADER,
+                     [["0", base64_of(0), "q", "a"], ["1", "0", "q", "a"], ["2", "1", "q", "a"],
+                      ["3", "4", "q", "a"], ["4", "3", "q", "a"]])
+    benchmark = open_benchmark(str(path))
+    assert all(same(benchmark.images(i)[0], picture(0)[0]) for i in range(3))
+    refused("points back", f"{path.name}, index 3", benchmark.images, 3)
+    folder = tmp_path / "images" / "DocVQA_VAL"
+    folder.mkdir(parents=True)
+    (folder / "5.png").write_bytes(picture(5)[1])
+    path.write_text("index\tquestion\tanswer\timage_path\n0\tq\ta\t5.png\n")
+    assert same(open_benchmark(str(path)).images(0)[0], picture(5)[0])
+
+
+def test_vcr_in_chinese_is_refused(tmp_path):
+    path = write_tsv(tmp_path / "VCR_ZH_EASY_500.tsv", HEADER, [["0", base64_of(0), "q", "['a']"]])
+    refused("in Chinese", path.name, open_benchmark, str(path))
 
 
 def test_vcr_from_parquet_and_from_tsv(tmp_path):
@@ -258,6 +329,7 @@ def test_a_damaged_tsv(docvqa):
         "two rows": good.replace("\n7\t", "\n0\t"),
         "fields, not 4": good + "13\tx\n",
         "not a single": good.splitlines()[0] + "\n",
+        "index 14: its answer is an empty list": f"{good}14\t{base64_of(2)}\tq\t[]\n",
         "columns up to": good + '14\t"' + base64_of(2),
         "UTF-8": good.encode() + b"\xff\xfe\t1\t2\t3\n"}
     for says, text in cases.items():

@@ -4,9 +4,9 @@ import time
 
 import pytest
 
-from paper.metrics import (METRICS, anls, denotation, edit_distance, exact_match, financial,
-                           relaxed_accuracy, tabfact, true_or_false, vqa_accuracy, vqa_normalise,
-                           wtq_normalise)
+from paper.metrics import (METRICS, anls, denotation, due_anls, edit_distance, exact_match,
+                           financial, relaxed_accuracy, tabfact, true_or_false, vqa_accuracy,
+                           vqa_normalise, wtq_normalise)
 
 HEADLINES = {"DocVQA": "anls", "InfoVQA": "anls", "DeepForm": "f1", "KLC": "f1", "WTQ": "accuracy",
              "TabFact": "accuracy", "ChartQA": "relaxed_accuracy", "TextVQA": "vqa_accuracy",
@@ -76,6 +76,23 @@ def test_anls(prediction, answers, score):
     assert anls(prediction, answers) == pytest.approx(score, abs=1e-12)
 
 
+@cases(("straße", ["straße"], 1), ("ßßx", ["ßßy"], 0.8), ("ßab", ["ßcd"], 0.5))
+def test_anls_divides_by_the_length_in_capitals(prediction, answers, score):
+    """ß is SS: one edit of 5 letters, 2 of 4."""
+    assert anls(prediction, answers) == pytest.approx(score, abs=1e-12)
+
+
+@cases(("abcd", ["ABCD"], 1), ("abcx", ["abcd"], 0.75), ("abxy", ["abcd"], 0),
+       ("abxyz", ["abcde"], 0),
+       # one space too many of 4, a line end that goes
+       ("a  b", ["a b"], 0.75), ("a\nb", ["ab"], 1), (" ab ", ["ab"], 1), ("", [""], 1),
+       ("b", ["x", "b"], 1), ("", ["a"], 0))
+def test_due_anls(prediction, answers, score):
+    assert due_anls(prediction, answers) == pytest.approx(score, abs=1e-12)
+    due = {**row(prediction, *answers), "evaluation": "DUE"}
+    assert METRICS["DocVQA"]([due]) == METRICS["InfoVQA"]([due]) == {"anls": pytest.approx(score)}
+
+
 def test_anls_is_the_mean_over_questions():
     rows = [row("abcd", "abcd"), row("abcx", "abcd"), row("no", "abcd")]
     assert METRICS["DocVQA"](rows) == METRICS["InfoVQA"](rows) == {"anls": pytest.approx(1.75 / 3)}
@@ -121,7 +138,9 @@ def test_chartqa_over_all_rows_and_by_split():
     # that "/" leaves a space before "-" comes too late to count
     ("x-y/-z", "x y z"),
     ("1,000", "1000"), ("1,000-x", "1000x"), ("1, 000", "1 000"), ("3.5", "3.5"), ("U.S.A.", "usa"),
-    (".5", ".5"),
+    (".5", ".5"), ("5.", "5."), ("3.5.", "3.5."), ("1.a", "1.a"), ("a.b", "ab"),
+    # the first 32 dots go
+    ("." * 33 + "b", ".b"), ("." * 32 + "b", "b"),
     ("what?!", "what"), ("it's", "it's"), ("50%", "50%"), ("x\ty\nz ", "x y z"), ("Ça", "ça"),
     ("", "")])
 def test_vqa_normal_form(text, normal):
@@ -173,6 +192,10 @@ def test_wtq_normal_form(text, normal):
        ("2004-13-06", ["2004-13-6"], 0), ("2004-05-32", ["2004-5-32"], 0),
        ("2004-5", ["2004-05"], 0),
        ("May 6, 2004", ["2004-05-06"], 0),
+       # exact, however many digits
+       ("9" * 17, ["9" * 16 + "8"], 0), ("9" * 400, ["9" * 400], 1), ("9" * 400, ["2.5"], 0),
+       ("1_0", ["10"], 1),
+       (r"a\pb", [r"a\pb"], 1), (r"a\pb", ["a", "b"], 0),
        ("3[1]", ["3"], 1), (r"x\ny", ["x y"], 1), (r"x\\y", [r"x\y"], 1), ("nan", ["nan"], 1),
        ("inf", ["infinity"], 0),
        ("", ["a"], 0), ("", [""], 1), ("None", ["0"], 0), ("1" * 4000, ["2.5"], 0),
@@ -247,6 +270,8 @@ def test_key_value_f1(benchmark):
     assert score([row("None", "none")])["f1"] == 0
     assert score([row("a\nb", "None", "AB")])["f1"] == 1
     assert score([{"key": "k", **rows[0]}]) == score(rows[:1])
+    # DUE has two values for one key, of which an answer can be one
+    assert score([{**rows[0], "values": 2}])["recall"] == 0.5
 
 
 @pytest.mark.parametrize("prediction, golds, exact, jaccard", [
@@ -265,6 +290,9 @@ def test_key_value_f1(benchmark):
     ("sat the end", ["sat", "end", "mat"], 2 / 3, 2 / 3),
     ("Sorry, cat", ["cat"], 0, 0), ("I can't see a cat", ["cat"], 0, 0),
     ("I cannot: cat", ["cat"], 0, 0),
+    ("无法 cat", ["cat"], 0, 0), ("抱歉, cat", ["cat"], 0, 0),
+    # a line end is a token
+    ("cat\nsat", ["cat sat"], 0, 1 / 3), ("cat\nsat", ["cat", "sat"], 1, 1),
     ("sat Assistant: cat", ["cat", "sat"], 0.5, 0.5), ("", ["cat"], 0, 0), ("None", ["cat"], 0, 0),
     ("cat", [""], 0, 0)])
 def test_vcr(prediction, golds, exact, jaccard):
