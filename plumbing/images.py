@@ -186,12 +186,15 @@ def pictures_of(data: bytes) -> Iterator[Picture]:
         yield png_picture(data)
     elif data.startswith(TIFF):
         yield from tiff_pictures(data)
+    elif data[4:8] == b"ftyp":              # AVIF: its EXIF item becomes one that nobody knows
+        yield re.sub(rb"(?s)(infe.{8,10})Exif", rb"\1skip", data[:2 ** 16]) + data[2 ** 16:], None
     else:
         yield data, None
 
 
 def stated_orientation(image: Image.Image) -> int:
-    """The orientation of an image that Pillow has opened, by its EXIF or XMP (WebP, AVIF)."""
+    """The orientation of an image that Pillow has opened, by its EXIF or XMP: WebP's, and AVIF's,
+    for which Pillow writes such a block by the picture's own rotation."""
     exif, xmp = image.info.get("exif"), image.info.get("xmp")
     return orientation_of(exif if isinstance(exif, bytes) else b"",
                           xmp if isinstance(xmp, bytes) else b"")

@@ -7,7 +7,7 @@ import zlib
 
 import numpy as np
 import pytest
-from PIL import Image
+from PIL import Image, features
 
 from plumbing.images import ImageError, read_image, read_pages
 
@@ -164,6 +164,31 @@ def test_2000_odd_blocks_cost_no_pixel_and_no_orientation():
         if got.shape != PICTURE.shape or abs(got - PICTURE).mean() > (3 if kind == "JPEG" else 0):
             bad.append((seed, kind, "not upright"))
     assert not bad, (len(bad), bad[:5])
+
+
+@pytest.mark.parametrize("kind", ["WEBP", "AVIF"])
+def test_other_formats_with_odd_blocks(kind):
+    """A sound block is written, then odd bytes in its place but for the orientation."""
+    if kind == "AVIF" and not features.check("avif"):
+        return
+    exif = Image.Exif()
+    exif[270] = "a" * 40
+    for seed in range(60):
+        rng = random.Random(seed)
+        orientation = rng.choice([*STORED])
+        exif[274] = orientation
+        file = io.BytesIO()
+        stored = Image.fromarray(STORED[orientation](PICTURE))
+        stored.save(file, kind, quality=95, exif=exif.tobytes())
+        data = file.getvalue()
+        order = "<" if b"II*" in data else ">"
+        odd = struct.pack(order + "HI", rng.choice([1, 5, 7, 12, 99, 0]), rng.randrange(2 ** 32))
+        data = data.replace(struct.pack(order + "HHI", 270, 2, 41),
+                            struct.pack(order + "H", 270) + odd)
+        if kind == "AVIF" and seed % 2:         # it is turned without its EXIF
+            data = data.replace(b"II*\0", b"odd!").replace(b"MM\0*", b"odd!")
+        got = np.asarray(read_image(io.BytesIO(data))).astype(int)
+        assert got.shape == PICTURE.shape and abs(got - PICTURE).mean() < 9, (seed, orientation)
 
 
 def tiff_bytes(*pages: Image.Image, **options) -> bytes:
