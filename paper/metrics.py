@@ -58,23 +58,45 @@ class Metric:
 
         counts (rows, k) of each model; the draws are the same for all of them, and every time.
         """
-        groups = documents(rows) if self.by_document else np.arange(len(rows))      # (rows,)
-        n = int(groups.max()) + 1
+        of_groups = self.grouped(rows, np.stack(counts, axis=1))    # (n, models, k)
+        n = len(of_groups)
         generator = np.random.default_rng(0)
-        of_groups = np.zeros((n, len(counts), self.k))
-        np.add.at(of_groups, groups, np.stack(counts, axis=1))
         sums = np.empty((RESAMPLES, len(counts), self.k))
         for draw in range(RESAMPLES):
             times = np.bincount(generator.integers(n, size=n), minlength=n)     # (n,)
             sums[draw] = np.tensordot(times, of_groups, axes=1)
         return [self.of_sums(sums[:, model]) for model in range(len(counts))]
 
+    def grouped(self, rows: list[dict], counts: np.ndarray) -> np.ndarray:
+        """counts (rows, ...) -> sums (n, ...) of the n samples that are drawn: rows, or documents.
+        """
+        if not self.by_document:
+            return counts
+        groups = documents(rows)                                                # (rows,)
+        sums = np.zeros((groups.max() + 1, *counts.shape[1:]))
+        np.add.at(sums, groups, counts)
+        return sums
+
     def intervals(self, rows: list[dict]) -> dict[str, list[float]]:
-        """The 95 % interval [low, high] of each score: the middle of the bootstrap's."""
+        """The 95 % interval [low, high] of each score: the middle of the bootstrap's.
+
+        A score of 0 or 1 comes out of every draw. There it is the exact interval of n samples all
+        wrong or all right (Clopper and Pearson 1934).
+        """
+        counts = self.counted(rows)
+        scores = self.of_counts(counts)
         if not rows:
-            return {name: [math.nan, math.nan] for name in self(rows)}
-        [drawn] = self.drawn(rows, self.counted(rows))
-        return {name: middle(scores) for name, scores in drawn.items()}
+            return {name: [math.nan, math.nan] for name in scores}
+        [drawn] = self.drawn(rows, counts)
+        intervals = {name: middle(values) for name, values in drawn.items()}
+        alone = self.of_sums(self.grouped(rows, counts))        # (n,) by name
+        for name, score in scores.items():
+            n = np.count_nonzero(~np.isnan(alone[name])) or len(rows)
+            if score == 0:
+                intervals[name] = [0.0, 1 - 0.025 ** (1 / n)]
+            elif score == 1:
+                intervals[name] = [0.025 ** (1 / n), 1.0]
+        return intervals
 
 
 def documents(rows: list[dict]) -> np.ndarray:
