@@ -345,7 +345,10 @@ def record_example(record: dict, folders: tuple[Path, Path], key: str) -> Exampl
     """Fields of MS-Swift's, DocDownstream's or LLaVA's names -> Example. Raises BadSample."""
     try:
         for name in OTHER_FIELDS:
-            if not is_empty(record.get(name)):
+            value = record.get(name)
+            if isinstance(value, dict):         # parquet has all of its keys, with nulls
+                value = [part for part in value.values() if not is_empty(part)]
+            if not is_empty(value):
                 raise BadSample("not implemented", f"its field {name}")
         if record.get("label") is False:        # MS-Swift's way to say that an answer is bad
             raise BadSample("not implemented", "its field label, false")

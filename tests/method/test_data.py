@@ -94,6 +94,20 @@ def test_a_long_sample_loses_text_and_never_an_image(tokenizer):
         assert bad.value.args[0] == "too long"
 
 
+def test_an_answer_that_is_not_learnt_is_read_all_the_same(tokenizer):
+    """Nor is its end-of-turn token; the other answer is, as if nothing had changed."""
+    turns = [Turn("user", ["?"]), Turn("assistant", ["first"]),
+             Turn("user", ["?"]), Turn("assistant", ["second"])]
+    tokens, labels = encode_chat(turns, tokenizer, [])
+    turns[1].is_learnt = False
+    same_tokens, fewer = encode_chat(turns, tokenizer, [])
+    assert torch.equal(tokens, same_tokens)
+    learnt = [int(i) for i in fewer[fewer != IGNORE]]
+    assert learnt == tokenizer.encode("second") + [tokenizer.special["<|eot_id|>"]]
+    n_first = len(tokenizer.encode("first")) + 1
+    assert (labels != IGNORE).sum() == (fewer != IGNORE).sum() + n_first
+
+
 # --------------------------------------------------------------------------------------------------
 # Rows
 

@@ -166,6 +166,7 @@ RECORDS = {
     "audios": (asked("?", audios=["a.wav"]), "not implemented"),
     "objects": (asked("where is <ref-object>? <bbox>", image="red.png",
                       objects={"ref": ["it"], "bbox": [[1, 2, 3, 4]]}), "not implemented"),
+    "objects without any": (asked("?", objects={"ref": [], "bbox": None}), "? !"),
     "a bbox of DocOwl's": (asked("what is in <bbox>1,2,3,4</bbox>?", image="red.png"),
                            "red what is in <bbox>1,2,3,4</bbox>? !"),
     "a mark of a video": (asked("<video>what?"), "not implemented"),
