@@ -66,6 +66,9 @@ def of_samples(metric: Metric, counts: np.ndarray) -> np.ndarray:
 def common_samples(paths: list[Path]) -> tuple[list[dict], list[dict]]:
     """The rows that both files have, by index, in the first one's order. Raises InputError."""
     first, second = (read_predictions(path) for path in paths)
+    for path, rows in zip(paths, (first, second)):
+        if len({str(row.get("index")) for row in rows}) < len(rows):
+            raise InputError(f"{path}: two of its rows have the same index, or none has one")
     of_index = {str(row.get("index")): row for row in second}
     rows_a, rows_b = [], []
     for number, row in enumerate(first, 1):

@@ -518,7 +518,7 @@ def pair_counts(row: dict) -> list[float]:
     empty prediction is counted, as wrong. Where DUE has several values for a key ("values"), each
     is expected, though one answer gives only one.
     """
-    golds = {gold.strip().upper() for gold in row["answers"] if gold.strip() != "None"}
+    golds = {gold.upper() for gold in row["answers"] if gold.strip() != "None"}
     prediction = row["prediction"].strip().replace("\n", "")
     predicted = prediction != "None"
     right = predicted and prediction.upper() in golds

@@ -493,6 +493,7 @@ def cases(name: str, n: int = N) -> list[dict]:
     """
     rng = random.Random(name)
     rows = form_cases(rng, n, FORMS[name]) if name in FORMS else DRAWN[name](rng, n)
+    rows = [dict(row) for row in rows]
     for row in rows if n > N else []:
         if rng.random() < 0.3:
             row["prediction"] = odd(rng, row["prediction"])

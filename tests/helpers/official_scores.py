@@ -23,7 +23,8 @@ from pathlib import Path
 
 from benchmark_cases import cases
 
-NAMES = ["DocVQA", "InfoVQA", "ChartQA", "TextVQA", "TableVQABench", "VCR-easy", "VCR-hard"]
+# WTQ, which VLMEvalKit does not have, by WikiTableQuestions' evaluator, which it has for vwtq.
+NAMES = ["DocVQA", "InfoVQA", "WTQ", "ChartQA", "TextVQA", "TableVQABench", "VCR-easy", "VCR-hard"]
 # VLMEvalKit's names of the ways to score.
 METHODS = {"DocVQA": "anls", "InfoVQA": "anls", "ChartQA": "relaxed_accuracy",
            "TextVQA": "vqa_score"}
@@ -76,6 +77,10 @@ def official_score(row: dict, name: str, vqa, table, vcr) -> float:
     if name in METHODS:
         line = {"prediction": row["prediction"], "answer": repr(row["answers"])}
         return float(vqa.hit_calculate([vqa.process_line(line, METHODS[name])], name)[0])
+    if name == "WTQ":
+        instance = {"prediction": row["prediction"], "answer": "|".join(row["answers"])}
+        table.evaluate_wtq([instance], ["accuracy"])
+        return float(instance["scores"]["accuracy"])
     if name == "TableVQABench":
         # TableVQABench.evaluate does the first itself, and then calls the three.
         prediction = re.sub("^Answer: ", "", row["prediction"])

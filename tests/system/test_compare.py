@@ -145,3 +145,5 @@ def test_files_that_do_not_compare_are_one_line(tmp_path):
         b = write(tmp_path / "b.jsonl", rows)
         with pytest.raises(InputError, match=says):
             paper.compare.common_samples([a, b])
+    with pytest.raises(InputError, match="the same index"):
+        paper.compare.common_samples([a, write(tmp_path / "twice.jsonl", of_right(2, 1) * 2)])

@@ -637,7 +637,8 @@ def test_the_table_is_of_all_that_was_measured_and_score_says_the_same(folder, t
 def test_bad_predictions_are_one_line(tmp_path):
     path = tmp_path / "WTQ.jsonl"
     row = {"index": 0, "question": "q", "answers": ["a"], "split": None, "prediction": "a"}
-    wrong = [{"answers": []}, {"prediction": None}, {"split": [1]}]
+    wrong = [{"answers": []}, {"prediction": None}, {"split": [1]}, {"document": [1]},
+             {"values": "2"}]
     for text in ["", "{", "[]", *(json.dumps(row | change) for change in wrong)]:
         path.write_text(text)
         with pytest.raises(InputError, match="WTQ.jsonl"):
