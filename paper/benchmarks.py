@@ -260,7 +260,7 @@ def as_list(text: str) -> list[str]:
 
     `[Yes, No]` is no such list, but an answer.
     """
-    stripped = text.strip(" \t")
+    stripped = text.strip()
     if stripped.startswith("[") and stripped.endswith("]"):
         try:
             return [str(item) for item in ast.literal_eval(stripped)]

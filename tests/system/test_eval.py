@@ -142,7 +142,7 @@ def test_tsv_columns_in_any_order_paths_splits_and_line_ends(tmp_path):
 
 @pytest.mark.parametrize("text, answers", [
     ("a", ["a"]), ("", [""]), ("['a']", ["a"]), ("[3, 4.5, 'x']", ["3", "4.5", "x"]),
-    (" ['a', 'b'] ", ["a", "b"]),
+    (" ['a', 'b']\n", ["a", "b"]),
     ("[Yes, No]", ["[Yes, No]"]),
     ("[__import__('os').getcwd()]", ["[__import__('os').getcwd()]"]),
     ("[" * 5000 + "]" * 5000, ["[" * 5000 + "]" * 5000])])
