@@ -1,6 +1,7 @@
 """The toy's documents and lessons: six kinds of page, one character a cell, every value random.
 
     python -m toy.pages --draw 20 --seed 1 pages/       # 20 held-out pages and questions.jsonl
+    python -m toy.pages --draw 20 --train mine/         # and the same as train.jsonl
     python -m toy.pages --sheet out/looks.png           # the same five pages in every look
 
 A page is drawn for the encoder (toy/looks.py). It can be written out as plain text too: so the
@@ -519,8 +520,9 @@ class ToyDocuments(Dataset):
 # The command
 
 
-def draw_pages(folder: Path, n: int, seed: int, kinds: list[str], look: str) -> None:
-    """n held-out pages as PNGs, and questions.jsonl: image, prompt, answer and kind of each."""
+def draw_pages(folder: Path, n: int, seed: int, kinds: list[str], look: str) -> list[dict]:
+    """n held-out pages as PNGs, and questions.jsonl: image, prompt, answer and kind of each, which
+    are returned."""
     folder.mkdir(parents=True, exist_ok=True)
     rows = []
     for i, (page, prompt, gold) in enumerate(held_out_documents(n, seed, kinds)):
@@ -528,6 +530,16 @@ def draw_pages(folder: Path, n: int, seed: int, kinds: list[str], look: str) -> 
         draw(page, look).save(folder / name)
         rows.append({"image": name, "prompt": prompt, "answer": gold, "kind": page.kind})
     (folder / "questions.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return rows
+
+
+def write_training_data(path: Path, rows: list[dict]) -> None:
+    """The rows of draw_pages as `train.py --data` takes them (MS-Swift's format)."""
+    with path.open("w") as out:
+        for row in rows:
+            turns = [{"role": "user", "content": "<image>" + row["prompt"]},
+                     {"role": "assistant", "content": row["answer"]}]
+            out.write(json.dumps({"images": [row["image"]], "messages": turns}) + "\n")
 
 
 def draw_sheet(path: Path) -> None:
@@ -548,6 +560,8 @@ def main() -> None:
                         help="how they look (default: %(default)s)")
     parser.add_argument("--kind", choices=PAGES,
                         help="only these pages (default: in turn all kinds but reports)")
+    parser.add_argument("--train", action="store_true",
+                        help="write the questions as train.jsonl too, for `train.py --data`")
     parser.add_argument("--sheet", action="store_true",
                         help="instead of all this: one PNG, OUT, of five pages in every look")
     parser.add_argument("out", type=Path,
@@ -561,7 +575,9 @@ def main() -> None:
             print(args.out)
         else:
             kinds = [args.kind] if args.kind else KINDS
-            draw_pages(args.out, args.draw, args.seed, kinds, args.look)
+            rows = draw_pages(args.out, args.draw, args.seed, kinds, args.look)
+            if args.train:
+                write_training_data(args.out / "train.jsonl", rows)
             print(f"{args.draw} pages and questions.jsonl in {args.out}")
     except (OSError, ValueError) as error:      # Pillow's ValueError: the suffix of no format
         parser.error(f"{args.out}: {getattr(error, 'strerror', None) or error}")

@@ -12,6 +12,7 @@ from PIL import Image, ImageFilter
 from conftest import alone, run, start
 from data import Sample
 from model import IGNORE
+from sets import outcome
 from small_tokenizers import tokenizer  # noqa: F401: a fixture
 from toy.looks import CELL, LOOKS, Page, draw, glyph
 from toy.pages import (KINDS, ToyDocuments, drawn_page, eye_chart, held_out_documents, plain_text)
@@ -196,6 +197,18 @@ def test_draw_command(tmp_path):
         image = tmp_path / "a" / row["image"]
         assert image.read_bytes() == (tmp_path / "b" / row["image"]).read_bytes()
         assert Image.open(image).format == "PNG"
+
+
+def test_drawn_pages_as_training_data(tmp_path, tokenizer):
+    run("-m", "toy.pages", "--draw", 10, "--seed", 3, "--train", tmp_path)
+    lines = (tmp_path / "questions.jsonl").read_text().splitlines()
+    rows = [json.loads(line) for line in lines]
+    samples = outcome(tmp_path / "train.jsonl", tokenizer)
+    answers = [tokenizer.decode(sample.labels[sample.labels != IGNORE].tolist()[:-1])
+               for sample in samples]
+    assert sorted(answers) == sorted(row["answer"] for row in rows)
+    for sample in samples:
+        assert len(sample.pixels) > 0
 
 
 def test_the_sheet_has_five_pages_in_every_look(tmp_path):
