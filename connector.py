@@ -8,8 +8,8 @@ weights P_vocab are never negative and sum to one, so F' lies inside the convex 
 of E_text.
 
 P_vocab of a page of 10 tiles is 7,290 x 128,256 numbers. `Align.p_vocab` makes them, to be read
-and looked at. The model runs `Mixture`, which gives the same F' and gradients, makes P_vocab for
-a block of visual tokens at a time, and keeps none of it for the backward pass.
+and looked at. The model runs `Mixture`, which gives the same F' and gradients up to rounding. It
+makes P_vocab for a block of visual tokens at a time, and keeps none of it for the backward pass.
 
 Below Align stand `AlignTopK`, which is Align with K of the tokens, and the three connectors that
 the paper compares Align with (Table 2): MLP, Perceiver and Ovis.
@@ -42,7 +42,7 @@ class Align(nn.Module):
         self.norm_D = nn.LayerNorm(D)
         self.W2 = nn.Linear(D, V, bias=False)      # weight (V, D)
         self.norm_V = nn.LayerNorm(V)
-        self.multiply = multiply
+        self.multiply = multiply                   # held here for plumbing/fast.py to exchange
 
     def p_vocab(self, F: Tensor) -> Tensor:
         """F (..., d) -> P_vocab (..., V), equation 1: a distribution over the LLM's tokens."""
@@ -51,10 +51,12 @@ class Align(nn.Module):
         return nnf.softmax(logits, dim=-1)         # (..., V)
 
     def forward(self, F: Tensor, E_text: Tensor) -> Tensor:
-        """F (..., d), E_text (V, D), the LLM's live input embedding -> F' (..., D), equation 2.
+        """F (..., d), E_text (V, D), the LLM's live input embedding -> F' (..., D), equation 2:
 
-        The paper's P_vocab has a column for each feature, ours a row: P_vocab^T E_text is
-        P_vocab @ E_text here. In value and in every gradient this is self.p_vocab(F) @ E_text.
+            F_align = self.p_vocab(F) @ E_text
+
+        The paper's P_vocab has a column for each feature, ours a row: so its transposition goes.
+        Mixture calculates this line, and all of its gradients, block by block.
         """
         h = self.norm_D(self.W1(F))                # (..., D)
         norm = self.norm_V
@@ -85,7 +87,7 @@ def fill_normal(p: nn.Parameter, std: float) -> None:
 
 
 class Mixture(torch.autograd.Function):
-    """h (..., D) -> F' = softmax(LayerNorm(h W2^T)) E_text (..., D), exactly, in blocks of tokens.
+    """h (..., D) -> F' = softmax(LayerNorm(h W2^T)) E_text (..., D), in blocks of visual tokens.
 
     For each visual token a row:
 
@@ -94,13 +96,17 @@ class Mixture(torch.autograd.Function):
     For Ovis h is F (..., d), W2 is (K, d) and E_text is a table (K, D) of its own.
 
     Nothing that is V wide is kept. The backward pass makes z and P again: that is seven products
-    with a (V, D) matrix, where autograd does six and keeps P. LayerNorm and softmax are never
-    less than fp32. multiply: what does the products, see `multiply`.
+    with a (V, D) matrix, where autograd does six and keeps z and P. LayerNorm and softmax are
+    never less than fp32; in bf16 dW2 and dE_text are rounded once a block.
     """
 
     @staticmethod
     def forward(ctx, h: Tensor, W2: Tensor, weight: Tensor, bias: Tensor, E_text: Tensor,
                 eps: float, multiply) -> Tensor:
+        """h (..., D), W2 (V, D), the LayerNorm's weight and bias (V,), E_text (V, D) -> F'.
+
+        multiply: what does the products, see `multiply`.
+        """
         ctx.save_for_backward(h, W2, weight, bias, E_text)
         ctx.eps, ctx.multiply = eps, multiply
         F_align = h.new_empty(*h.shape[:-1], E_text.shape[1])           # (..., D)
@@ -109,9 +115,10 @@ class Mixture(torch.autograd.Function):
         blocks = token_blocks(len(h), len(W2) * h.element_size())
         buffer = h.new_empty(blocks[0].stop, len(W2))                   # (n, V)
         for block in blocks:
-            P = buffer[:block.stop - block.start]                       # (n, V)
-            multiply(h[block], W2.T, out=P)                             # z = h W2^T
-            softmax_layer_norm(P, weight, bias, eps, out=P)             # equation 1
+            z = buffer[:block.stop - block.start]                       # (n, V)
+            P = z                                                       # in the same memory
+            multiply(h[block], W2.T, out=z)                             # z = h W2^T
+            softmax_layer_norm(z, weight, bias, eps, out=P)             # equation 1
             multiply(P, E_text, out=out[block])                         # equation 2
         return F_align
 
@@ -120,9 +127,9 @@ class Mixture(torch.autograd.Function):
     def backward(ctx, g: Tensor) -> tuple[Tensor | None, ...]:
         """g = dL/dF' (..., D) -> dL/d of each input. With da for dL/da:
 
-            dE_text = P^T g,   dP = g E_text^T                 from F' = P E_text
-            du = P (dP - sum(P dP)),   dz, dweight, dbias      see softmax_layer_norm_backward
-            dW2 = dz^T h,   dh = dz W2                         from z = h W2^T
+            dE_text = P^T g,   dP = g E_text^T      from F' = P E_text
+            dz, dweight, dbias                      see softmax_layer_norm_backward
+            dW2 = dz^T h,   dh = dz W2              from z = h W2^T
         """
         h, W2, weight, bias, E_text = ctx.saved_tensors
         need_h, need_W2, need_weight, need_bias, need_E_text, *_ = ctx.needs_input_grad
@@ -146,7 +153,8 @@ class Mixture(torch.autograd.Function):
                 softmax_layer_norm(z, weight, bias, ctx.eps, out=P)
                 multiply(P.T, g[block], out=dE_text, add=add)
             if need_dz:
-                dP = multiply(g[block], E_text.T, out=P)                # P is not needed any more
+                dP = P                                                  # in its memory
+                multiply(g[block], E_text.T, out=dP)
                 dz = softmax_layer_norm_backward(z, dP, weight, bias, ctx.eps, dweight, dbias)
             if need_W2:
                 multiply(dz.T, h[block], out=dW2, add=add)
@@ -176,6 +184,13 @@ def softmax_layer_norm(z: Tensor, weight: Tensor, bias: Tensor, eps: float, out:
 def softmax_layer_norm_backward(z: Tensor, dP: Tensor, weight: Tensor, bias: Tensor, eps: float,
                                 dweight: Tensor, dbias: Tensor) -> Tensor:
     """The gradient of P = softmax(LayerNorm(z)): z, dP (n, V) -> dz (n, V), in z's memory.
+
+    With * for products number by number, and sums and means over a row:
+
+        du = P * (dP - sum(P * dP))                                 the softmax's
+        z_hat = (z - mean(z)) rstd,   a = du * weight
+        dz = rstd (a - mean(a) - z_hat * mean(a * z_hat))           the LayerNorm's
+        dweight = du * z_hat,   dbias = du                          summed over the rows
 
     dweight and dbias (V,), fp32 or wider, grow by this block's share. P is made again from z: a
     few rows of it fit a CPU's cache, all of it would be a third (n, V) matrix.

@@ -34,15 +34,15 @@ READ = "read the page"
 
 @dataclass
 class ChatFormat:
-    """How a chat is laid out, in special tokens by name and plain text. None has a system message
-    of its own."""
+    """How a chat is laid out, in special tokens by name and plain text. No format adds
+    a system message."""
     begin: list[str]                        # before the first turn
     header: tuple[list[str], list[str]]     # before and after a turn's role
     end: list[str]                          # after a turn; its first is the end-of-turn token
     stop: list[str]                         # tokens after which an answer is over
 
 
-CHAT_FORMATS = {        # a tokenizer has the first one whose special tokens it knows
+CHAT_FORMATS = {        # a tokenizer has the first whose special tokens it knows
     "Llama 3": ChatFormat(
         begin=["<|begin_of_text|>"],
         header=(["<|start_header_id|>"], ["<|end_header_id|>", "\n\n"]),
@@ -131,7 +131,7 @@ def chat_pieces(turns: list[Turn], tokenizer: Tokenizer,
         yield tokenizer.encode_header(turn.role), False
         for part in turn.parts:
             if part == IMAGE:
-                yield [IMAGE] * next(images), is_answer
+                yield [IMAGE] * next(images), False         # never a target
             else:
                 yield tokenizer.encode(part), is_answer
         # The end-of-turn token is learnt with the answer. What follows it is not: generation has
@@ -198,7 +198,7 @@ def prepare(example: Example, tokenizer: Tokenizer, config: SigLIPConfig, max_ti
     is_visual = tokens == IMAGE                                             # (L,) bool
     text_so_far = (~is_visual).cumsum(0)                                    # (L,)
     kept = is_visual | (text_so_far <= room)                                # (L,) bool
-    has_answer = (labels != IGNORE).any()
+    has_answer = (labels != IGNORE).any()           # a prompt that is to be continued has none
     if room < 0 or has_answer and (labels[kept] == IGNORE).all():
         raise BadSample("too long", f"{sum(visual_tokens)} visual tokens and room for {room} of "
                                     "text: no answer is left")

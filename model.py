@@ -4,9 +4,9 @@
     H_input = concat(F'_align, E_text(x))               just above equation 3, without a number
 
     model = AlignVLM.from_backbones("siglip-so400m-patch14-384", "Llama-3.2-1B")
-    loss = model(tokens, labels, pixels, lengths)       # one packed row of samples
-    for ids in model.generate([tokens], [pixels], stop={eot}):      # one more token at a time
-        ...
+    loss = model(*pack_row(samples))                    # data.py: one packed row of samples
+    for ids in model.generate([sample.tokens], [sample.pixels], stop=tokenizer.stop):
+        ...                                             # one more token of each prompt
     model.save_pretrained("folder", tokenizer_file)     # AlignVLM.from_pretrained reads it
 
 Llama's parameters are named as in the released checkpoints in hub format, without the "model."
@@ -116,7 +116,7 @@ class AlignVLM(nn.Module):
             raise ValueError(f"{int(is_image.sum())} image positions for {n_visual} visual tokens")
         text = tokens.masked_fill(is_image, 0).to(E_text.device, non_blocking=True)
         H = nnf.embedding(text, E_text)                             # (B, L, D), equation 3
-        if n_visual == 0:       # on all ranks or on none, else FSDP waits
+        if n_visual == 0:       # every rank must come here, or none: else FSDP waits for ever
             return H
         F = self.vision(pixels)                                     # (T, N, d)
         F_align = self.connector(F, E_text)                         # (T, n, D), equations 1 and 2
@@ -131,8 +131,8 @@ class AlignVLM(nn.Module):
         """One packed row of samples -> the sum of its supervised tokens' cross-entropies, fp32.
 
         In nats. tokens (1, L) int64: samples of `lengths`, one after another. labels (1, L): at
-        each position the token that should come next there, or IGNORE. pixels (T, 3, S, S): all
-        samples' tiles. tokens and labels may be on the CPU.
+        each position the token that should come next there, or IGNORE; data.encode_chat has
+        shifted them. pixels (T, 3, S, S): all samples' tiles. tokens and labels may be on the CPU.
         """
         h = self.llm.hidden(self.embed(tokens, pixels), lengths)[0]         # (L, D)
         supervised = (labels[0] != IGNORE).nonzero()[:, 0]                  # (n,)
@@ -249,7 +249,7 @@ class Llama(nn.Module):
         self.norm = nn.RMSNorm(D, config.rms_norm_eps)
         if not config.tie_embeddings:
             self.lm_head = nn.Linear(D, V, bias=False)
-        self.linear = nnf.linear
+        self.linear = nnf.linear        # held here for plumbing/fast.py to exchange
 
     @property
     def head(self) -> Tensor:
@@ -295,11 +295,12 @@ class Llama(nn.Module):
     def generate(self, x: Tensor, lengths: list[int], stop: set[int], max_new_tokens: int = 256,
                  temperature: float = 0.0, top_p: float = 1.0, seed: int = 0,
                  prefix: "KVCache | None" = None) -> Iterator[list[int | None]]:
-        """Continue B prompts together, each greedily as if alone: embeddings x (B, L, D).
+        """Continue B prompts together: embeddings x (B, L, D), padded on the right to L.
 
-        Prompts are padded on the right to L. Yields at each step the B new token ids, None for a
-        row that has met a token of `stop` (which is not yielded). temperature 0 is greedy;
-        otherwise a token is drawn from the smallest set that holds top_p of the probability.
+        A greedy answer is that which the prompt would get alone. Yields at each step the B new
+        token ids, None for a row that has met a token of `stop` (which is not yielded).
+        temperature 0 is greedy; otherwise a token is drawn from the smallest set that holds top_p
+        of the probability.
         prefix: keys and values of what stands before every prompt, as `hidden` left them in a
         cache of that length.
         """
@@ -355,7 +356,8 @@ class Llama(nn.Module):
     def init_weights(self) -> None:
         """Weights for training from scratch: projections keep their input's variance.
 
-        What a layer adds to its input starts small, as deep as the decoder is.
+        o_proj and down_proj, whose outputs are added to x, start smaller by sqrt(2 n_layers), so
+        that x keeps its size in a deep decoder.
         """
         for name, p in self.named_parameters():
             if "norm" in name:
@@ -392,7 +394,7 @@ class MLP(nn.Module):
         self.gate_proj = nn.Linear(D, width, bias=False)
         self.up_proj = nn.Linear(D, width, bias=False)
         self.down_proj = nn.Linear(width, D, bias=False)
-        self.gate = gate
+        self.gate = gate                # for plumbing/fast.py, as Llama.linear
 
     def forward(self, x: Tensor) -> Tensor:
         """x (..., D) -> (..., D)."""
@@ -416,7 +418,7 @@ class Attention(nn.Module):
         self.k_proj = nn.Linear(D, config.n_kv_heads * head_dim, bias=False)
         self.v_proj = nn.Linear(D, config.n_kv_heads * head_dim, bias=False)
         self.o_proj = nn.Linear(config.n_heads * head_dim, D, bias=False)
-        self.attend = nnf.scaled_dot_product_attention
+        self.attend = nnf.scaled_dot_product_attention      # for plumbing/fast.py, as Llama.linear
 
     def forward(self, x: Tensor, cos: Tensor, sin: Tensor, lengths: Tensor | None,
                 cache: "KVCache | None", positions: Tensor, mask: Tensor | None) -> Tensor:
@@ -428,9 +430,9 @@ class Attention(nn.Module):
         q, k = rotate(q, cos, sin), rotate(k, cos, sin)
         if cache is not None:
             past_k, past_v = cache.write(self.index, positions, k, v)
-        if mask is not None:        # every row sees its own past
+        if mask is not None:        # decoding, or a prompt after a prefix: the cache is read
             y = self.attend(q, past_k, past_v, attn_mask=mask, enable_gqa=self.grouped)
-        elif lengths is None:       # the row is one sample
+        elif lengths is None:       # from position 0: one sample a row, padding only behind it
             y = self.attend(q, k, v, is_causal=True, enable_gqa=self.grouped)
         else:
             y = self.attend_packed(q, k, v, lengths)
@@ -454,8 +456,8 @@ def rope(positions: Tensor, config: LlamaConfig) -> tuple[Tensor, Tensor]:
     are kept, and in between the two are interpolated. All is computed, nothing is stored: no
     buffer can be lost on the meta device or in a cast to bf16.
     """
-    half = torch.arange(0, config.head_dim, 2, dtype=torch.float32, device=positions.device)
-    freq = 1.0 / config.rope_theta ** (half / config.head_dim)              # (head_dim / 2)
+    even = torch.arange(0, config.head_dim, 2, dtype=torch.float32, device=positions.device)
+    freq = 1.0 / config.rope_theta ** (even / config.head_dim)              # (head_dim / 2,)
     wavelength = 2 * math.pi / freq
     low, high = config.rope_low_freq_factor, config.rope_high_freq_factor
     keep = ((config.rope_original_length / wavelength - low) / (high - low)).clamp(0, 1)

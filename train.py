@@ -68,6 +68,7 @@ def build(stage: int, start: Path | None, recipe: Recipe, connector: ConnectorCo
     def set_up(model: AlignVLM) -> None:        # before it has weights: a rank reads only its part
         fast.use(model)
         for name, module in model.named_children():
+            # Stage 3 freezes the vision encoder: paper/recipes.py, LATE.
             module.requires_grad_(name in recipe.trainable)
         shard(model, device, args.shard_size, args.recompute, args.compile)
 

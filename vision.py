@@ -39,7 +39,7 @@ class SigLIPConfig:
     patch_size: int = 14
     layer_norm_eps: float = 1e-6
     # Which state is F. None: last_hidden_state, after post_layernorm. An integer indexes
-    # transformers' hidden_states: 0 is the embeddings, n_layers the last layer's output.
+    # transformers' hidden_states: 0 is the embeddings, n_layers (or -1) the last layer's output.
     feature_layer: int | None = None
     image_mean: float = 0.5
     image_std: float = 0.5
@@ -162,12 +162,13 @@ class SigLIP(nn.Module):
 
     def __init__(self, config: SigLIPConfig):
         super().__init__()
-        states = range(config.n_layers + 1)         # the embeddings, and each layer's output
-        last = -1 if config.feature_layer is None else config.feature_layer
-        if not -len(states) <= last < len(states):
-            raise ValueError(f"feature_layer {last} of an encoder with {config.n_layers} layers")
+        n, layer = config.n_layers, config.feature_layer
+        if layer is not None and not -n - 1 <= layer <= n:
+            raise ValueError(f"feature_layer {layer} of an encoder with {n} layers")
         self.config = config
-        self.depth = states[last]                   # how many layers run
+        self.depth = n if layer is None else layer          # how many layers run
+        if self.depth < 0:
+            self.depth += n + 1                             # -1: all of them
         self.embeddings = Embeddings(config)
         layers = nn.ModuleList(Layer(config) for _ in range(config.n_layers))
         self.encoder = nn.ModuleDict({"layers": layers})
@@ -223,7 +224,7 @@ class Embeddings(nn.Module):
 
     def forward(self, pixels: Tensor) -> Tensor:
         """Pixels (T, 3, S, S) -> (T, N, d)."""
-        patches = self.patch_embedding(pixels)              # (T, d, side, side)
+        patches = self.patch_embedding(pixels)              # (T, d, sqrt(N), sqrt(N))
         patches = patches.flatten(2).transpose(1, 2)        # (T, N, d), row by row
         return patches + self.position_embedding.weight     # (T, N, d)
 
