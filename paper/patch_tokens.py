@@ -89,9 +89,8 @@ def legible(tokenizer: Tokenizer, i: int) -> tuple[str, str]:
     dot. Pillow's built-in font has few letters: accents are left out, and a letter that it lacks is
     shown as its code point.
     """
-    try:
-        token = tokenizer.pairs.token_bytes(i)
-    except KeyError:            # an id that the vocabulary leaves out
+    token = tokenizer.pairs.token_bytes(i)
+    if not token:               # an id that the vocabulary leaves out
         return f"#{i}", "bytes and special tokens"
     if i in tokenizer.special.values():
         return token.decode().strip("<|>").replace("_", " "), "bytes and special tokens"
