@@ -9,7 +9,6 @@ AlignTopK mixes only them.
 import argparse
 import json
 import os
-import sys
 from pathlib import Path
 
 import torch
@@ -19,6 +18,7 @@ from torch import Tensor
 from connector import Align, AlignTopK, spread, token_blocks
 from model import AlignVLM
 from plumbing.images import read_image
+from plumbing.processes import run_main
 from plumbing.settings import CheckpointError, InputError, Settings
 from vision import tile
 
@@ -130,10 +130,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except (InputError, OSError) as error:
-        print(f"paper/align_vocab.py: {error}", file=sys.stderr)
-        sys.exit(2)
-    except KeyboardInterrupt:
-        sys.exit(130)
+    run_main(main)

@@ -27,6 +27,7 @@ from data import Tokenizer
 from model import AlignVLM
 from plumbing import fast
 from plumbing.logs import read_log
+from plumbing.processes import run_main
 from plumbing.settings import InputError
 from toy.looks import draw
 from toy.pages import KINDS, STAGE0, drawn_page, eye_chart, plain_text
@@ -213,10 +214,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except (InputError, OSError) as error:
-        print(f"paper/connectors.py: {error}", file=sys.stderr)
-        sys.exit(2)
-    except KeyboardInterrupt:
-        sys.exit(130)
+    run_main(main)
