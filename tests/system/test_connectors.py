@@ -31,6 +31,7 @@ from small_models import VISION, small_llama
 from toy.looks import draw
 from toy.pages import eye_chart, write_toy_tokenizer
 from train import connector_of
+from vision import SigLIPConfig
 
 OTHERS = [kind for kind in CONNECTORS if kind != "align"]
 SMALL = ConnectorConfig(table_size=37, n_latents=5, depth=2, n_heads=4, n_kv_heads=2, head_dim=6)
@@ -167,17 +168,30 @@ def naive_mixture(h, W2, weight, bias, E_text, eps, multiply):
     return nnf.softmax(nnf.layer_norm(h @ W2.T, weight.shape, weight, bias, eps), -1) @ E_text
 
 
+TOY = ALIGNVLM_PRESETS["toy"]
+COUNTED = {
+    "small": AlignVLMConfig(replace(TILES, n_layers=2, hidden_size=20), replace(LLM, n_layers=2),
+                            SMALL),
+    "odd": AlignVLMConfig(
+        SigLIPConfig(48, 3, 4, 80, 32, 8),
+        small_llama(vocab_size=331, hidden_size=36, n_layers=3, n_heads=6, head_dim=10,
+                    intermediate_size=52), SMALL),
+    "toy": replace(TOY, connector=replace(TOY.connector, table_size=1000)),
+}
+
+
 @pytest.mark.parametrize("kind", CONNECTORS)
+@pytest.mark.parametrize("sizes", COUNTED)
 @pytest.mark.parametrize("trainable", [("vision", "connector", "llm"), ("connector", "llm"),
                                        ("connector",)])
-def test_flops_are_what_torch_counts(kind, trainable, monkeypatch):
+def test_flops_are_what_torch_counts(kind, sizes, trainable, monkeypatch):
     """In attention's plain form, which torch's counter knows.
 
     There the LLM's is not causal and counts twice; and where the LLM is frozen half as much
     again, for attention has no weights whose gradient could be left out.
     """
-    config = AlignVLMConfig(replace(TILES, n_layers=2, hidden_size=20), replace(LLM, n_layers=2),
-                            replace(SMALL, kind=kind))
+    config = COUNTED[sizes]
+    config = replace(config, connector=replace(config.connector, kind=kind))
     model = randomise(AlignVLM(config))
     for name, module in model.named_children():
         module.requires_grad_(name in trainable)
@@ -185,8 +199,9 @@ def test_flops_are_what_torch_counts(kind, trainable, monkeypatch):
     tokens = torch.cat([torch.full((3 * config.tile_tokens,), IMAGE), torch.arange(17)])
     labels = torch.full_like(tokens, IGNORE)
     labels[-9:] = 7
+    side = config.vision.image_size
     with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):
-        loss = model(tokens[None], labels[None], torch.randn(3, 3, 12, 12), [len(tokens)])
+        loss = model(tokens[None], labels[None], torch.randn(3, 3, side, side), [len(tokens)])
         loss.backward()
     squares = (2 if "llm" in trainable else 3) * len(tokens) ** 2
     counts = Counter(tokens=len(tokens), supervised=9, tiles=3, squares=squares)
@@ -235,9 +250,8 @@ def test_two_ranks_start_and_learn_as_one():
 
 @pytest.mark.parametrize("kind", OTHERS)
 def test_it_answers_and_has_no_tokens_to_choose(kind, tmp_path):
-    toy = ALIGNVLM_PRESETS["toy"]
-    connector = replace(toy.connector, kind=kind, n_latents=7)
-    model = randomise(AlignVLM(replace(toy, connector=connector))).eval()
+    connector = replace(TOY.connector, kind=kind, n_latents=7)
+    model = randomise(AlignVLM(replace(TOY, connector=connector))).eval()
     folder = saved(model, tmp_path)
     page = draw(eye_chart(random.Random(0)))
     *_, [text] = answer(model, Tokenizer(folder, 542), [page], ["?"], max_new_tokens=3)
@@ -251,10 +265,9 @@ def test_it_answers_and_has_no_tokens_to_choose(kind, tmp_path):
 
 def test_stages_choose_and_keep_it(tmp_path):
     """Stage 1 makes what is asked for; later stages have what is there, and refuse another."""
-    toy = ALIGNVLM_PRESETS["toy"].connector
     asked = types.SimpleNamespace(llm=None, connector="mlp")
-    assert connector_of(0, tmp_path, asked) == toy
-    assert connector_of(1, tmp_path, asked) == replace(toy, kind="mlp")
+    assert connector_of(0, tmp_path, asked) == TOY.connector
+    assert connector_of(1, tmp_path, asked) == replace(TOY.connector, kind="mlp")
     model = small_vlm("ovis")
     folder = saved(model, tmp_path)
     with pytest.raises(InputError, match="has the connector ovis"):
@@ -270,7 +283,7 @@ def test_stages_choose_and_keep_it(tmp_path):
 
 def test_the_race_teaches_the_encoder_what_stands_in_each_patch(tmp_path):
     """The tokens of a page's patches are those of its lines, tile by tile."""
-    model = AlignVLM(ALIGNVLM_PRESETS["toy"])
+    model = AlignVLM(TOY)
     write_toy_tokenizer(tmp_path / "tokenizer.model")
     tokenizer = Tokenizer(tmp_path)
     space = tokenizer.encode(" ")[0]
