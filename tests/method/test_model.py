@@ -168,8 +168,8 @@ def naive_loss(vlm: AlignVLM) -> Tensor:
     """Of SAMPLES: each as cross-entropy of all its logits, by a loop."""
     total = 0.0
     for tokens, pixels in SAMPLES:
-        logits = vlm.llm(embeddings=naive_embed(vlm, tokens[None], pixels))[0]
-        log_p = logits.log_softmax(-1)
+        h = vlm.llm.hidden(naive_embed(vlm, tokens[None], pixels))
+        log_p = vlm.llm.logits(h)[0].log_softmax(-1)
         for position, label in enumerate(labelled(tokens).tolist()):
             if label != IGNORE:
                 total = total - log_p[position, label]
@@ -297,8 +297,8 @@ def without_cache(vlm: AlignVLM, tokens: Tensor, pixels: Tensor) -> list[int]:
     new = []
     for _ in range(STEPS):
         sequence = torch.cat([tokens, torch.tensor(new, dtype=torch.int64)])[None]
-        logits = vlm.llm(embeddings=naive_embed(vlm, sequence, pixels))
-        new.append(logits[0, -1].argmax().item())
+        h = vlm.llm.hidden(naive_embed(vlm, sequence, pixels))
+        new.append(vlm.llm.logits(h)[0, -1].argmax().item())
     return new
 
 
