@@ -52,7 +52,7 @@ TIMEOUT = timedelta(hours=2)
 
 
 def held_out_scores(model: AlignVLM, tokenizer: Tokenizer, n: int, seed: int,
-                    look: str = "clean") -> dict[str, dict]:
+                    look: str) -> dict[str, dict]:
     """Read n held-out pages aloud and answer one question about each, greedily.
 
     Returns exact_match (of answers), cer (edit distance over reference characters) and n: of each

@@ -142,7 +142,7 @@ def has_glyph(character: str) -> bool:
 
 
 def explain_files(model: AlignVLM, tokenizer: Tokenizer, files: list[Path], out: Path,
-                  max_tiles: int = 9) -> None:
+                  max_tiles: int) -> None:
     """A picture of each image's tokens: `out`, or of several images one each, numbered."""
     for number, file in enumerate(tqdm(files, desc="explaining"), 1):
         path = out

@@ -25,19 +25,13 @@ def recorded(folder: Path, key: str, default=None):
     return read_json(folder / "recipe.json").get(key, default)
 
 
-def start_fingerprint(folder: Path) -> str | None:
-    """What tells one training of the stage before from another: its id. None for released
-    weights."""
-    return recorded(folder, "id")
-
-
 def is_complete(stage: int, out: Path) -> bool:
     """Whether a stage's folder is there, was not begun anew, and started from what is in the stage
     before's, if anything is."""
     folder = out / f"stage{stage}"
     if not (folder / "config.json").exists() or newest_state(out / f"stage{stage}.partial"):
         return False
-    before = start_fingerprint(out / f"stage{stage - 1}")
+    before = recorded(out / f"stage{stage - 1}", "id")      # None: released weights
     return before is None or recorded(folder, "start", before) == before
 
 
