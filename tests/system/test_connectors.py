@@ -27,21 +27,17 @@ from paper.connectors import table as race_table
 from paper.plan import memory, step_flops
 from plumbing.settings import CheckpointError, InputError
 from sample import answer
-from small_models import VISION, small_llama
+from small_models import CONNECTOR, LLM, TILES, small_llama
 from toy.looks import draw
 from toy.pages import eye_chart, write_toy_tokenizer
 from train import connector_of
 from vision import SigLIPConfig
 
 OTHERS = [kind for kind in CONNECTORS if kind != "align"]
-SMALL = ConnectorConfig(table_size=37, n_latents=5, depth=2, n_heads=4, n_kv_heads=2, head_dim=6)
-TILES = replace(VISION, image_size=12, patch_size=3)        # N = 16
-LLM = small_llama(vocab_size=23, hidden_size=10, n_layers=1, n_heads=2, n_kv_heads=1,
-                  intermediate_size=14, tie_embeddings=True)
 
 
 def small_vlm(kind: str) -> AlignVLM:
-    return randomise(AlignVLM(AlignVLMConfig(TILES, LLM, replace(SMALL, kind=kind))))
+    return randomise(AlignVLM(AlignVLMConfig(TILES, LLM, replace(CONNECTOR, kind=kind))))
 
 
 def saved(model: AlignVLM, folder):
@@ -91,7 +87,7 @@ ODD = ConnectorConfig(n_latents=11, depth=3, n_heads=6, n_kv_heads=1, head_dim=7
 
 
 @pytest.mark.parametrize("T, N, d, D, config", [
-    (2, 16, 12, 10, SMALL), (1, 1, 3, 7, ONES), (3, 31, 9, 24, ODD),
+    (2, 16, 12, 10, CONNECTOR), (1, 1, 3, 7, ONES), (3, 31, 9, 24, ODD),
     (1, 49, 48, 64, ConnectorConfig())], ids=["small", "ones", "odd", "as released"])
 def test_perceiver_is_idefics2s(T, N, d, D, config):
     """Outputs, and the gradients of F and of every weight."""
@@ -133,7 +129,7 @@ def test_saved_and_loaded(kind, tmp_path):
     same_tensors(model.state_dict(), AlignVLM.from_pretrained(folder).state_dict())
 
     # Another connector, new, on the folder's vision encoder and LLM.
-    other = replace(SMALL, kind="mlp" if kind != "mlp" else "ovis")
+    other = replace(CONNECTOR, kind="mlp" if kind != "mlp" else "ovis")
     torch.manual_seed(3)
     changed = AlignVLM.from_pretrained(folder, connector=other)
     assert changed.config.connector == other
@@ -171,11 +167,11 @@ def naive_mixture(h, W2, weight, bias, E_text, eps, multiply):
 TOY = ALIGNVLM_PRESETS["toy"]
 COUNTED = {
     "small": AlignVLMConfig(replace(TILES, n_layers=2, hidden_size=20), replace(LLM, n_layers=2),
-                            SMALL),
+                            CONNECTOR),
     "odd": AlignVLMConfig(
         SigLIPConfig(48, 3, 4, 80, 32, 8),
         small_llama(vocab_size=331, hidden_size=36, n_layers=3, n_heads=6, head_dim=10,
-                    intermediate_size=52), SMALL),
+                    intermediate_size=52), CONNECTOR),
     "toy": replace(TOY, connector=replace(TOY.connector, table_size=1000)),
 }
 
