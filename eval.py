@@ -257,14 +257,13 @@ def earlier_results(path: Path, weights: int) -> dict[str, dict]:
 
     The table is of all that was measured. Raises InputError for those of another model.
     """
-    results = {"scores": {}, "intervals": {}, "noise": {}}
     if not path.exists():
-        return results
+        return {"scores": {}, "intervals": {}, "noise": {}}
     before = read_json(path)
     if before.get("weights") != weights:
         raise InputError(f"{path}: scores of another model: take another --out")
     check_scores(before, path)
-    return {key: before.get(key, empty) for key, empty in results.items()}
+    return {key: before[key] for key in ("scores", "intervals", "noise")}
 
 
 def report_vocab(model: AlignVLM, tokenizer: Tokenizer, benchmarks: list[Benchmark],

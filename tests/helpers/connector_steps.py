@@ -24,6 +24,7 @@ from plumbing.processes import start_processes
 from small_models import CONNECTOR, LLM, TILES
 from train import optimizer_of, shard, take_step
 
+
 def losses_of(kind: str, device: torch.device) -> list[float]:
     """Two steps on four samples, dealt among the ranks; of all kinds with one seed."""
     torch.manual_seed(0)
