@@ -35,6 +35,7 @@ from paper.patch_tokens import summary_line, vocab_report
 from paper.predictions import begin_predictions, join_predictions
 from paper.tables import check_scores, headline, score_files, show
 from plumbing import fast
+from plumbing.files import write_text
 from plumbing.logs import open_log
 from plumbing.processes import name_stalled_rank, run_main, start_processes
 from plumbing.settings import InputError, read_json
@@ -86,7 +87,7 @@ def report(folder: Path, n: int, seed: int, look: str, device: torch.device) -> 
     fast.use(model, inference=True)
     tokenizer = Tokenizer(folder, model.config.llm.vocab_size)
     scores = held_out_scores(model, tokenizer, n, seed, look)
-    (folder / "held_out.json").write_text(json.dumps(scores, indent=2) + "\n")
+    write_text(folder / "held_out.json", json.dumps(scores, indent=2) + "\n")
     for group, s in scores.items():
         print(f"{group}: exact_match={s['exact_match']:.3f} cer={s['cer']:.3f} n={s['n']}")
 

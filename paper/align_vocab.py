@@ -8,7 +8,6 @@ AlignTopK mixes only them.
 """
 import argparse
 import json
-import os
 from pathlib import Path
 
 import torch
@@ -17,6 +16,7 @@ from torch import Tensor
 
 from connector import Align, AlignTopK, spread, token_blocks
 from model import AlignVLM
+from plumbing.files import write_text
 from plumbing.images import read_image
 from plumbing.processes import run_main
 from plumbing.settings import CheckpointError, InputError, Settings
@@ -74,9 +74,8 @@ def choose_align_vocab(model: AlignVLM, folder: Path, pixels: list[Tensor], K: i
              for page in pixels]                                        # F (T * N, d) each
     token_ids, deviation = choose_tokens(model.connector, pages, E_text, K)
     deviation = {"pages": len(pages), **deviation}
-    partial = folder / f"{ALIGN_VOCAB}.partial"
-    partial.write_text(json.dumps({**deviation, "tokens": token_ids.tolist()}) + "\n")
-    os.replace(partial, folder / ALIGN_VOCAB)
+    text = json.dumps({**deviation, "tokens": token_ids.tolist()}) + "\n"
+    write_text(folder / ALIGN_VOCAB, text)
     return deviation
 
 

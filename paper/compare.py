@@ -15,7 +15,8 @@ from pathlib import Path
 import numpy as np
 
 from paper.metrics import METRICS, Metric, middle
-from paper.predictions import read_predictions, write_text
+from paper.predictions import read_predictions
+from plumbing.files import write_text
 from paper.tables import benchmark_file, markdown
 from plumbing.processes import run_main
 from plumbing.settings import InputError

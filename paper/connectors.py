@@ -27,6 +27,7 @@ from data import Tokenizer
 from model import AlignVLM
 from paper.tables import TABLE_1, TABLE_3
 from plumbing import fast
+from plumbing.files import write_text
 from plumbing.logs import read_log
 from plumbing.processes import run_main
 from plumbing.settings import InputError
@@ -214,8 +215,8 @@ def main() -> None:
             result = train_and_ask(kind, seed, out / "backbones", out / f"{kind}-{seed}",
                                    args.documents)
             runs.setdefault(kind, []).append(result)
-            (out / "table.json").write_text(json.dumps(runs, indent=2) + "\n")
-            (out / "table.md").write_text(table(runs))
+            write_text(out / "table.json", json.dumps(runs, indent=2) + "\n")
+            write_text(out / "table.md", table(runs))
     print(f"\n{table(runs)}\nin {out}/table.md")
 
 

@@ -20,6 +20,7 @@ from tqdm import tqdm
 from connector import AlignTopK, spread, token_blocks
 from data import Tokenizer
 from model import AlignVLM
+from plumbing.files import write_text
 from plumbing.images import read_image
 from plumbing.settings import InputError
 from vision import SigLIPConfig, on_canvas, tile, tile_boxes
@@ -354,8 +355,7 @@ def vocab_report(model: AlignVLM, tokenizer: Tokenizer, pages: Iterable[Tensor],
     partial = out.with_name(out.name + ".partial")
     figure.savefig(partial, format="png", dpi=150)
     os.replace(partial, out)
-    partial.write_text(json.dumps(report, indent=2) + "\n")
-    os.replace(partial, out.with_suffix(".json"))
+    write_text(out.with_suffix(".json"), json.dumps(report, indent=2) + "\n")
     return report
 
 

@@ -10,7 +10,8 @@ from pathlib import Path
 
 from paper.benchmarks import TOYS
 from paper.metrics import METRICS
-from paper.predictions import read_predictions, write_text
+from paper.predictions import read_predictions
+from plumbing.files import write_text
 from plumbing.settings import InputError
 
 COLUMNS = {

@@ -13,6 +13,7 @@ from pathlib import Path
 
 from torch import nn
 
+from plumbing.files import write_text
 from plumbing.settings import InputError, read_json
 from plumbing.states import check_room, newest_state
 
@@ -63,9 +64,8 @@ def begin(folder: Path, recipe: dict, model: nn.Module) -> Path | None:
         if state:
             check_recipe(folder, recipe)
         check_room(folder, model)
-        partial = folder / "recipe.json.partial"
-        partial.write_text(json.dumps({**recipe, "id": uuid.uuid4().hex}, indent=2) + "\n")
-        partial.rename(folder / "recipe.json")
+        record = {**recipe, "id": uuid.uuid4().hex}
+        write_text(folder / "recipe.json", json.dumps(record, indent=2) + "\n")
         return state
     except OSError as error:
         raise InputError(f"--out {folder.parent}: {error.strerror}") from None
