@@ -16,8 +16,8 @@ import numpy as np
 
 from paper.metrics import METRICS, Metric, middle
 from paper.predictions import read_predictions
-from plumbing.files import write_text
 from paper.tables import benchmark_file, markdown
+from plumbing.files import write_text
 from plumbing.processes import run_main
 from plumbing.settings import InputError
 
