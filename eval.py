@@ -35,6 +35,7 @@ from paper.patch_tokens import summary_line, vocab_report
 from paper.predictions import begin_predictions, join_predictions
 from paper.tables import check_scores, headline, score_files, show
 from plumbing import fast
+from plumbing.files import write_text
 from plumbing.logs import open_log
 from plumbing.processes import name_stalled_rank, run_main, start_processes
 from plumbing.settings import InputError, read_json
@@ -52,7 +53,7 @@ TIMEOUT = timedelta(hours=2)
 
 
 def held_out_scores(model: AlignVLM, tokenizer: Tokenizer, n: int, seed: int,
-                    look: str = "clean") -> dict[str, dict]:
+                    look: str) -> dict[str, dict]:
     """Read n held-out pages aloud and answer one question about each, greedily.
 
     Returns exact_match (of answers), cer (edit distance over reference characters) and n: of each
@@ -86,7 +87,7 @@ def report(folder: Path, n: int, seed: int, look: str, device: torch.device) -> 
     fast.use(model, inference=True)
     tokenizer = Tokenizer(folder, model.config.llm.vocab_size)
     scores = held_out_scores(model, tokenizer, n, seed, look)
-    (folder / "held_out.json").write_text(json.dumps(scores, indent=2) + "\n")
+    write_text(folder / "held_out.json", json.dumps(scores, indent=2) + "\n")
     for group, s in scores.items():
         print(f"{group}: exact_match={s['exact_match']:.3f} cer={s['cer']:.3f} n={s['n']}")
 
@@ -257,14 +258,13 @@ def earlier_results(path: Path, weights: int) -> dict[str, dict]:
 
     The table is of all that was measured. Raises InputError for those of another model.
     """
-    results = {"scores": {}, "intervals": {}, "noise": {}}
     if not path.exists():
-        return results
+        return {"scores": {}, "intervals": {}, "noise": {}}
     before = read_json(path)
     if before.get("weights") != weights:
         raise InputError(f"{path}: scores of another model: take another --out")
     check_scores(before, path)
-    return {key: before.get(key, empty) for key, empty in results.items()}
+    return {key: before[key] for key in ("scores", "intervals", "noise")}
 
 
 def report_vocab(model: AlignVLM, tokenizer: Tokenizer, benchmarks: list[Benchmark],

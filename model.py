@@ -283,13 +283,9 @@ class Llama(nn.Module):
         """Final hidden states h (..., D) -> logits (..., V)."""
         return self.linear(h, self.head)
 
-    def forward(self, tokens: Tensor | None = None, embeddings: Tensor | None = None) -> Tensor:
-        """tokens (B, L) int64, or embeddings (B, L, D) -> all logits (B, L, V).
-
-        AlignVLM makes those that it needs.
-        """
-        x = self.embed_tokens(tokens) if embeddings is None else embeddings     # (B, L, D)
-        return self.logits(self.hidden(x))
+    def forward(self, tokens: Tensor) -> Tensor:
+        """tokens (B, L) int64 -> all logits (B, L, V). AlignVLM makes those that it needs."""
+        return self.logits(self.hidden(self.embed_tokens(tokens)))
 
     @torch.inference_mode()
     def generate(self, x: Tensor, lengths: list[int], stop: set[int], max_new_tokens: int = 256,

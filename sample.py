@@ -273,9 +273,9 @@ def answer_folder(model: AlignVLM, tokenizer: Tokenizer, files: list[Path], prom
 # The command line
 
 
-def newest_checkpoint(out: Path = Path("out")) -> Path | None:
+def newest_checkpoint() -> Path | None:
     """The highest stage of the run that was trained last, of the runs out/*/stageN."""
-    stages = [path.parent for path in out.glob("*/stage[123]/config.json")]
+    stages = [path.parent for path in Path("out").glob("*/stage[123]/config.json")]
     if not stages:
         return None
     newest = max(stages, key=lambda folder: (folder / "config.json").stat().st_mtime)

@@ -44,7 +44,7 @@ from plumbing.examples import Turn
 from plumbing.logs import Step, StepLog
 from plumbing.processes import (gather_model, ignore_signals, name_stalled_rank, run_main,
                                 start_processes)
-from plumbing.runs import begin, check_recipe, is_complete, start_fingerprint
+from plumbing.runs import begin, check_recipe, is_complete, recorded
 from plumbing.settings import InputError
 from plumbing.states import States, drop_states, newest_state
 from plumbing.streams import (BAD_KINDS, Documents, Position, agree_on_position, check_bad_share,
@@ -457,7 +457,7 @@ def run_stage(stage: int, args: argparse.Namespace, device: torch.device) -> boo
     tokenizer = Tokenizer(start, vocab_size) if stage > 0 else None
     state = [None]
     if main_rank:
-        record["start"] = start_fingerprint(start) if stage > 0 else None
+        record["start"] = recorded(start, "id") if stage > 0 else None
         state = [begin(partial, record, model)]
         if stage == 0:
             write_toy_tokenizer(partial / "tokenizer.model")

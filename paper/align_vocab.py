@@ -8,8 +8,6 @@ AlignTopK mixes only them.
 """
 import argparse
 import json
-import os
-import sys
 from pathlib import Path
 
 import torch
@@ -18,7 +16,9 @@ from torch import Tensor
 
 from connector import Align, AlignTopK, spread, token_blocks
 from model import AlignVLM
+from plumbing.files import write_text
 from plumbing.images import read_image
+from plumbing.processes import run_main
 from plumbing.settings import CheckpointError, InputError, Settings
 from vision import tile
 
@@ -74,9 +74,8 @@ def choose_align_vocab(model: AlignVLM, folder: Path, pixels: list[Tensor], K: i
              for page in pixels]                                        # F (T * N, d) each
     token_ids, deviation = choose_tokens(model.connector, pages, E_text, K)
     deviation = {"pages": len(pages), **deviation}
-    partial = folder / f"{ALIGN_VOCAB}.partial"
-    partial.write_text(json.dumps({**deviation, "tokens": token_ids.tolist()}) + "\n")
-    os.replace(partial, folder / ALIGN_VOCAB)
+    text = json.dumps({**deviation, "tokens": token_ids.tolist()}) + "\n"
+    write_text(folder / ALIGN_VOCAB, text)
     return deviation
 
 
@@ -130,10 +129,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except (InputError, OSError) as error:
-        print(f"paper/align_vocab.py: {error}", file=sys.stderr)
-        sys.exit(2)
-    except KeyboardInterrupt:
-        sys.exit(130)
+    run_main(main)

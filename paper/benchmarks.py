@@ -450,9 +450,8 @@ def read_blanks(file: Path) -> list[list[str]]:
         reason = " ".join(str(error).split())
         raise InputError(f"{file}: not VCR-wiki's parquet ({reason})") from None
     for i, texts in enumerate(rows):
-        if not isinstance(texts, list) or not texts:
-            raise InputError(f"{file}, row {i}: crossed_text is no list of texts")
-        if not all(isinstance(text, str) for text in texts):
+        is_list = isinstance(texts, list) and bool(texts)
+        if not is_list or not all(isinstance(text, str) for text in texts):
             raise InputError(f"{file}, row {i}: crossed_text is no list of texts")
     return rows
 

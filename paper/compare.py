@@ -15,8 +15,9 @@ from pathlib import Path
 import numpy as np
 
 from paper.metrics import METRICS, Metric, middle
-from paper.predictions import read_predictions, write_text
+from paper.predictions import read_predictions
 from paper.tables import benchmark_file, markdown
+from plumbing.files import write_text
 from plumbing.processes import run_main
 from plumbing.settings import InputError
 

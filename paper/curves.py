@@ -10,10 +10,10 @@ RUN is a log.jsonl, a folder with some below it, or a table that --csv has writt
 import argparse
 import csv
 import math
-import sys
 from pathlib import Path
 
 from plumbing.logs import read_log
+from plumbing.processes import run_main
 from plumbing.settings import InputError
 
 COLUMNS = ["step", "loss", "held_out_loss", "lr", "tokens_per_s"]   # of a curve: numbers, or None
@@ -128,8 +128,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except (InputError, OSError) as error:
-        print(f"paper.curves: {error}", file=sys.stderr)
-        sys.exit(2)
+    run_main(main)

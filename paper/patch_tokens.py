@@ -20,6 +20,7 @@ from tqdm import tqdm
 from connector import AlignTopK, spread, token_blocks
 from data import Tokenizer
 from model import AlignVLM
+from plumbing.files import write_text
 from plumbing.images import read_image
 from plumbing.settings import InputError
 from vision import SigLIPConfig, on_canvas, tile, tile_boxes
@@ -89,9 +90,8 @@ def legible(tokenizer: Tokenizer, i: int) -> tuple[str, str]:
     dot. Pillow's built-in font has few letters: accents are left out, and a letter that it lacks is
     shown as its code point.
     """
-    try:
-        token = tokenizer.pairs.token_bytes(i)
-    except KeyError:            # an id that the vocabulary leaves out
+    token = tokenizer.pairs.token_bytes(i)
+    if not token:               # an id that the vocabulary leaves out
         return f"#{i}", "bytes and special tokens"
     if i in tokenizer.special.values():
         return token.decode().strip("<|>").replace("_", " "), "bytes and special tokens"
@@ -143,7 +143,7 @@ def has_glyph(character: str) -> bool:
 
 
 def explain_files(model: AlignVLM, tokenizer: Tokenizer, files: list[Path], out: Path,
-                  max_tiles: int = 9) -> None:
+                  max_tiles: int) -> None:
     """A picture of each image's tokens: `out`, or of several images one each, numbered."""
     for number, file in enumerate(tqdm(files, desc="explaining"), 1):
         path = out
@@ -355,8 +355,7 @@ def vocab_report(model: AlignVLM, tokenizer: Tokenizer, pages: Iterable[Tensor],
     partial = out.with_name(out.name + ".partial")
     figure.savefig(partial, format="png", dpi=150)
     os.replace(partial, out)
-    partial.write_text(json.dumps(report, indent=2) + "\n")
-    os.replace(partial, out.with_suffix(".json"))
+    write_text(out.with_suffix(".json"), json.dumps(report, indent=2) + "\n")
     return report
 
 

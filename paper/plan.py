@@ -9,7 +9,6 @@ of the longest row of a step; train.py logs what a step really takes.
 """
 import argparse
 import math
-import sys
 from collections import Counter
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -20,7 +19,7 @@ from connector import BLOCK_BYTES, CACHE_BYTES, CONNECTORS
 from model import ALIGNVLM_PRESETS, LOGITS, AlignVLM, AlignVLMConfig, read_llama
 from paper.recipes import RECIPES, Recipe, lr_share, positive, preset_for, recipe_for
 from plumbing.logs import PEAKS
-from plumbing.settings import InputError
+from plumbing.processes import run_main
 from vision import read_siglip
 
 
@@ -277,8 +276,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except (InputError, OSError) as error:
-        print(f"paper.plan: {error}", file=sys.stderr)
-        sys.exit(2)
+    run_main(main)

@@ -5,11 +5,11 @@
     OUT/DocVQA.jsonl                then the benchmark's rows, in order, each with its prediction
 """
 import json
-import os
 from pathlib import Path
 
 from paper.benchmarks import Benchmark
 from paper.noise import summary
+from plumbing.files import write_text
 from plumbing.settings import InputError, read_json
 
 
@@ -122,10 +122,3 @@ def read_lines(path: Path, text: bytes) -> list[dict]:
             raise InputError(f"{path}, line {number}: not a prediction ({error})") from None
         lines.append(value)
     return lines
-
-
-def write_text(path: Path, text: str) -> None:
-    """Write a whole file, beside its place first."""
-    partial = Path(f"{path}.partial")
-    partial.write_text(text, encoding="utf-8")
-    os.replace(partial, path)

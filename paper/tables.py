@@ -10,7 +10,8 @@ from pathlib import Path
 
 from paper.benchmarks import TOYS
 from paper.metrics import METRICS
-from paper.predictions import read_predictions, write_text
+from paper.predictions import read_predictions
+from plumbing.files import write_text
 from plumbing.settings import InputError
 
 COLUMNS = {
@@ -112,17 +113,15 @@ def interval_table(results: dict) -> str:
     """
     rows = []
     for name, scores in results["scores"].items():
-        intervals = results["intervals"].get(name, {})
+        intervals = results["intervals"][name]
         for score, value in scores.items():
             if not math.isnan(value):
-                rows.append([f"{name} {score}", 100 * value, span(intervals.get(score))])
+                rows.append([f"{name} {score}", 100 * value, span(intervals[score])])
     return markdown(["Score, %", f"**{results['model']}**", "95 % interval"], rows) if rows else ""
 
 
-def span(interval: list[float] | None) -> str | None:
+def span(interval: list[float]) -> str:
     """[0.7, 0.75] -> "70.00 to 75.00"."""
-    if interval is None:
-        return None
     low, high = interval
     return f"{100 * low:.2f} to {100 * high:.2f}"
 
@@ -144,7 +143,7 @@ def noise_table(noise: dict[str, list[dict]], scores: dict[str, float], model: s
             sigma, std = run["sigma"], run["std_F"]
             relative = f"{sigma / std:.3g}" if std else None
             rows.append([f"**{model}**", name, f"{sigma:.3g}", f"{std:.3g}", relative,
-                         scores[name], run["score"], span(run.get("interval")),
+                         scores[name], run["score"], span(run["interval"]),
                          scores[name] - run["score"],
                          f"{run['cosine_distance']:.4f}"])
     return markdown(header, rows)
@@ -162,8 +161,8 @@ def show(results: dict, out: Path | None) -> None:
     if results["noise"]:
         text += "\n" + noise_table(results["noise"], scores, results["model"])
     for name, of_name in results["scores"].items():
-        intervals = results["intervals"].get(name, {})
-        values = " ".join(score_text(key, value, intervals.get(key))
+        intervals = results["intervals"][name]
+        values = " ".join(score_text(key, value, intervals[key])
                           for key, value in of_name.items())
         print(f"{name}: {values}")
     print("\n" + text, end="")
@@ -173,17 +172,17 @@ def show(results: dict, out: Path | None) -> None:
         write_text(out / "scores.json", json.dumps(results, indent=2) + "\n")
 
 
-def score_text(name: str, score: float, interval: list[float] | None) -> str:
-    text = f"{name}={score:.4f}"
-    return f"{text} [{interval[0]:.4f}, {interval[1]:.4f}]" if interval else text
+def score_text(name: str, score: float, interval: list[float]) -> str:
+    low, high = interval
+    return f"{name}={score:.4f} [{low:.4f}, {high:.4f}]"
 
 
 def check_scores(results: dict, path: Path) -> None:
     """Raise InputError unless a scores.json is as `show` writes it."""
-    scores, noise = results.get("scores", {}), results.get("noise", {})
-    intervals = results.get("intervals", {})
+    scores, intervals, noise = (results.get(key) for key in ("scores", "intervals", "noise"))
     if (not isinstance(scores, dict) or not all(map(is_scores, scores.values()))
-            or not isinstance(intervals, dict) or not all(map(are_intervals, intervals.values()))
+            or not isinstance(intervals, dict) or intervals.keys() != scores.keys()
+            or not all(are_intervals(intervals[name], scores[name]) for name in scores)
             or not isinstance(noise, dict) or not all(map(are_noise_runs, noise.values()))
             or not noise.keys() <= scores.keys()):
         raise InputError(f"{path}: not as eval.py writes it: delete it, or take another --out")
@@ -197,8 +196,10 @@ def is_scores(value) -> bool:
     return isinstance(value, dict) and bool(value) and all(map(is_number, value.values()))
 
 
-def are_intervals(value) -> bool:
-    return isinstance(value, dict) and all(map(is_interval, value.values()))
+def are_intervals(value, scores: dict[str, float]) -> bool:
+    """One for each score."""
+    is_dict = isinstance(value, dict) and value.keys() == scores.keys()
+    return is_dict and all(map(is_interval, value.values()))
 
 
 def is_interval(value) -> bool:
@@ -209,7 +210,7 @@ def are_noise_runs(value) -> bool:
     keys = "sigma", "std_F", "cosine_distance", "score"
     return isinstance(value, list) and all(
         isinstance(run, dict) and all(is_number(run.get(key)) for key in keys)
-        and is_interval(run.get("interval", [0, 0])) for run in value)
+        and is_interval(run.get("interval")) for run in value)
 
 
 def benchmark_file(spec: str) -> tuple[str, Path]:

@@ -11,6 +11,7 @@ import uuid
 from collections.abc import Callable, Iterator
 from datetime import timedelta
 from pathlib import Path
+from typing import NoReturn
 
 import torch
 import torch.distributed as dist
@@ -129,15 +130,23 @@ def run_main(main: Callable[[], None]) -> None:
     """A program that may be one of many processes: exit status 2 and a line for bad input, 130 for
     Ctrl-C.
 
-    It ends at once: other ranks, or what writes a state, may be waiting for one that has died.
+    It ends at once: other ranks, or what writes a state, may be waiting for one that has died. What
+    was printed until then is shown.
     """
     try:
         main()
     except KeyboardInterrupt:
-        os._exit(130)
+        end_at_once(130)
     except Exception as error:
         # OSError: a disk is full, a file is missing.
         bad_input = isinstance(error, (InputError, OSError, SafetensorError))
         message = f"{Path(sys.argv[0]).name}: {error}" if bad_input else traceback.format_exc()
         print(message, file=sys.stderr, flush=True)
-        os._exit(2 if bad_input else 1)
+        end_at_once(2 if bad_input else 1)
+
+
+def end_at_once(status: int) -> NoReturn:
+    """os._exit, which would drop what is printed but not flushed."""
+    with contextlib.suppress(OSError, ValueError):      # nobody reads it any more, or it is closed
+        sys.stdout.flush()
+    os._exit(status)

@@ -13,6 +13,7 @@ from pathlib import Path
 
 from torch import nn
 
+from plumbing.files import write_text
 from plumbing.settings import InputError, read_json
 from plumbing.states import check_room, newest_state
 
@@ -25,19 +26,13 @@ def recorded(folder: Path, key: str, default=None):
     return read_json(folder / "recipe.json").get(key, default)
 
 
-def start_fingerprint(folder: Path) -> str | None:
-    """What tells one training of the stage before from another: its id. None for released
-    weights."""
-    return recorded(folder, "id")
-
-
 def is_complete(stage: int, out: Path) -> bool:
     """Whether a stage's folder is there, was not begun anew, and started from what is in the stage
     before's, if anything is."""
     folder = out / f"stage{stage}"
     if not (folder / "config.json").exists() or newest_state(out / f"stage{stage}.partial"):
         return False
-    before = start_fingerprint(out / f"stage{stage - 1}")
+    before = recorded(out / f"stage{stage - 1}", "id")      # None: released weights
     return before is None or recorded(folder, "start", before) == before
 
 
@@ -69,9 +64,8 @@ def begin(folder: Path, recipe: dict, model: nn.Module) -> Path | None:
         if state:
             check_recipe(folder, recipe)
         check_room(folder, model)
-        partial = folder / "recipe.json.partial"
-        partial.write_text(json.dumps({**recipe, "id": uuid.uuid4().hex}, indent=2) + "\n")
-        partial.rename(folder / "recipe.json")
+        record = {**recipe, "id": uuid.uuid4().hex}
+        write_text(folder / "recipe.json", json.dumps(record, indent=2) + "\n")
         return state
     except OSError as error:
         raise InputError(f"--out {folder.parent}: {error.strerror}") from None

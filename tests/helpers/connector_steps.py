@@ -16,26 +16,19 @@ import torch.distributed as dist
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
-from connector import CONNECTORS, ConnectorConfig
+from connector import CONNECTORS
 from data import Sample
-from model import IMAGE, AlignVLM, AlignVLMConfig, LlamaConfig
+from model import IMAGE, AlignVLM, AlignVLMConfig
 from paper.recipes import RECIPES
 from plumbing.processes import start_processes
+from small_models import CONNECTOR, LLM, TILES
 from train import optimizer_of, shard, take_step
-from vision import SigLIPConfig
-
-# 5 latents and 37 rows of a table do not divide evenly by two.
-SMALL = ConnectorConfig(table_size=37, n_latents=5, depth=2, n_heads=4, n_kv_heads=2, head_dim=6)
-VISION = SigLIPConfig(hidden_size=12, n_layers=1, n_heads=2, intermediate_size=20, image_size=12,
-                      patch_size=3)
-LLM = LlamaConfig(vocab_size=23, hidden_size=10, n_layers=1, n_heads=2, n_kv_heads=1, head_dim=6,
-                  intermediate_size=14, rope_factor=1.0)
 
 
 def losses_of(kind: str, device: torch.device) -> list[float]:
     """Two steps on four samples, dealt among the ranks; of all kinds with one seed."""
     torch.manual_seed(0)
-    model = AlignVLM(AlignVLMConfig(VISION, LLM, replace(SMALL, kind=kind)))
+    model = AlignVLM(AlignVLMConfig(TILES, LLM, replace(CONNECTOR, kind=kind)))
     model.vision.init_weights()
     model.llm.init_weights()
     shard(model, device)

@@ -12,29 +12,20 @@ import random
 import shutil
 import signal
 import subprocess
-import sys
 import tempfile
 import time
 from contextlib import suppress
 from pathlib import Path
 
+from commands import alone, launcher
 from safetensors.torch import load_file
 
-ROOT = Path(__file__).resolve().parents[2]
 SAVE_EVERY = 4      # steps
 
 
-def start_python(*command) -> subprocess.Popen:
-    return subprocess.Popen([sys.executable, *map(str, command)], cwd=ROOT,
-                            env={**os.environ, "OMP_NUM_THREADS": "1"}, text=True,
-                            stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
-
-
 def training(out: Path, processes: int, steps: int) -> list:
-    launcher = []
-    if processes > 1:
-        launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"]
-    return [*launcher, "train.py", "--stage", 2, "--steps", steps, "--batch-size", 4,
+    command = launcher(processes) if processes > 1 else []
+    return [*command, "train.py", "--stage", 2, "--steps", steps, "--batch-size", 4,
             "--save-every", SAVE_EVERY, "--out", out]
 
 
@@ -93,7 +84,7 @@ def descendants(pid: int) -> list[int]:
     return children + [below for child in children for below in descendants(child)]
 
 
-def kill_and_compare(runs: int, processes: int, steps: int, seed: int, start=start_python) -> None:
+def kill_and_compare(runs: int, processes: int, steps: int, seed: int, start=alone) -> None:
     """start: what starts the killed runs. The others are Python's own, with another seed of str's
     hash."""
     rng, work = random.Random(seed), Path(tempfile.mkdtemp())
@@ -101,7 +92,7 @@ def kill_and_compare(runs: int, processes: int, steps: int, seed: int, start=sta
         finish(start("train.py", "--stage", 1, "--steps", 2, "--batch-size", 4,
                      "--out", work / "start"))
         undisturbed = folder(work, "undisturbed")
-        finish(start_python(*training(undisturbed, processes, steps)))
+        finish(alone(*training(undisturbed, processes, steps)))
         began = time.time()
         finish(start(*training(folder(work, "timed"), processes, steps)))
         seconds = time.time() - began

@@ -1,7 +1,6 @@
 """Started by test_weights.py as a process of its own, which is measured:
 
     python tests/helpers/loading.py load LLAMA_FOLDER       # Llama.from_pretrained in bf16
-    python tests/helpers/loading.py time LLAMA_FOLDER       # by hand: that beside load_file
     torchrun --nproc_per_node 2 tests/helpers/loading.py ranks LLAMA_FOLDER OUT
     torchrun --nproc_per_node 2 tests/helpers/loading.py vlm VISION_FOLDER LLM_FOLDER OUT
 
@@ -10,7 +9,6 @@ to OUT/RANK. The peak is what came on top of importing torch.
 """
 import json
 import sys
-import time
 from pathlib import Path
 
 import torch
@@ -43,28 +41,6 @@ def load(folder: str) -> None:
     print(json.dumps({"peak": peak() - IMPORTED, "bytes": size}))
 
 
-def seconds(action) -> float:
-    start = time.perf_counter()
-    action()
-    return time.perf_counter() - start
-
-
-def load_and_clone(folder: str) -> None:
-    from safetensors.torch import load_file
-    kept = []
-    for file in sorted(Path(folder).glob("*.safetensors")):
-        kept += [tensor.clone() for tensor in load_file(file).values()]
-
-
-def compare(folder: str) -> None:
-    """Turn by turn, and the best of each: a busy machine slows down both."""
-    ours, theirs = [], []
-    for _ in range(2):
-        theirs.append(seconds(lambda: load_and_clone(folder)))
-        ours.append(seconds(lambda: Llama.from_pretrained(folder, torch.bfloat16)))
-    print(json.dumps({"ours": min(ours), "load_file and clone": min(theirs)}))
-
-
 def load_part(folder: str, out: str) -> None:
     def shard_llama(model: Llama) -> None:
         for module in [*model.layers, model]:
@@ -91,4 +67,4 @@ def load_and_save(vision: str, llm: str, out: str) -> None:
 
 if __name__ == "__main__":
     what, *paths = sys.argv[1:]
-    {"load": load, "time": compare, "ranks": load_part, "vlm": load_and_save}[what](*paths)
+    {"load": load, "ranks": load_part, "vlm": load_and_save}[what](*paths)

@@ -16,18 +16,14 @@ import torch.distributed as dist
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
+from bench import SMALL as MID
 from data import Sample
-from model import ALIGNVLM_PRESETS, IMAGE, AlignVLM, AlignVLMConfig, LlamaConfig
+from model import ALIGNVLM_PRESETS, IMAGE, AlignVLM, AlignVLMConfig
 from paper.plan import memory
 from paper.recipes import RECIPES
 from plumbing.processes import start_processes
 from train import optimizer_of, shard, take_step
-from vision import SigLIPConfig
 
-MID = AlignVLMConfig(
-    SigLIPConfig(768, 12, 12, 3072, 224, 16, 1e-6),
-    LlamaConfig(vocab_size=49152, hidden_size=576, n_layers=30, n_heads=9, n_kv_heads=3,
-                head_dim=64, intermediate_size=1536, rope_factor=1.0, tie_embeddings=True))
 SHORT = AlignVLMConfig(replace(MID.vision, n_layers=3), replace(MID.llm, n_layers=3))
 CONFIGS = {"toy": ALIGNVLM_PRESETS["toy"], "mid": MID, "short": SHORT}
 

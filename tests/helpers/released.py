@@ -218,12 +218,12 @@ def write_meta(folder: Path, state: dict, params: dict, shards: int = 1) -> None
 # Random weights, and damage
 
 
-def random_state(shapes: dict, dtype=torch.bfloat16) -> dict:
-    """Weights of the size that keeps activations in range.
+def random_state(shapes: dict) -> dict:
+    """Weights in bf16, of the size that keeps activations in range.
 
     Stretches of one pool of noise, for speed.
     """
-    pool = torch.randn(20_000_003, generator=torch.Generator().manual_seed(0)).to(dtype)
+    pool = torch.randn(20_000_003, generator=torch.Generator().manual_seed(0)).bfloat16()
     state, place = {}, 0
     for name, shape in shapes.items():
         n = shape.numel()

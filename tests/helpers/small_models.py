@@ -1,9 +1,11 @@
 """Models small enough for exact comparisons, the samples that they read, and their answers."""
 import re
+from dataclasses import replace
 
 import torch
 from torch import Tensor
 
+from connector import ConnectorConfig
 from model import IGNORE, IMAGE, AlignVLM, AlignVLMConfig, LlamaConfig
 from tensors import close, randomise
 from vision import SigLIPConfig
@@ -24,6 +26,12 @@ def small_llama(**changes) -> LlamaConfig:
     return LlamaConfig(**{**sizes, **changes})
 
 
+# What the connectors' tests build: 5 latents and 37 rows of a table do not divide evenly by two.
+CONNECTOR = ConnectorConfig(table_size=37, n_latents=5, depth=2, n_heads=4, n_kv_heads=2,
+                            head_dim=6)
+TILES = replace(VISION, image_size=12, patch_size=3)        # N = 16
+LLM = small_llama(vocab_size=23, hidden_size=10, n_layers=1, n_heads=2, n_kv_heads=1,
+                  intermediate_size=14, tie_embeddings=True)
 # Configuration, B, L.
 LLAMAS = {
     "round":               (small_llama(hidden_size=32, head_dim=8), 2, 16),

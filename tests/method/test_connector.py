@@ -14,7 +14,7 @@ from conftest import close, n_parameters, randomise
 from connector import (CONNECTORS, Align, AlignTopK, ConnectorConfig, Mixture, MLPConnector, Ovis,
                        multiply, new_connector, spread, token_blocks)
 from model import ALIGNVLM_PRESETS, IGNORE, IMAGE, AlignVLM, AlignVLMConfig
-from small_models import VISION, small_llama
+from small_models import CONNECTOR, LLM, TILES, VISION
 
 # (leading dimensions, d, D, V). No d of 1 or D of 2: a LayerNorm's output is then +-1 and F's
 # gradient pure rounding.
@@ -319,7 +319,6 @@ def test_in_bf16_the_statistics_are_fp32(small_blocks):
 # The paper's other connectors. The Perceiver's equations are Idefics2's, in
 # tests/system/test_connectors.py.
 
-SMALL = ConnectorConfig(table_size=37, n_latents=5, depth=2, n_heads=4, n_kv_heads=2, head_dim=6)
 OTHERS = [kind for kind in CONNECTORS if kind != "align"]
 
 
@@ -372,7 +371,7 @@ def test_new_ones_start_as_they_should():
     d, D, V = 64, 96, 50
     E_text = torch.randn(V, D)
     for kind in OTHERS:
-        new = new_connector(replace(SMALL, kind=kind, table_size=4096), d, D, V)
+        new = new_connector(replace(CONNECTOR, kind=kind, table_size=4096), d, D, V)
         new.init_weights(E_text)
         assert all(p.isfinite().all() for p in new.parameters())
         F = torch.randn(2, 9, d)
@@ -402,10 +401,7 @@ def test_presets():
 
 @pytest.mark.parametrize("kind", CONNECTORS)
 def test_a_model_with_it_learns_and_counts_its_tokens(kind):
-    llm = small_llama(vocab_size=23, hidden_size=10, n_layers=1, n_heads=2, n_kv_heads=1,
-                      intermediate_size=14, rope_theta=500_000.0, tie_embeddings=True)
-    vision = replace(VISION, image_size=12, patch_size=3)
-    model = randomise(AlignVLM(AlignVLMConfig(vision, llm, replace(SMALL, kind=kind))))
+    model = randomise(AlignVLM(AlignVLMConfig(TILES, LLM, replace(CONNECTOR, kind=kind))))
     n = 5 if kind == "perceiver" else 16
     assert model.config.tile_tokens == n
     pixels = torch.randn(2, 3, 12, 12)
@@ -429,8 +425,7 @@ def test_a_model_with_it_learns_and_counts_its_tokens(kind):
 
 def vlm_and_tiles(tied: bool) -> tuple[AlignVLM, Tensor, Tensor]:
     """A model in fp64, and the tokens of two tiles and not one of text."""
-    llm = small_llama(vocab_size=23, hidden_size=10, n_layers=1, n_heads=2, n_kv_heads=1,
-                      intermediate_size=14, tie_embeddings=tied)
+    llm = replace(LLM, tie_embeddings=tied)
     vlm = randomise(AlignVLM(AlignVLMConfig(VISION, llm)).double())
     tokens = torch.full((1, 2 * VISION.n_patches), IMAGE)
     return vlm, tokens, torch.randn(2, 3, 9, 9, dtype=torch.float64)

@@ -6,6 +6,7 @@ import pytest
 import torch
 import torch.nn.functional as nnf
 from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import model
@@ -167,8 +168,8 @@ def naive_loss(vlm: AlignVLM) -> Tensor:
     """Of SAMPLES: each as cross-entropy of all its logits, by a loop."""
     total = 0.0
     for tokens, pixels in SAMPLES:
-        logits = vlm.llm(embeddings=naive_embed(vlm, tokens[None], pixels))[0]
-        log_p = logits.log_softmax(-1)
+        h = vlm.llm.hidden(naive_embed(vlm, tokens[None], pixels))
+        log_p = vlm.llm.logits(h)[0].log_softmax(-1)
         for position, label in enumerate(labelled(tokens).tolist()):
             if label != IGNORE:
                 total = total - log_p[position, label]
@@ -296,8 +297,8 @@ def without_cache(vlm: AlignVLM, tokens: Tensor, pixels: Tensor) -> list[int]:
     new = []
     for _ in range(STEPS):
         sequence = torch.cat([tokens, torch.tensor(new, dtype=torch.int64)])[None]
-        logits = vlm.llm(embeddings=naive_embed(vlm, sequence, pixels))
-        new.append(logits[0, -1].argmax().item())
+        h = vlm.llm.hidden(naive_embed(vlm, sequence, pixels))
+        new.append(vlm.llm.logits(h)[0, -1].argmax().item())
     return new
 
 
@@ -365,25 +366,36 @@ def test_attention_reads_no_further_than_the_caches_reach():
     close(llm.hidden(x[:, 8:], None, cache, torch.full((2, 1), 8))[:, 0], llm.hidden(x)[:, -1])
 
 
-@pytest.mark.parametrize("n_prefix", [1, 5])
+@pytest.mark.parametrize("n_prefix, room", [(1, 0), (5, 3), (37, 0), (37, 27)])
+@pytest.mark.parametrize("options", [{}, {"temperature": 2.0, "top_p": 0.9, "seed": 3}])
+@pytest.mark.parametrize("decoder", ["GQA", "MQA, scaled"])
 @torch.inference_mode()
-def test_a_kept_prefix_gives_the_same_tokens(n_prefix):
+def test_after_a_kept_prefix_the_tokens_are_those_of_the_whole(decoder, options, n_prefix, room):
     """Keys and values of what stands before every prompt, read once; of one row for all.
 
-    The cache that they were kept in has more room than they need.
+    The prefix serves more than once, and prompts of several lengths, down to one token. On a GPU
+    the cache that it was kept in has more room than it fills.
     """
-    llm = small_vlm(scale=3.0).llm
+    llm = small_vlm(**DECODERS[decoder]).llm
     generator = torch.Generator().manual_seed(0)
     before = torch.randint(V, (1, n_prefix), generator=generator)
-    tokens = torch.randint(V, (3, 7), generator=generator)
-    lengths = [7, 1, 4]
-    prefix = llm.new_cache(1, n_prefix + 3)
+    ends = [torch.randint(V, (n,), generator=generator) for n in (7, 1, 4)]
+    prefix = llm.new_cache(1, n_prefix + room)
     prefix.reach = n_prefix
-    llm.hidden(llm.embed_tokens(before), None, prefix, torch.arange(n_prefix)[None])
-    after = list(llm.generate(llm.embed_tokens(tokens), lengths, set(), STEPS, prefix=prefix))
-    whole = llm.embed_tokens(torch.cat([before.expand(3, -1), tokens], dim=1))
-    assert after == list(llm.generate(whole, [n_prefix + n for n in lengths], set(), STEPS))
-    assert len({i for ids in after for i in ids}) > 3
+    llm.hidden(llm.embed_tokens(before), cache=prefix)
+    kept = [x.clone() for x in (*prefix.k, *prefix.v)]
+    said = set()
+    for rows in (ends, ends[1:2], ends[:1]):
+        lengths = [len(row) for row in rows]
+        tokens = pad_sequence(rows, batch_first=True)                       # (B, L)
+        after = list(llm.generate(llm.embed_tokens(tokens), lengths, {7}, STEPS, prefix=prefix,
+                                  **options))
+        whole = torch.cat([before.expand(len(rows), -1), tokens], dim=1)
+        lengths = [n_prefix + n for n in lengths]
+        assert after == list(llm.generate(llm.embed_tokens(whole), lengths, {7}, STEPS, **options))
+        said |= {token for step in after for token in step}
+    assert len(said) > 3, "a loop of few tokens shows little"
+    assert all(torch.equal(x, y) for x, y in zip((*prefix.k, *prefix.v), kept))
 
 
 @pytest.mark.parametrize("B", [1, 2])

@@ -10,7 +10,7 @@ from connector import Align, AlignTopK, spread
 from model import IMAGE, AlignVLM, AlignVLMConfig
 from paper.align_vocab import ALIGN_VOCAB, choose_align_vocab, choose_tokens, use_align_vocab
 from plumbing.settings import CheckpointError, InputError
-from small_models import VISION, small_llama
+from small_models import LLM, VISION
 
 
 def align_and_pages(*shape: int):
@@ -71,9 +71,7 @@ def test_each_page_is_measured_with_the_tokens_of_the_others():
 @pytest.fixture
 def vlm() -> AlignVLM:
     """With V = 23."""
-    llm = small_llama(vocab_size=23, hidden_size=10, n_layers=1, n_heads=2, n_kv_heads=1,
-                      intermediate_size=14, tie_embeddings=True)
-    return randomise(AlignVLM(AlignVLMConfig(VISION, llm)).double())
+    return randomise(AlignVLM(AlignVLMConfig(VISION, LLM)).double())
 
 
 TOKENS = torch.full((1, 2 * VISION.n_patches), IMAGE)       # two tiles and not a token of text

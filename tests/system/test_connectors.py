@@ -27,20 +27,17 @@ from paper.connectors import table as race_table
 from paper.plan import memory, step_flops
 from plumbing.settings import CheckpointError, InputError
 from sample import answer
-from small_models import VISION, small_llama
+from small_models import CONNECTOR, LLM, TILES, small_llama
 from toy.looks import draw
 from toy.pages import eye_chart, write_toy_tokenizer
 from train import connector_of
+from vision import SigLIPConfig
 
 OTHERS = [kind for kind in CONNECTORS if kind != "align"]
-SMALL = ConnectorConfig(table_size=37, n_latents=5, depth=2, n_heads=4, n_kv_heads=2, head_dim=6)
-TILES = replace(VISION, image_size=12, patch_size=3)        # N = 16
-LLM = small_llama(vocab_size=23, hidden_size=10, n_layers=1, n_heads=2, n_kv_heads=1,
-                  intermediate_size=14, tie_embeddings=True)
 
 
 def small_vlm(kind: str) -> AlignVLM:
-    return randomise(AlignVLM(AlignVLMConfig(TILES, LLM, replace(SMALL, kind=kind))))
+    return randomise(AlignVLM(AlignVLMConfig(TILES, LLM, replace(CONNECTOR, kind=kind))))
 
 
 def saved(model: AlignVLM, folder):
@@ -90,7 +87,7 @@ ODD = ConnectorConfig(n_latents=11, depth=3, n_heads=6, n_kv_heads=1, head_dim=7
 
 
 @pytest.mark.parametrize("T, N, d, D, config", [
-    (2, 16, 12, 10, SMALL), (1, 1, 3, 7, ONES), (3, 31, 9, 24, ODD),
+    (2, 16, 12, 10, CONNECTOR), (1, 1, 3, 7, ONES), (3, 31, 9, 24, ODD),
     (1, 49, 48, 64, ConnectorConfig())], ids=["small", "ones", "odd", "as released"])
 def test_perceiver_is_idefics2s(T, N, d, D, config):
     """Outputs, and the gradients of F and of every weight."""
@@ -132,7 +129,7 @@ def test_saved_and_loaded(kind, tmp_path):
     same_tensors(model.state_dict(), AlignVLM.from_pretrained(folder).state_dict())
 
     # Another connector, new, on the folder's vision encoder and LLM.
-    other = replace(SMALL, kind="mlp" if kind != "mlp" else "ovis")
+    other = replace(CONNECTOR, kind="mlp" if kind != "mlp" else "ovis")
     torch.manual_seed(3)
     changed = AlignVLM.from_pretrained(folder, connector=other)
     assert changed.config.connector == other
@@ -167,17 +164,30 @@ def naive_mixture(h, W2, weight, bias, E_text, eps, multiply):
     return nnf.softmax(nnf.layer_norm(h @ W2.T, weight.shape, weight, bias, eps), -1) @ E_text
 
 
+TOY = ALIGNVLM_PRESETS["toy"]
+COUNTED = {
+    "small": AlignVLMConfig(replace(TILES, n_layers=2, hidden_size=20), replace(LLM, n_layers=2),
+                            CONNECTOR),
+    "odd": AlignVLMConfig(
+        SigLIPConfig(48, 3, 4, 80, 32, 8),
+        small_llama(vocab_size=331, hidden_size=36, n_layers=3, n_heads=6, head_dim=10,
+                    intermediate_size=52), CONNECTOR),
+    "toy": replace(TOY, connector=replace(TOY.connector, table_size=1000)),
+}
+
+
 @pytest.mark.parametrize("kind", CONNECTORS)
+@pytest.mark.parametrize("sizes", COUNTED)
 @pytest.mark.parametrize("trainable", [("vision", "connector", "llm"), ("connector", "llm"),
                                        ("connector",)])
-def test_flops_are_what_torch_counts(kind, trainable, monkeypatch):
+def test_flops_are_what_torch_counts(kind, sizes, trainable, monkeypatch):
     """In attention's plain form, which torch's counter knows.
 
     There the LLM's is not causal and counts twice; and where the LLM is frozen half as much
     again, for attention has no weights whose gradient could be left out.
     """
-    config = AlignVLMConfig(replace(TILES, n_layers=2, hidden_size=20), replace(LLM, n_layers=2),
-                            replace(SMALL, kind=kind))
+    config = COUNTED[sizes]
+    config = replace(config, connector=replace(config.connector, kind=kind))
     model = randomise(AlignVLM(config))
     for name, module in model.named_children():
         module.requires_grad_(name in trainable)
@@ -185,8 +195,9 @@ def test_flops_are_what_torch_counts(kind, trainable, monkeypatch):
     tokens = torch.cat([torch.full((3 * config.tile_tokens,), IMAGE), torch.arange(17)])
     labels = torch.full_like(tokens, IGNORE)
     labels[-9:] = 7
+    side = config.vision.image_size
     with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):
-        loss = model(tokens[None], labels[None], torch.randn(3, 3, 12, 12), [len(tokens)])
+        loss = model(tokens[None], labels[None], torch.randn(3, 3, side, side), [len(tokens)])
         loss.backward()
     squares = (2 if "llm" in trainable else 3) * len(tokens) ** 2
     counts = Counter(tokens=len(tokens), supervised=9, tiles=3, squares=squares)
@@ -235,9 +246,8 @@ def test_two_ranks_start_and_learn_as_one():
 
 @pytest.mark.parametrize("kind", OTHERS)
 def test_it_answers_and_has_no_tokens_to_choose(kind, tmp_path):
-    toy = ALIGNVLM_PRESETS["toy"]
-    connector = replace(toy.connector, kind=kind, n_latents=7)
-    model = randomise(AlignVLM(replace(toy, connector=connector))).eval()
+    connector = replace(TOY.connector, kind=kind, n_latents=7)
+    model = randomise(AlignVLM(replace(TOY, connector=connector))).eval()
     folder = saved(model, tmp_path)
     page = draw(eye_chart(random.Random(0)))
     *_, [text] = answer(model, Tokenizer(folder, 542), [page], ["?"], max_new_tokens=3)
@@ -251,10 +261,9 @@ def test_it_answers_and_has_no_tokens_to_choose(kind, tmp_path):
 
 def test_stages_choose_and_keep_it(tmp_path):
     """Stage 1 makes what is asked for; later stages have what is there, and refuse another."""
-    toy = ALIGNVLM_PRESETS["toy"].connector
     asked = types.SimpleNamespace(llm=None, connector="mlp")
-    assert connector_of(0, tmp_path, asked) == toy
-    assert connector_of(1, tmp_path, asked) == replace(toy, kind="mlp")
+    assert connector_of(0, tmp_path, asked) == TOY.connector
+    assert connector_of(1, tmp_path, asked) == replace(TOY.connector, kind="mlp")
     model = small_vlm("ovis")
     folder = saved(model, tmp_path)
     with pytest.raises(InputError, match="has the connector ovis"):
@@ -270,7 +279,7 @@ def test_stages_choose_and_keep_it(tmp_path):
 
 def test_the_race_teaches_the_encoder_what_stands_in_each_patch(tmp_path):
     """The tokens of a page's patches are those of its lines, tile by tile."""
-    model = AlignVLM(ALIGNVLM_PRESETS["toy"])
+    model = AlignVLM(TOY)
     write_toy_tokenizer(tmp_path / "tokenizer.model")
     tokenizer = Tokenizer(tmp_path)
     space = tokenizer.encode(" ")[0]

@@ -632,6 +632,10 @@ def test_the_table_is_of_all_that_was_measured_and_score_says_the_same(folder, t
     (out / "scores.json").write_text('{"weights": 1}')
     with pytest.raises(InputError, match="another model"):
         main(*common, "--benchmark", tsv)
+    del results["intervals"]["toy"]["exact_match"]
+    (out / "scores.json").write_text(json.dumps(results))
+    with pytest.raises(InputError, match="not as eval.py writes it"):
+        main(*common, "--benchmark", tsv)
 
 
 def test_bad_predictions_are_one_line(tmp_path):

@@ -58,6 +58,7 @@ COLOURS = {
     "CMYK black":           (plain("CMYK", (0, 0, 0, 255)), "a.tiff", {}, (0, 0, 0)),
     "CMYK JPEG":            (plain("CMYK", (0, 255, 255, 0), 16), "a.jpg", {"quality": 100},
                              (255, 0, 0)),
+    "LAB TIFF":             (plain("LAB", (200, 128, 128)), "a.tiff", {}, (194, 194, 194)),
     "YCbCr JPEG":           (plain("RGB", WHITE, 16), "a.jpg", {}, WHITE),
     "WebP":                 (plain("RGBA", (9, 9, 9, 0), 16), "a.webp", {"lossless": True}, WHITE),
     "BMP":                  (plain("RGB", (10, 20, 30)), "a.bmp", {}, (10, 20, 30)),

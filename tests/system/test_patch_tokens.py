@@ -172,7 +172,7 @@ def test_legible(tokenizer):
     assert begin == ("begin of text", "bytes and special tokens")
     vocabulary = [" the", "   ", "\n\n\t", " café", "中a", "--", " 12"]
     bytes_of = {i: token.encode() for i, token in enumerate(vocabulary)}
-    pairs = types.SimpleNamespace(token_bytes=bytes_of.__getitem__)
+    pairs = types.SimpleNamespace(token_bytes=lambda i: bytes_of.get(i, b""))
     other = types.SimpleNamespace(special={}, pairs=pairs)
     assert [patch_tokens.legible(other, i)[0] for i in range(8)] == [
         "·the", "3 spaces", "2 line ends, tab", "·cafe", "U+4E2Da", "--", "·12", "#7"]

@@ -56,44 +56,6 @@ GQA = LlamaConfig(vocab_size=50, hidden_size=24, n_layers=3, n_heads=6, n_kv_hea
                   intermediate_size=40, rope_original_length=16, tie_embeddings=False)
 
 
-def read_prefix(llm, tokens, room=0):
-    """What a prefix (L,) leaves in a cache, with room for more tokens than it has."""
-    with torch.inference_mode():
-        read = llm.new_cache(1, len(tokens) + room)
-        read.reach = len(tokens)
-        llm.hidden(llm.embed_tokens(tokens[None]), cache=read)
-    return read
-
-
-@pytest.mark.parametrize("room", [0, 27])
-@pytest.mark.parametrize("options", [{}, {"temperature": 2.0, "top_p": 0.9, "seed": 3}])
-@pytest.mark.parametrize("config",
-                         [GQA, replace(ALIGNVLM_PRESETS["toy"].llm, tie_embeddings=False)])
-def test_after_a_prefix_the_words_are_those_of_the_whole(config, options, room):
-    """Prompts of several lengths, down to one token, after one prefix, which serves more than once.
-
-    On a GPU its cache has more room than it fills.
-    """
-    llm = randomise(Llama(config)).eval()
-    torch.manual_seed(0)
-    prefix = torch.randint(50, (37,))
-    ends = [torch.randint(50, (n,)) for n in (5, 1, 9)]
-    read = read_prefix(llm, prefix, room)
-    kept = [k.clone() for k in (*read.k, *read.v)]
-    pad = torch.nn.utils.rnn.pad_sequence
-    for rows in (ends, ends[1:2], ends[:1]):
-        lengths = [len(row) for row in rows]
-        whole = pad([torch.cat([prefix, row]) for row in rows], batch_first=True)
-        expected = list(llm.generate(llm.embed_tokens(whole), [37 + n for n in lengths], {7}, 20,
-                                     **options))
-        after = llm.generate(llm.embed_tokens(pad(rows, batch_first=True)), lengths, {7}, 20,
-                             prefix=read, **options)
-        assert list(after) == expected
-    said = {token for step in expected for token in step}
-    assert len(said) > 3, "a loop of few tokens shows little"
-    assert all(torch.equal(k, before) for k, before in zip((*read.k, *read.v), kept))
-
-
 def test_logits_after_a_prefix_are_close_in_bf16():
     llm = randomise(Llama(GQA)).eval()
     fast.use(llm)
