@@ -1,0 +1,618 @@
+"""The reader's pages: what people have, set in ordinary type, with questions as people ask them.
+
+    python -m reader.pages --draw 20 pages/         # 20 held-out pages and questions.jsonl
+
+Page `index` of a seed and a split is always the same, given the fonts of reader/fonts.json. Held-out
+pages are set in other families. The text of a page is what one reads aloud, line by line.
+"""
+import argparse
+import json
+import random
+from collections.abc import Callable
+from pathlib import Path
+
+from plumbing.processes import run_main
+from plumbing.weights import InputError
+from reader import words
+from reader.drawing import Page, Run, choose_face, colours, wear
+from reader.fonts import Face, faces
+from reader.words import FIELDS, GOODS, amount, code, company, date, email, money, person, phone
+from vision import SigLIPConfig, choose_grid
+
+READ = "read the page"
+SIDE = 224              # of a tile, in pixels
+GRIDS = [(r, c) for r in range(1, 10) for c in range(1, 10) if r * c <= 9 and r <= 3 * c <= 9 * r]
+
+
+class Sheet:
+    """A page being written, from top to bottom. `unit`: pixels of the page for one of a tile."""
+
+    def __init__(self, rng: random.Random, kind: str, split: str, width: float, height: float,
+                 type_size: tuple[float, float] = (12, 22)):
+        self.rng = rng
+        self.unit = 1.0 if rng.random() < 0.3 else rng.uniform(0.7, 1.0) if rng.random() < 0.2 else (
+            rng.uniform(1.0, 2.4))
+        paper, self.ink = colours(rng)
+        self.page = Page(kind, round(width * self.unit), round(height * self.unit), paper)
+        self.page.oversample = 2 if self.unit < 1.4 and rng.random() < 0.5 else 1
+        self.face = choose_face(rng, split)
+        family = [face for face in faces(split) if face.family == self.face.family]
+        self.bold = next((f for f in family if f.style.lower() in ("bold", "demi", "semibold")),
+                         self.face) if rng.random() < 0.7 else choose_face(rng, split)
+        room = (width * height) ** 0.5 / 224
+        low, high = type_size
+        self.size = rng.triangular(low, high, low + (high - low) * 0.3) * self.unit
+        self.margin = rng.uniform(0.3, 2.0 if room > 1 else 0.8) * self.size
+        self.left, self.right = self.margin, self.page.width - self.margin
+        self.leading = rng.uniform(1.15, 1.7)
+        self.most_lines = 10 ** 6
+        self.y = self.margin + self.size
+
+    @property
+    def full(self) -> bool:
+        """Whether no other line fits."""
+        return len(self.page.lines) >= self.most_lines or self.y > self.page.height - self.margin - 0.3 * self.size
+
+    def down(self, lines: float = 1.0) -> None:
+        self.y += lines * self.leading * self.size
+
+    def width_of(self, text: str, face: Face | None = None, size: float | None = None) -> float:
+        return self.page.set(text, face or self.face, size or self.size)[1][-1]
+
+    def fit(self, text: str, room: float, face: Face | None = None,
+            size: float | None = None) -> str:
+        """As much of a text as has room: whole words, or of one word its start."""
+        while len(text) > 1 and self.width_of(text, face, size) > room:
+            text = text.rsplit(" ", 1)[0] if " " in text else text[:-1]
+        return text
+
+    def put(self, text: str, x: float | None = None, align: float = 0.0, face: Face | None = None,
+            size: float | None = None, room: float | None = None) -> Run:
+        """A text in the current line; what finds no room up to the margin is cut."""
+        x = self.left if x is None else x
+        room = room or (self.right - x if align == 0 else x - self.left if align == 1
+                        else 2 * min(x - self.left, self.right - x))
+        text = self.fit(text, room, face, size)
+        return self.page.put(text, x, self.y, face or self.face, size or self.size, self.ink, align)
+
+    def write(self, text: str, align: float = 0.0, face: Face | None = None,
+              size: float | None = None) -> Run:
+        """A line by itself."""
+        x = self.left + align * (self.right - self.left)
+        if size and size > self.size:
+            self.y += 0.8 * (size - self.size)
+        run = self.put(text, x, align, face, size)
+        self.page.line(run)
+        self.down(max(1.0, 0.85 * (size or 0) / self.size))
+        return run
+
+    def pair(self, label: str, value: str, x: float | None = None, align: float = 0.0,
+             face: Face | None = None) -> Run:
+        """A label at the left and its value at x, in one line of the text."""
+        room = None if x is None else max(self.size, x - self.left - 0.5 * self.size)
+        if align == 1:
+            room = max(2 * self.size, x - self.left - self.width_of(value, face) - self.size)
+        first = self.put(label, face=face, room=room)
+        second = self.put(value, first.right + 0.35 * self.size if x is None else x, align, face)
+        self.page.line(first, second)
+        self.down()
+        return second
+
+    def prose(self, text: str, left: float | None = None, right: float | None = None) -> list[str]:
+        """A paragraph, broken into lines; returns those that found room."""
+        left, right = left or self.left, right or self.right
+        rest, lines = text.split(), []
+        while rest and not self.full:
+            line = self.fit(" ".join(rest), right - left)
+            n = line.count(" ") + 1
+            if line.split()[-1] != rest[n - 1]:             # a word longer than the column
+                rest[n - 1] = line.split()[-1]
+            rest = rest[n:]
+            run = self.put(line, left, room=right - left)
+            self.page.line(run)
+            lines.append(run.text)
+            self.down()
+        return lines
+
+    def rule(self) -> None:
+        """A line across the page, where the next line of print would have its middle."""
+        y, thin = self.y - 0.3 * self.size, self.rng.choice([1, 1, 2]) * max(1, self.unit)
+        self.page.shapes.append(((self.left, y, self.right, y + thin - 1), self.ink, None, 0))
+        self.down(0.7)
+
+    def box(self, left: float, top: float, right: float, bottom: float, filled: bool = False) -> None:
+        near = tuple((8 * p + i) // 9 for p, i in zip(self.page.paper, self.ink))
+        self.page.shapes.append(((left, top, right, bottom), near if filled else None,
+                                 None if filled else self.ink, max(1, self.unit)))
+
+    def ask(self, prompt: str, run: Run | str) -> None:
+        answer = run if isinstance(run, str) else run.text
+        if answer and prompt not in [asked for asked, _ in self.page.questions]:
+            self.page.questions.append((prompt, answer))
+
+    def finish(self) -> Page:
+        """The page, cut below its last line now and then, as screenshots and receipts are."""
+        page, end = self.page, round(self.y - self.size + self.margin)
+        if end < page.height and self.rng.random() < 0.7:
+            page.height = max(end, page.height // 3)
+        page.degrees = self.rng.uniform(-1.5, 1.5) if self.rng.random() < 0.12 else 0.0
+        page.wear = wear(self.rng, 0.35, self.unit)
+        return page
+
+
+# How people ask for what stands behind a label; {} is the label. The first fits every one.
+ASKED = {
+    "Total": ["what is the total?", "how much is the total?", "what is the total amount?",
+              "how much is it in total?"],
+    "Amount due": ["how much is due?", "what is the amount due?"],
+    "Due": ["when is it due?", "what is the due date?"],
+    "Due date": ["when is it due?", "what is the due date?"],
+    "Date": ["what is the date?", "when was it written?", "what date is on it?"],
+    "Invoice date": ["when was it issued?", "what is the invoice date?"],
+    "Signed by": ["who signed?", "who signed it?"],
+    "Invoice No.": ["what is the invoice number?", "which invoice is it?"],
+    "Invoice #": ["what is the invoice number?"],
+    "Order No.": ["what is the order number?"],
+    "Phone": ["what is the phone number?", "what is the phone?"],
+    "Email": ["what is the email address?", "what is the email?"],
+    "Name": ["what is the name?", "whose name is on it?"],
+    "Customer": ["who is the customer?"],
+    "Bill to": ["who is billed?", "who is it billed to?", "who gets the bill?"],
+    "Ship to": ["who is it shipped to?"],
+    "Cashier": ["who was the cashier?"],
+    "Born": ["when was the person born?", "what is the date of birth?"],
+    "Date of birth": ["what is the date of birth?"],
+    "Address": ["what is the address?"],
+    "City": ["which city is it?", "what is the city?"],
+    "Subtotal": ["what is the subtotal?"],
+    "Tax": ["how much is the tax?", "what is the tax?"],
+    "VAT": ["how much is the VAT?", "what is the VAT?"],
+    "Cash": ["how much was paid in cash?"],
+    "Change": ["how much is the change?", "what is the change?"],
+    "Shipping": ["how much is shipping?"],
+    "Discount": ["how much is the discount?"],
+}
+
+
+def asked(rng: random.Random, label: str) -> str:
+    label = label.strip(" :.#") if label.strip(":") not in ASKED else label.strip(":")
+    plain = [f"what is the {label.lower()}?"] if rng.random() < 0.7 else [f"what is {label}?"]
+    return rng.choice(ASKED.get(label, plain))
+
+
+def value_for(rng: random.Random, label: str) -> str:
+    """What a form has behind a label."""
+    kinds: dict[str, Callable] = {
+        "Name": person, "Customer": person, "Signed": person, "Address": words.street, "City":
+        lambda r: r.choice(words.PLACES), "Phone": phone, "Email": email, "Total": money,
+        "Subtotal": money, "Tax": money, "VAT": money, "Due": date, "Balance": money,
+        "Amount": money, "Price": money, "Discount": money, "Shipping": money, "Date": date,
+        "Born": date, "Issued": date, "Expires": date, "Paid": date}
+    if label in kinds and rng.random() < 0.85:
+        return kinds[label](rng)
+    return words.some_value(rng)
+
+
+def heading(sheet: Sheet, text: str, align: float | None = None) -> Run:
+    """A line in large or bold type."""
+    rng = sheet.rng
+    size = sheet.size * rng.choice([1.0, rng.uniform(1.1, 2.0)])
+    align = rng.choice([0, 0.5]) if align is None else align
+    return sheet.write(text, align, sheet.bold, size)
+
+
+def receipt(sheet: Sheet) -> None:
+    rng = sheet.rng
+    shop = heading(sheet, words.upper(company(rng)) if rng.random() < 0.4 else company(rng), 0.5)
+    sheet.ask(rng.choice(["which shop is it?", "what is the name of the shop?",
+                          "where was it bought?"]), shop)
+    for what in rng.sample([words.street, words.town, phone, date], rng.randint(0, 3)):
+        sheet.write(what(rng), rng.choice([0.5, 0.5, 0]))
+    if rng.random() < 0.5:
+        bought = date(rng)
+        sheet.ask(rng.choice(["what is the date?", "when was it bought?"]),
+                  sheet.pair("Date:" if rng.random() < 0.7 else "Date", bought))
+    if rng.random() < 0.4:
+        sheet.ask(asked(rng, "Cashier"), sheet.pair("Cashier:", person(rng)))
+    if rng.random() < 0.5:
+        sheet.rule()
+    sign, prices = rng.choice(["", "", "$", "£", "€"]), []
+    for good in rng.sample(GOODS, rng.randint(2, 9)):
+        if sheet.y > sheet.page.height - sheet.margin - 4.5 * sheet.leading * sheet.size:
+            break
+        prices.append(amount(rng, 100))
+        name = good.title() if rng.random() < 0.6 else words.upper(good)
+        count = rng.randint(2, 9)
+        label = f"{count} x {name}" if rng.random() < 0.3 else name
+        price = sheet.pair(label, money(rng, prices[-1], sign), sheet.right, 1)
+        sheet.ask(rng.choice([f"how much is the {good}?", f"what does the {good} cost?",
+                              f"what is the price of {good}?"]), price)
+        if label[0].isdigit():
+            sheet.ask(f"how many {good}?", str(count))
+    if rng.random() < 0.5:
+        sheet.rule()
+    sums(sheet, sum(prices) or amount(rng), sign,
+         rng.choice([["Subtotal", "Tax"], ["Subtotal", "VAT"], [], []]))
+    if rng.random() < 0.4 and not sheet.full:
+        sheet.write(rng.choice(["Thank you!", "THANK YOU", "Please come again", "Have a nice day",
+                                "Thank you for your visit"]), 0.5)
+
+
+def sums(sheet: Sheet, total: float, sign: str, before: list[str]) -> None:
+    """The last lines of a bill."""
+    rng = sheet.rng
+    tax = round(total * rng.uniform(0.03, 0.25), 2)
+    rows = dict(zip(before, (total, tax)))
+    rows[rng.choice(["Total", "TOTAL", "Total due", "Amount due"])] = total + sum(
+        [tax] if before else [])
+    if rng.random() < 0.3:
+        paid = total + amount(rng, 50)
+        rows |= {"Cash": paid, "Change": amount(rng, 50)}
+    align = rng.random() < 0.8
+    for label, value in rows.items():
+        if sheet.full:
+            return
+        key = label.capitalize() if label.isupper() and label != "VAT" else label
+        bold = sheet.bold if key.startswith(("Total", "Amount")) and rng.random() < 0.5 else None
+        run = sheet.pair(label + rng.choice(["", ":"]), money(rng, value, sign),
+                         sheet.right if align else None, 1.0 if align else 0.0, bold)
+        sheet.ask(asked(rng, key), run)
+        if key in ("Total due", "Amount due"):
+            sheet.ask(asked(rng, "Total"), run)
+
+
+def invoice(sheet: Sheet) -> None:
+    rng = sheet.rng
+    sender = company(rng)
+    if rng.random() < 0.6:
+        heading(sheet, sender)
+        sheet.ask(rng.choice(["who sent the invoice?", "which company is it from?"]),
+                  sheet.page.runs[-1])
+        for what in rng.sample([words.street, words.town, phone, email], rng.randint(0, 2)):
+            sheet.write(what(rng))
+        sheet.down(0.4)
+    heading(sheet, rng.choice(["INVOICE", "Invoice", "Tax invoice", "Statement", "Bill"]))
+    fields = {"Invoice No.": code, "Invoice date": date, "Due date": date, "Bill to": person,
+              "Order No.": code, "Customer": company, "Account": code, "Email": email, "Due": date}
+    chosen = rng.sample(sorted(fields), rng.randint(2, 5))
+    if {"Due", "Due date"} <= set(chosen):
+        chosen.remove("Due")
+    column = None if rng.random() < 0.5 else sheet.left + max(
+        sheet.width_of(label + ":") for label in chosen) + sheet.size
+    for label in chosen:
+        if sheet.full:
+            return
+        sheet.ask(asked(rng, label), sheet.pair(label + ":", fields[label](rng), column))
+    sheet.down(0.4)
+    items(sheet)
+
+
+def items(sheet: Sheet) -> None:
+    """The table of a bill: what, how many, at what price; then its sum."""
+    rng, sign = sheet.rng, sheet.rng.choice(["", "", "$", "£", "€"])
+    wide = sheet.right - sheet.left > 14 * sheet.size
+    at = sheet.left + 0.62 * (sheet.right - sheet.left)
+    if wide and not sheet.full:
+        top = sheet.y - sheet.size
+        sheet.page.line(sheet.put(rng.choice(["Description", "Item", "Product"]), face=sheet.bold,
+                                  room=at - sheet.left - 2 * sheet.size),
+                        sheet.put("Qty", at, 1, sheet.bold, room=4 * sheet.size),
+                        sheet.put(rng.choice(["Price", "Amount", "Total"]), sheet.right, 1,
+                                  sheet.bold))
+        if rng.random() < 0.4:
+            sheet.box(sheet.left, top, sheet.right, sheet.y + 0.35 * sheet.size, rng.random() < .6)
+        sheet.down()
+    prices = []
+    for good in rng.sample(GOODS, rng.randint(1, 6)):
+        if sheet.y > sheet.page.height - sheet.margin - 3.5 * sheet.leading * sheet.size:
+            break
+        prices.append(amount(rng, 900))
+        name = f"{good.title()} {words.word(rng)}" if rng.random() < 0.6 else good.title()
+        name = f"{name} {code(rng, 3, 6)}" if rng.random() < 0.25 else name
+        if not wide:
+            run = sheet.pair(name, money(rng, prices[-1], sign), sheet.right, 1)
+        else:
+            first = sheet.put(name, room=at - sheet.left - 3 * sheet.size)
+            count = sheet.put(str(rng.randint(1, 40)), at, 1, room=3 * sheet.size)
+            run = sheet.put(money(rng, prices[-1], sign), sheet.right, 1)
+            sheet.page.line(first, count, run)
+            sheet.down()
+            sheet.ask(rng.choice([f"how many {good} were ordered?", f"how many {good}?",
+                                  f"what is the quantity of {good}?"]), count)
+        sheet.ask(rng.choice([f"how much is the {good}?", f"what is the price of {good}?"]), run)
+    sums(sheet, sum(prices) or amount(rng), sign,
+         rng.choice([["Subtotal", "Tax"], ["Subtotal", "VAT"], []]))
+
+
+def letter(sheet: Sheet) -> None:
+    rng = sheet.rng
+    if rng.random() < 0.6:
+        sheet.ask(rng.choice(["who sent it?", "who is the sender?"]),
+                  sheet.write(person(rng) if rng.random() < 0.5 else company(rng)))
+        for what in rng.sample([words.street, words.town, phone], rng.randint(0, 2)):
+            sheet.write(what(rng))
+        sheet.down(0.5)
+    sheet.ask(asked(rng, "Date"), sheet.write(date(rng), rng.choice([0, 1, 1])))
+    sheet.down(0.3)
+    if rng.random() < 0.4:
+        subject = words.title(rng, 2, 4)
+        sheet.ask(rng.choice(["what is it about?", "what is the subject?"]),
+                  sheet.pair(rng.choice(["Subject:", "Re:"]), subject, face=sheet.bold))
+    to = person(rng)
+    greeting = sheet.write(f"Dear {to},")
+    if greeting.text.endswith(","):
+        sheet.ask(rng.choice(["who is it addressed to?", "to whom is it written?",
+                              "who is the letter to?"]), greeting.text[5:-1])
+    for _ in range(rng.randint(1, 3)):
+        if sheet.y > sheet.page.height - sheet.margin - 4.5 * sheet.leading * sheet.size:
+            break
+        bottom, sheet.page.height = sheet.page.height, sheet.page.height - round(
+            3 * sheet.leading * sheet.size)                     # room for the signature
+        sheet.prose(" ".join(words.sentence(rng) for _ in range(rng.randint(1, 3))))
+        sheet.page.height = bottom
+        sheet.down(rng.choice([0, 0.5]))
+    sheet.write(rng.choice(["Yours sincerely,", "Kind regards,", "Best wishes,", "Sincerely,",
+                            "Yours faithfully,", "Regards,"]))
+    if not sheet.full:
+        sheet.ask(rng.choice(["who signed?", "who signed it?", "who wrote the letter?"]),
+                  sheet.write(person(rng)))
+
+
+def form(sheet: Sheet) -> None:
+    rng = sheet.rng
+    title = heading(sheet, rng.choice([words.title(rng, 2, 4), "Application Form", "Registration",
+                                       "Order form", "Membership", "Claim form"]))
+    sheet.ask(rng.choice(["what is the title?", "what is the title of the form?",
+                          "what form is it?"]), title)
+    labels = rng.sample(FIELDS, min(len(FIELDS), rng.randint(3, 12)))
+    boxed, colon = rng.random() < 0.3, rng.choice(["", ":"])
+    column = None if rng.random() < 0.4 and colon else sheet.left + max(
+        sheet.width_of(label + ":") for label in labels) + rng.uniform(0.6, 3) * sheet.size
+    if column and column > sheet.left + 0.6 * (sheet.right - sheet.left):
+        column = None
+    for label in labels:
+        if sheet.full:
+            break
+        value = value_for(rng, label)
+        y = sheet.y
+        run = sheet.pair(label + (colon if column else ":"), value, column,
+                         face=sheet.face)
+        if boxed:
+            sheet.box(run.x - 0.3 * sheet.size, y - sheet.size, max(
+                run.right + 0.3 * sheet.size, sheet.right), y + 0.35 * sheet.size)
+        sheet.ask(asked(rng, label), run)
+        if boxed:
+            sheet.down(0.3)
+    for choice in rng.sample(words.COMMON, rng.choice([0, 0, 0, 2, 3])):
+        if not sheet.full:
+            marked = rng.random() < 0.5
+            sheet.write(f"[{'x' if marked else ' '}] {choice.title()}")
+    if rng.random() < 0.5 and not sheet.full:
+        sheet.ask(asked(rng, "Signed by"), sheet.pair("Signed by:", person(rng)))
+
+
+def table(sheet: Sheet) -> None:
+    rng = sheet.rng
+    if rng.random() < 0.5:
+        sheet.ask("what is the title?", heading(sheet, words.title(rng, 1, 3)))
+    width = sheet.right - sheet.left
+    n = max(2, min(5, int(width / (5 * sheet.size))))
+    n = rng.randint(2, n)
+    names = [words.invented(rng).title() if rng.random() < 0.4 else name for name in
+             rng.sample([f for f in FIELDS if len(f) < 7], n)]
+    stops = [sheet.left + width * (i + 0.15 * (i > 0)) / n for i in range(n)]
+    right, room = rng.random() < 0.4, width / n - 0.7 * sheet.size
+    ruled, first = rng.random(), sheet.y - sheet.size
+    kinds = [rng.choice([money, date, code, words.invented, lambda r: str(r.randint(0, 9999)),
+                         lambda r: f"{r.randint(0, 100)}%"]) for _ in range(n)]
+    kinds[0] = rng.choice([code, person, words.invented, lambda r: r.choice(GOODS).title(),
+                           lambda r: r.choice(words.MONTHS), lambda r: r.choice(words.PLACES)])
+
+    def row(texts: list[str], face: Face | None = None) -> list[Run]:
+        runs = [sheet.put(text, x + (room if right and i else 0), float(right and i > 0), face,
+                          room=room) for i, (text, x) in enumerate(zip(texts, stops))]
+        sheet.page.line(*runs)
+        sheet.down()
+        return runs
+
+    header = row(names, sheet.bold)
+    if ruled < 0.4:
+        sheet.rule()
+    seen = set()
+    for _ in range(rng.randint(2, 14)):
+        if sheet.full:
+            break
+        cells = row([kind(rng) for kind in kinds])
+        if cells[0].text in seen:
+            continue
+        seen.add(cells[0].text)
+        at = rng.randrange(1, n)
+        sheet.ask(rng.choice([f"what is the {header[at].text} of {cells[0].text}?",
+                              f"what is {header[at].text} for {cells[0].text}?"]), cells[at])
+    if ruled > 0.6:
+        end = sheet.y - sheet.size
+        sheet.box(sheet.left - 3, first, sheet.right + 3, end)
+        for x in stops[1:]:
+            sheet.box(x - 0.35 * sheet.size, first, x - 0.35 * sheet.size, end)
+
+
+def article(sheet: Sheet) -> None:
+    rng = sheet.rng
+    top = heading(sheet, words.title(rng, 2, 5))
+    sheet.ask(rng.choice(["what is the title?", "what is the headline?", "what is the heading?"]),
+              top)
+    if rng.random() < 0.4:
+        author = person(rng)
+        sheet.write(f"{rng.choice(['By', 'by'])} {author}")
+        sheet.ask(rng.choice(["who wrote it?", "who is the author?"]),
+                  sheet.page.runs[-1].text[3:])
+    for _ in range(rng.randint(1, 4)):
+        if sheet.full:
+            return
+        if rng.random() < 0.25:
+            heading(sheet, words.title(rng, 1, 3), 0)
+        mark = rng.random()
+        for _ in range(rng.randint(1, 3) if mark < 0.3 else 1):
+            lead = rng.choice(["• ", "- ", "* ", "1. "]) if mark < 0.3 else ""
+            text = " ".join(words.sentence(rng) for _ in range(rng.randint(1, 4)))
+            sheet.prose(lead + text)
+        sheet.down(rng.choice([0, 0.5, 0.5]))
+
+
+def columns(sheet: Sheet) -> None:
+    """Two columns: the left one is read first."""
+    rng = sheet.rng
+    if rng.random() < 0.7:
+        sheet.ask("what is the title?", heading(sheet, words.title(rng, 2, 4)))
+        sheet.down(0.3)
+    gap, top = rng.uniform(0.8, 2.0) * sheet.size, sheet.y
+    middle, bottoms = (sheet.left + sheet.right) / 2, []
+    for left, right in [(sheet.left, middle - gap / 2), (middle + gap / 2, sheet.right)]:
+        sheet.y = top
+        text = " ".join(words.sentence(rng, 3, 9) for _ in range(rng.randint(2, 6)))
+        sheet.prose(text, left, right)
+        bottoms.append(sheet.y)
+    sheet.y = max(bottoms)
+    if rng.random() < 0.2:
+        sheet.box(middle, top - sheet.size, middle, sheet.y - sheet.size)
+
+
+def screenshot(sheet: Sheet) -> None:
+    """A window: a bar with its title, then settings, a list, or a message with two buttons."""
+    rng, page = sheet.rng, sheet.page
+    title = heading(sheet, words.title(rng, 1, 3), rng.choice([0, 0.5]))
+    sheet.box(0, 0, page.width, title.y + 0.5 * sheet.size, True)
+    sheet.ask(rng.choice(["what is the title?", "what is the title of the window?"]), title)
+    kind = rng.random()
+    if kind < 0.4:
+        for label in rng.sample(words.COMMON, rng.randint(2, 9)):
+            if sheet.full:
+                break
+            name = f"{label.title()} {rng.choice(words.COMMON)}"
+            value = rng.choice(["On", "Off", f"{rng.randint(0, 100)}%", words.clock(rng),
+                                words.word(rng).title(), str(rng.randint(1, 4000))])
+            run = sheet.pair(name, value, sheet.right, 1)
+            sheet.ask(rng.choice([f"what is {name.lower()} set to?", f"what is {name.lower()}?"]),
+                      run)
+    elif kind < 0.7:
+        for _ in range(rng.randint(2, 8)):
+            if sheet.full:
+                break
+            sender, time = person(rng).split()[0], words.clock(rng)
+            run = sheet.pair(f"{sender}: {words.sentence(rng, 2, 5)}", time, sheet.right, 1)
+            sheet.ask(f"when did {sender} write?", run)
+    else:
+        sheet.prose(" ".join(words.sentence(rng, 3, 9) for _ in range(rng.randint(1, 3))))
+        if not sheet.full:
+            sheet.down(0.4)
+            names = rng.sample(["OK", "Cancel", "Yes", "No", "Save", "Close", "Retry", "Apply"], 2)
+            x = sheet.left + sheet.size
+            runs = []
+            for name in names:
+                runs.append(sheet.put(name, x))
+                sheet.box(x - 0.6 * sheet.size, sheet.y - 1.1 * sheet.size,
+                          runs[-1].right + 0.6 * sheet.size, sheet.y + 0.5 * sheet.size)
+                x = runs[-1].right + 2 * sheet.size
+            page.line(*runs)
+            sheet.down()
+
+
+def notes(sheet: Sheet) -> None:
+    """Lines of anything, which nobody can guess."""
+    rng = sheet.rng
+    for _ in range(rng.randint(2, 14)):
+        if sheet.full:
+            break
+        sheet.write(words.anything(rng), rng.choice([0, 0, 0, 0.5, 1]))
+        if rng.random() < 0.1 and not sheet.full:
+            sheet.down(rng.uniform(0.2, 1))
+
+
+KINDS = {"receipt": receipt, "invoice": invoice, "letter": letter, "form": form, "table": table,
+         "article": article, "columns": columns, "screenshot": screenshot, "notes": notes}
+
+
+def legible(page: Page, config: SigLIPConfig, least: float) -> bool:
+    """Whether its smallest type has `least` pixels in the tiles."""
+    rows, columns = choose_grid(page.width, page.height, config.image_size)
+    scale = config.image_size / max(page.width / columns, page.height / rows)
+    return min(run.size for run in page.runs) * scale >= least
+
+
+def write_page(rng: random.Random, kind: str, split: str, config: SigLIPConfig,
+               grids: list[tuple[int, int]] = GRIDS, characters: int = 1500,
+               lines: int = 10 ** 6, least: float = 10) -> Page:
+    """A page of a kind that fills about one of the grids of tiles, in type that tiles can show.
+
+    characters and lines: the most that is read aloud; a page that has more is written again.
+    least: pixels in the tiles of its smallest type.
+    """
+    while True:
+        rows, columns = rng.choice(grids)
+        if kind == "columns" and columns == 1 and (1, 2) in grids:
+            columns = 2
+        single = rows * columns == 1
+        width, height = (config.image_size * columns * (1 if single else rng.uniform(0.8, 1)),
+                         config.image_size * rows * (1 if single else rng.uniform(0.8, 1)))
+        sheet = Sheet(rng, kind, split, width, height, (11, 20) if single else (12, 24))
+        if single:
+            square(sheet, config)
+        sheet.most_lines = lines
+        KINDS[kind](sheet)
+        page = sheet.finish()
+        if page.runs and len(page.text) <= characters and legible(page, config, least):
+            return page
+
+
+def square(sheet: Sheet, config: SigLIPConfig) -> None:
+    """One tile: no larger than it, for a larger page is cut into several."""
+    page = sheet.page
+    for name in ("size", "margin", "left", "y"):
+        setattr(sheet, name, getattr(sheet, name) / sheet.unit)
+    page.width = page.height = config.image_size
+    sheet.right, sheet.unit = page.width - sheet.margin, 1.0
+    page.oversample = sheet.rng.choice([1, 2, 3])
+
+
+def held_out(n: int, seed: int, config: SigLIPConfig) -> list[tuple[Page, str, str]]:
+    """n held-out pages of all kinds, half of them of one tile: (page, prompt, answer)."""
+    documents = []
+    for i in range(n):
+        rng = random.Random(f"{seed}/documents/{i}")
+        kind = sorted(KINDS)[i % len(KINDS)]
+        page = write_page(rng, kind, "held-out", config, [(1, 1)] if i // len(KINDS) % 2 else GRIDS)
+        ask = page.questions and rng.random() < 0.6
+        documents.append((page, *(rng.choice(page.questions) if ask else (READ, page.text))))
+    return documents
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    add = parser.add_argument
+    add("--draw", type=int, default=20, metavar="N", help="pages (default: %(default)s)")
+    add("--seed", type=int, default=0, help="which pages (default: %(default)s)")
+    add("folder", type=Path, help="where the PNGs and questions.jsonl go; made if missing")
+    args = parser.parse_args()
+    if args.draw < 1:
+        parser.error("--draw is at least 1")
+    table_file, mark = args.folder / "questions.jsonl", args.folder / ".drawn-by-reader"
+    if table_file.exists() and not mark.exists():
+        raise InputError(f"{table_file} is not from this command: give another folder")
+    config = SigLIPConfig(image_size=SIDE)
+    args.folder.mkdir(parents=True, exist_ok=True)
+    mark.touch()
+    rows = []
+    for i, (page, prompt, answer) in enumerate(held_out(args.draw, args.seed, config)):
+        name = f"{i:04}-{page.kind}.png"
+        page.draw().save(args.folder / name)
+        rows.append({"image": name, "prompt": prompt, "answer": answer, "kind": page.kind,
+                     "text": page.text})
+    partial = table_file.with_suffix(".partial")
+    partial.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
+    partial.replace(table_file)
+    print(f"{len(rows)} pages and questions.jsonl in {args.folder}")
+
+
+if __name__ == "__main__":
+    run_main(main)
