@@ -110,7 +110,7 @@ def train(args) -> None:
     data = LaidOut(args.seed, "train", tokenizer, VISION, args.tokens)
     total, since = 0.0, time.monotonic()
     for batch in DataLoader(data, None, sampler=range(step, args.steps), num_workers=args.workers,
-                            prefetch_factor=8):
+                            prefetch_factor=8 if args.workers else None):
         for group in optimizer.param_groups:
             group["lr"] = learning_rate(step, args.steps, args.lr)
         loss = nnf.cross_entropy(*answer_logits(llm, batch))

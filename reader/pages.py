@@ -46,6 +46,7 @@ class Sheet:
         self.left, self.right = self.margin, self.page.width - self.margin
         self.leading = rng.uniform(1.15, 1.7)
         self.most_lines = 10 ** 6
+        self.plenty = 1 if room < 1.3 else rng.choice([1, 1, 2, 3])     # a large page may hold more
         self.y = self.margin + self.size
 
     @property
@@ -217,7 +218,7 @@ def receipt(sheet: Sheet) -> None:
     if rng.random() < 0.5:
         sheet.rule()
     sign, prices = rng.choice(["", "", "$", "£", "€"]), []
-    for good in rng.sample(GOODS, rng.randint(2, 9)):
+    for good in rng.sample(GOODS, rng.randint(2, 8 * sheet.plenty)):
         if sheet.y > sheet.page.height - sheet.margin - 4.5 * sheet.leading * sheet.size:
             break
         prices.append(amount(rng, 100))
@@ -303,7 +304,7 @@ def items(sheet: Sheet) -> None:
             sheet.box(sheet.left, top, sheet.right, sheet.y + 0.35 * sheet.size, rng.random() < .6)
         sheet.down()
     prices = []
-    for good in rng.sample(GOODS, rng.randint(1, 6)):
+    for good in rng.sample(GOODS, rng.randint(1, 5 * sheet.plenty)):
         if sheet.y > sheet.page.height - sheet.margin - 3.5 * sheet.leading * sheet.size:
             break
         prices.append(amount(rng, 900))
@@ -343,7 +344,7 @@ def letter(sheet: Sheet) -> None:
     if greeting.text.endswith(","):
         sheet.ask(rng.choice(["who is it addressed to?", "to whom is it written?",
                               "who is the letter to?"]), greeting.text[5:-1])
-    for _ in range(rng.randint(1, 3)):
+    for _ in range(rng.randint(1, 3 * sheet.plenty)):
         if sheet.y > sheet.page.height - sheet.margin - 4.5 * sheet.leading * sheet.size:
             break
         bottom, sheet.page.height = sheet.page.height, sheet.page.height - round(
@@ -364,7 +365,7 @@ def form(sheet: Sheet) -> None:
                                        "Order form", "Membership", "Claim form"]))
     sheet.ask(rng.choice(["what is the title?", "what is the title of the form?",
                           "what form is it?"]), title)
-    labels = rng.sample(FIELDS, min(len(FIELDS), rng.randint(3, 12)))
+    labels = rng.sample(FIELDS, rng.randint(3, 10 * sheet.plenty))
     boxed, colon = rng.random() < 0.3, rng.choice(["", ":"])
     column = None if rng.random() < 0.4 and colon else sheet.left + max(
         sheet.width_of(label + ":") for label in labels) + rng.uniform(0.6, 3) * sheet.size
@@ -419,7 +420,7 @@ def table(sheet: Sheet) -> None:
     if ruled < 0.4:
         sheet.rule()
     seen = set()
-    for _ in range(rng.randint(2, 14)):
+    for _ in range(rng.randint(2, 12 * sheet.plenty)):
         if sheet.full:
             break
         cells = row([kind(rng) for kind in kinds])
@@ -446,7 +447,7 @@ def article(sheet: Sheet) -> None:
         sheet.write(f"{rng.choice(['By', 'by'])} {author}")
         sheet.ask(rng.choice(["who wrote it?", "who is the author?"]),
                   sheet.page.runs[-1].text[3:])
-    for _ in range(rng.randint(1, 4)):
+    for _ in range(rng.randint(1, 3 * sheet.plenty)):
         if sheet.full:
             return
         if rng.random() < 0.25:
@@ -469,7 +470,7 @@ def columns(sheet: Sheet) -> None:
     middle, bottoms = (sheet.left + sheet.right) / 2, []
     for left, right in [(sheet.left, middle - gap / 2), (middle + gap / 2, sheet.right)]:
         sheet.y = top
-        text = " ".join(words.sentence(rng, 3, 9) for _ in range(rng.randint(2, 6)))
+        text = " ".join(words.sentence(rng, 3, 9) for _ in range(rng.randint(2, 5 * sheet.plenty)))
         sheet.prose(text, left, right)
         bottoms.append(sheet.y)
     sheet.y = max(bottoms)
@@ -520,7 +521,7 @@ def screenshot(sheet: Sheet) -> None:
 def notes(sheet: Sheet) -> None:
     """Lines of anything, which nobody can guess."""
     rng = sheet.rng
-    for _ in range(rng.randint(2, 14)):
+    for _ in range(rng.randint(2, 12 * sheet.plenty)):
         if sheet.full:
             break
         sheet.write(words.anything(rng), rng.choice([0, 0, 0, 0.5, 1]))
@@ -580,7 +581,8 @@ def held_out(n: int, seed: int, config: SigLIPConfig) -> list[tuple[Page, str, s
     for i in range(n):
         rng = random.Random(f"{seed}/documents/{i}")
         kind = sorted(KINDS)[i % len(KINDS)]
-        page = write_page(rng, kind, "held-out", config, [(1, 1)] if i // len(KINDS) % 2 else GRIDS)
+        page = write_page(rng, kind, "held-out", config,
+                          [(1, 1)] if i // len(KINDS) % 2 else [g for g in GRIDS if g != (1, 1)])
         ask = page.questions and rng.random() < 0.6
         documents.append((page, *(rng.choice(page.questions) if ask else (READ, page.text))))
     return documents
