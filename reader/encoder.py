@@ -17,9 +17,10 @@ from torch.utils.data import DataLoader, Dataset
 
 from plumbing.processes import run_main
 from reader.drawing import N_CLASSES, SLOTS
+from reader.quick import quicken
 from reader.scraps import lesson
 from reader.states import Log, learning_rate, load_state, save_state
-from vision import Attention, SigLIP, SigLIPConfig
+from vision import SigLIP, SigLIPConfig
 
 # Patches of 14 pixels hold one to three characters of ordinary print.
 CONFIG = SigLIPConfig(hidden_size=192, n_layers=5, n_heads=3, intermediate_size=768,
@@ -79,33 +80,12 @@ def scores_on(modules: nn.ModuleDict, held_out: tuple[Tensor, Tensor]) -> dict[s
             "characters": share(right[held_out[1] > 0]), "blank": share(right[~printed][:, 0])}
 
 
-class ShortAttention(Attention):
-    """Attention written out: on a CPU in bf16, for 256 patches, in half the time of PyTorch's."""
-
-    def forward(self, x: Tensor) -> Tensor:
-        """x (T, N, d) -> (T, N, d)."""
-        T, N, d = x.shape
-        q, k, v = (proj(x).view(T, N, self.n_heads, -1).transpose(1, 2)     # (T, heads, N, d / h)
-                   for proj in (self.q_proj, self.k_proj, self.v_proj))
-        P = (q * q.shape[-1] ** -0.5 @ k.transpose(2, 3)).softmax(-1)       # (T, heads, N, N)
-        return self.out_proj((P @ v).transpose(1, 2).reshape(T, N, d))
-
-
-def plain(model: nn.Module) -> nn.Module:
-    """With PyTorch's own Linear, which autocast knows, and for an encoder with ShortAttention."""
-    for module in model.modules():
-        if isinstance(module, nn.Linear):
-            module.__class__ = nn.Linear
-        elif isinstance(module, Attention):
-            module.__class__ = ShortAttention
-    return model
-
-
 def train(args) -> None:
     torch.manual_seed(args.seed)
     torch.set_num_threads(args.threads)
-    vision = plain(SigLIP(CONFIG))
+    vision = SigLIP(CONFIG)
     vision.init_weights()
+    quicken(vision)
     modules = nn.ModuleDict({"vision": vision, "readout": nn.Linear(CONFIG.hidden_size,
                                                                     SLOTS * N_CLASSES)})
     params = list(modules.parameters())

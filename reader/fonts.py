@@ -16,7 +16,7 @@ from pathlib import Path
 
 from PIL import ImageFont
 
-from plumbing.weights import InputError
+from plumbing.settings import InputError
 
 FOLDERS = [Path("/usr/share/fonts"), Path.home() / ".local/share/fonts", Path.home() / ".fonts"]
 LIST = Path(__file__).parent / "fonts.json"

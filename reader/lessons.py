@@ -14,8 +14,9 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from data import READ, Example, Sample, Tokenizer, Turn, encode_chat, prepare
-from model import IMAGE
+from data import READ, Sample, Tokenizer, encode_chat, prepare
+from model import IGNORE
+from plumbing.examples import IMAGE, Example, Turn
 from plumbing.streams import Position
 from reader.drawing import BLANK, CHARACTERS, SLOTS, Page
 from reader.fonts import BESIDES
@@ -128,7 +129,6 @@ class LaidOut(Dataset):
 
 def collate(samples: list[tuple]) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Pad tokens with 0 and labels with IGNORE on the right."""
-    from model import IGNORE
     tokens, labels = ([s[i] for s in samples] for i in (0, 1))
     return (torch.nn.utils.rnn.pad_sequence(tokens, True),
             torch.nn.utils.rnn.pad_sequence(labels, True, IGNORE),

@@ -15,8 +15,8 @@ from data import Tokenizer
 from model import IGNORE, IMAGE, Llama, LlamaConfig
 from plumbing.processes import run_main
 from reader.encoder import CONFIG as VISION
-from reader.encoder import plain
 from reader.lessons import LaidOut, write_tokenizer
+from reader.quick import quicken
 from reader.states import Log, learning_rate, load_state, save_state
 
 
@@ -95,8 +95,9 @@ def train(args) -> None:
     args.out.mkdir(parents=True, exist_ok=True)
     write_tokenizer(args.out / "tokenizer.model")
     tokenizer = Tokenizer(args.out)
-    llm = plain(Llama(llm_config(tokenizer)))
+    llm = Llama(llm_config(tokenizer))
     llm.init_weights()
+    quicken(llm)
     modules, params = nn.ModuleDict({"llm": llm}), list(llm.parameters())
     optimizer = torch.optim.AdamW(params, betas=(0.9, 0.95), weight_decay=0.1, fused=True)
     state, step, minutes = args.out / "state.safetensors", 0, 0.0

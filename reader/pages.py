@@ -11,15 +11,15 @@ import random
 from collections.abc import Callable
 from pathlib import Path
 
+from data import READ
 from plumbing.processes import run_main
-from plumbing.weights import InputError
+from plumbing.settings import InputError
 from reader import words
 from reader.drawing import Page, Run, choose_face, colours, wear
 from reader.fonts import Face, faces
 from reader.words import FIELDS, GOODS, amount, code, company, date, email, money, person, phone
 from vision import SigLIPConfig, choose_grid
 
-READ = "read the page"
 SIDE = 224              # of a tile, in pixels
 GRIDS = [(r, c) for r in range(1, 10) for c in range(1, 10) if r * c <= 9 and r <= 3 * c <= 9 * r]
 

@@ -8,7 +8,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import nn
 
-from plumbing.weights import InputError
+from plumbing.settings import InputError
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
 

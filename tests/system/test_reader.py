@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 
 from data import Tokenizer
-from plumbing.weights import InputError
+from plumbing.settings import InputError
 from reader import words
 from reader.drawing import CHARACTERS, CLASS, SMUDGE, Page
 from reader.fonts import HELD_OUT, NEVER, face_paths, faces
