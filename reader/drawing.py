@@ -22,7 +22,7 @@ BLANK, SMUDGE = 0, 1    # classes of a slot: nothing stands there, or type that 
 CHARACTERS = PRINTABLE + "".join(BESIDES)                       # class 2 and up
 CLASS = {c: i for i, c in enumerate(CHARACTERS, start=2)}
 N_CLASSES = 2 + len(CHARACTERS)
-MIDDLE = 0.3            # of the type's size: how far above the baseline a line of print has its middle
+MIDDLE = 0.3            # of the type's size: the middle of a line of print above its baseline
 
 
 @functools.cache

@@ -1,6 +1,6 @@
 """Stage 0 of the reader's encoder: to name the characters that are printed in each patch.
 
-    python -m reader.encoder --out out/reader/encoder       # the same command goes on where it ended
+    python -m reader.encoder --out out/reader/encoder   # the same command goes on where it ended
 
 The readout, four characters of a patch in reading order, is thrown away after the lesson. It takes
 the place of what a released SigLIP has seen.

@@ -1,6 +1,6 @@
 """The TrueType and OpenType faces in which the reader's pages are set.
 
-    python -m reader.fonts          # looks for the faces on this machine and writes reader/fonts.json again
+    python -m reader.fonts      # looks for the faces on this machine and writes fonts.json again
 
 reader/fonts.json records each face (family, style, file, SHA-256, split): pages depend on a seed,
 an index and this list. The fonts themselves come from Debian's packages, named in
@@ -23,20 +23,21 @@ LIST = Path(__file__).parent / "fonts.json"
 
 # Text families, by the name in the font. Each is followed by how often it is drawn, if not once.
 FAMILIES = """
-Arimo x3, Tinos x3, Liberation Sans x4, Liberation Serif x4, Liberation Mono x3, Liberation Sans Narrow,
-DejaVu Sans x4, DejaVu Serif x2, DejaVu Sans Mono x3, Noto Sans x4, Noto Mono, Open Sans x3, Roboto x4,
-Roboto Condensed x2, Lato x3, Carlito x3, Caladea x2, Nimbus Sans x3, Nimbus Roman x3, Nimbus Mono PS x3,
-Nimbus Sans Narrow, P052 x2, C059 x2, URW Bookman x2, URW Gothic, FreeSans, FreeSerif, FreeMono,
-CMU Serif x2, CMU Sans Serif, CMU Bright, CMU Concrete, CMU Typewriter Text x2, Linux Libertine O x2,
-Linux Biolinum O, Linux Libertine Mono O, STIXGeneral, STIX, Gentium Plus, Gentium Book Plus,
-Doulos SIL, Andika, Old Standard TT, GFS Artemisia, GFS Didot, GFS Neohellenic, Accanthis ADF Std,
-Baskervald ADF Std, Berenis ADF Pro, Romande ADF Std, Libris ADF Std, Gillius ADF, Switzera ADF,
-Universalis ADF Std, Agave, Allerta, Arapey, Averia Sans GWF, Averia Serif GWF, B612, B612 Mono,
-Comfortaa, Dosis, ElstobD, Fantasque Sans Mono, Fanwood, Goudy Bookletter 1911, Linden Hill, Go,
-Go Mono, Inconsolata x2, Junction, Jura, Monoid, monofur, NanumGothic, NanumBarunGothic,
-NanumMyeongjo, NanumGothicCoding, National Park, Norasi, Garuda, Loma, OCR B, OSP-DIN,
-Oxygen Mono, Oxygen-Sans, Play, PT Mono, Rasa, Sora, Yrsa, Yanone Kaffeesatz, Routed Gothic,
-Essays1743, Comic Neue, OpenDyslexic
+Arimo x3, Tinos x3, Liberation Sans x4, Liberation Serif x4, Liberation Mono x3,
+Liberation Sans Narrow, DejaVu Sans x4, DejaVu Serif x2, DejaVu Sans Mono x3, Noto Sans x4,
+Noto Mono, Open Sans x3, Roboto x4, Roboto Condensed x2, Lato x3, Carlito x3, Caladea x2,
+Nimbus Sans x3, Nimbus Roman x3, Nimbus Mono PS x3, Nimbus Sans Narrow, P052 x2, C059 x2,
+URW Bookman x2, URW Gothic, FreeSans, FreeSerif, FreeMono, CMU Serif x2, CMU Sans Serif, CMU Bright,
+CMU Concrete, CMU Typewriter Text x2, Linux Libertine O x2, Linux Biolinum O,
+Linux Libertine Mono O, STIXGeneral, STIX, Gentium Plus, Gentium Book Plus, Doulos SIL, Andika,
+Old Standard TT, GFS Artemisia, GFS Didot, GFS Neohellenic, Accanthis ADF Std, Baskervald ADF Std,
+Berenis ADF Pro, Romande ADF Std, Libris ADF Std, Gillius ADF, Switzera ADF, Universalis ADF Std,
+Agave, Allerta, Arapey, Averia Sans GWF, Averia Serif GWF, B612, B612 Mono, Comfortaa, Dosis,
+ElstobD, Fantasque Sans Mono, Fanwood, Goudy Bookletter 1911, Linden Hill, Go, Go Mono,
+Inconsolata x2, Junction, Jura, Monoid, monofur, NanumGothic, NanumBarunGothic, NanumMyeongjo,
+NanumGothicCoding, National Park, Norasi, Garuda, Loma, OCR B, OSP-DIN, Oxygen Mono, Oxygen-Sans,
+Play, PT Mono, Rasa, Sora, Yrsa, Yanone Kaffeesatz, Routed Gothic, Essays1743, Comic Neue,
+OpenDyslexic
 """
 # Kept apart for the held-out split: four with serifs, five without, three of fixed width.
 HELD_OUT = ["PT Serif", "Roboto Slab", "Quattrocento", "Prociono",
@@ -54,7 +55,9 @@ STYLES = ["regular", "book", "roman", "medium", "bold", "italic", "bold italic",
           "book oblique", "sans-book", "sans-bold", "bolditalic", "demibolditalic", "bold-italic"]
 PRINTABLE = "".join(map(chr, range(32, 127)))
 # What a page may have besides, and what stands for it in a face that lacks it.
-BESIDES = dict(zip("£€–—‘’“”•·°©×éèêàçüöäßñ", "L E - - ' ' \" \" * . o c x e e e a c u o a s n".split()))
+BESIDES = {"£": "L", "€": "E", "–": "-", "—": "-", "‘": "'", "’": "'", "“": '"', "”": '"', "•": "*",
+           "·": ".", "°": "o", "©": "c", "×": "x", "é": "e", "è": "e", "ê": "e", "à": "a", "ç": "c",
+           "ü": "u", "ö": "o", "ä": "a", "ß": "s", "ñ": "n"}
 
 
 @dataclass(frozen=True)

@@ -1,9 +1,9 @@
-"""Stage 0's two halves -> a model: the encoder and the LLM of reader/, and a new Align between them.
+"""Stage 0's two halves -> a model: the reader's encoder, its LLM, and a new Align between them.
 
     python -m reader.join --encoder out/reader/encoder --llm out/reader/llm out/reader/stage0
 
-The folder is what train.py's stage 1 starts from, as it does from released backbones: W2 is a copy of
-the LLM's head, W1 is random. The encoder's readout is left behind.
+train.py's stage 1 starts from the folder, as it does from released backbones: W2 is a copy of the
+LLM's head, W1 is random. The encoder's readout is left behind.
 """
 import argparse
 from pathlib import Path

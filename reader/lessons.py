@@ -30,7 +30,7 @@ BLANK_TOKEN, SMUDGE_TOKEN = 0, 1        # bytes that no text has
 
 
 def write_tokenizer(path: Path) -> None:
-    """The reader's tokenizer.model: 256 bytes, the characters of several bytes, and a blank line."""
+    """The reader's tokenizer.model: 256 bytes, characters of several bytes, and a blank line."""
     tokens = [bytes([b]) for b in range(256)]
     for text in [*BESIDES, "\n\n"]:
         pieces = [text.encode()[:n] for n in range(2, len(text.encode()) + 1)]
@@ -50,8 +50,8 @@ def mixtures(rng: random.Random, classes: np.ndarray, tokens: np.ndarray,
              doubt: float) -> tuple[np.ndarray, np.ndarray]:
     """classes (..., SLOTS) -> token ids and weights (..., SLOTS + 1), which sum to one.
 
-    doubt: how far the weights are off, and how often another character is mixed in, as by an encoder
-    that is not sure.
+    doubt: how far the weights are off, and how often another character is mixed in, as by an
+    encoder that is not sure.
     """
     numbers = np.random.default_rng(rng.getrandbits(32))
     ids = tokens[np.where(classes[..., :1] == BLANK, BLANK, classes)]
@@ -157,9 +157,11 @@ class ReaderDocuments(Dataset):
             return index
         rng = random.Random(f"{self.seed}/{self.split}/{self.stage}/{index}")
         progress = index / self.n if self.split == "train" else 1.0
-        page = lesson_page(rng, self.split, self.config, rng.random() < (1, 1, 0.4, 0.4)[self.stage],
-                           1 + round(20 * progress) if self.stage == 1 else 10 ** 6,
-                           max(2, min(9, round(2 + 20 * progress))))
-        turns = turns_about(rng, page, *((1.0, 0.0) if self.stage < 3 else (0.35, 0.3)))
+        single = self.stage == 1 or rng.random() < 0.4
+        lines = 1 + round(20 * progress) if self.stage == 1 else 10 ** 6
+        tiles = min(9, round(2 + 20 * progress))
+        page = lesson_page(rng, self.split, self.config, single, lines, tiles)
+        read, ask = (0.35, 0.3) if self.stage == 3 else (1.0, 0.0)
+        turns = turns_about(rng, page, read, ask)
         example = Example([page.draw()], turns, f"reader/{self.stage}/{index}")
         return prepare(example, self.tokenizer, self.config)

@@ -60,7 +60,10 @@ def scores_on(llm: Llama, tokenizer: Tokenizer, batches: dict[str, list]) -> dic
     first pages' characters the share that is wrong, read greedily."""
     scores = {}
     for name, some in batches.items():
-        right = [logits.argmax(-1) == gold for logits, gold in (answer_logits(llm, b) for b in some)]
+        right = []
+        for batch in some:
+            logits, gold = answer_logits(llm, batch)
+            right.append(logits.argmax(-1) == gold)
         scores[name] = torch.cat(right).float().mean().item()
         wrong = length = 0
         for tokens, labels, ids, weights in some[:1]:

@@ -2,196 +2,26 @@
 
     python -m reader.pages --draw 20 pages/         # 20 held-out pages and questions.jsonl
 
-Page `index` of a seed and a split is always the same, given the fonts of reader/fonts.json. Held-out
-pages are set in other families. The text of a page is what one reads aloud, line by line.
+Page `index` of a seed and a split is always the same, given the fonts of reader/fonts.json.
+Held-out pages are set in other families. The text of a page is what one reads aloud, line by line.
 """
 import argparse
 import json
 import random
-from collections.abc import Callable
 from pathlib import Path
 
 from data import READ
 from plumbing.processes import run_main
 from plumbing.settings import InputError
 from reader import words
-from reader.drawing import Page, Run, choose_face, colours, wear
-from reader.fonts import Face, faces
+from reader.drawing import Page, Run
+from reader.fonts import Face
+from reader.sheet import Sheet, asked, fit_one_tile, value_for
 from reader.words import FIELDS, GOODS, amount, code, company, date, email, money, person, phone
 from vision import SigLIPConfig, choose_grid
 
 SIDE = 224              # of a tile, in pixels
 GRIDS = [(r, c) for r in range(1, 10) for c in range(1, 10) if r * c <= 9 and r <= 3 * c <= 9 * r]
-
-
-class Sheet:
-    """A page being written, from top to bottom. `unit`: pixels of the page for one of a tile."""
-
-    def __init__(self, rng: random.Random, kind: str, split: str, width: float, height: float,
-                 type_size: tuple[float, float] = (12, 22)):
-        self.rng = rng
-        self.unit = 1.0 if rng.random() < 0.3 else rng.uniform(0.7, 1.0) if rng.random() < 0.2 else (
-            rng.uniform(1.0, 2.4))
-        paper, self.ink = colours(rng)
-        self.page = Page(kind, round(width * self.unit), round(height * self.unit), paper)
-        self.page.oversample = 2 if self.unit < 1.4 and rng.random() < 0.5 else 1
-        self.face = choose_face(rng, split)
-        family = [face for face in faces(split) if face.family == self.face.family]
-        self.bold = next((f for f in family if f.style.lower() in ("bold", "demi", "semibold")),
-                         self.face) if rng.random() < 0.7 else choose_face(rng, split)
-        room = (width * height) ** 0.5 / 224
-        low, high = type_size
-        self.size = rng.triangular(low, high, low + (high - low) * 0.3) * self.unit
-        self.margin = rng.uniform(0.3, 2.0 if room > 1 else 0.8) * self.size
-        self.left, self.right = self.margin, self.page.width - self.margin
-        self.leading = rng.uniform(1.15, 1.7)
-        self.most_lines = 10 ** 6
-        self.plenty = 1 if room < 1.3 else rng.choice([1, 1, 2, 3])     # a large page may hold more
-        self.y = self.margin + self.size
-
-    @property
-    def full(self) -> bool:
-        """Whether no other line fits."""
-        return len(self.page.lines) >= self.most_lines or self.y > self.page.height - self.margin - 0.3 * self.size
-
-    def down(self, lines: float = 1.0) -> None:
-        self.y += lines * self.leading * self.size
-
-    def width_of(self, text: str, face: Face | None = None, size: float | None = None) -> float:
-        return self.page.set(text, face or self.face, size or self.size)[1][-1]
-
-    def fit(self, text: str, room: float, face: Face | None = None,
-            size: float | None = None) -> str:
-        """As much of a text as has room: whole words, or of one word its start."""
-        while len(text) > 1 and self.width_of(text, face, size) > room:
-            text = text.rsplit(" ", 1)[0] if " " in text else text[:-1]
-        return text
-
-    def put(self, text: str, x: float | None = None, align: float = 0.0, face: Face | None = None,
-            size: float | None = None, room: float | None = None) -> Run:
-        """A text in the current line; what finds no room up to the margin is cut."""
-        x = self.left if x is None else x
-        room = room or (self.right - x if align == 0 else x - self.left if align == 1
-                        else 2 * min(x - self.left, self.right - x))
-        text = self.fit(text, room, face, size)
-        return self.page.put(text, x, self.y, face or self.face, size or self.size, self.ink, align)
-
-    def write(self, text: str, align: float = 0.0, face: Face | None = None,
-              size: float | None = None) -> Run:
-        """A line by itself."""
-        x = self.left + align * (self.right - self.left)
-        if size and size > self.size:
-            self.y += 0.8 * (size - self.size)
-        run = self.put(text, x, align, face, size)
-        self.page.line(run)
-        self.down(max(1.0, 0.85 * (size or 0) / self.size))
-        return run
-
-    def pair(self, label: str, value: str, x: float | None = None, align: float = 0.0,
-             face: Face | None = None) -> Run:
-        """A label at the left and its value at x, in one line of the text."""
-        room = None if x is None else max(self.size, x - self.left - 0.5 * self.size)
-        if align == 1:
-            room = max(2 * self.size, x - self.left - self.width_of(value, face) - self.size)
-        first = self.put(label, face=face, room=room)
-        second = self.put(value, first.right + 0.35 * self.size if x is None else x, align, face)
-        self.page.line(first, second)
-        self.down()
-        return second
-
-    def prose(self, text: str, left: float | None = None, right: float | None = None) -> list[str]:
-        """A paragraph, broken into lines; returns those that found room."""
-        left, right = left or self.left, right or self.right
-        rest, lines = text.split(), []
-        while rest and not self.full:
-            line = self.fit(" ".join(rest), right - left)
-            n = line.count(" ") + 1
-            if line.split()[-1] != rest[n - 1]:             # a word longer than the column
-                rest[n - 1] = line.split()[-1]
-            rest = rest[n:]
-            run = self.put(line, left, room=right - left)
-            self.page.line(run)
-            lines.append(run.text)
-            self.down()
-        return lines
-
-    def rule(self) -> None:
-        """A line across the page, where the next line of print would have its middle."""
-        y, thin = self.y - 0.3 * self.size, self.rng.choice([1, 1, 2]) * max(1, self.unit)
-        self.page.shapes.append(((self.left, y, self.right, y + thin - 1), self.ink, None, 0))
-        self.down(0.7)
-
-    def box(self, left: float, top: float, right: float, bottom: float, filled: bool = False) -> None:
-        near = tuple((8 * p + i) // 9 for p, i in zip(self.page.paper, self.ink))
-        self.page.shapes.append(((left, top, right, bottom), near if filled else None,
-                                 None if filled else self.ink, max(1, self.unit)))
-
-    def ask(self, prompt: str, run: Run | str) -> None:
-        answer = run if isinstance(run, str) else run.text
-        if answer and prompt not in [asked for asked, _ in self.page.questions]:
-            self.page.questions.append((prompt, answer))
-
-    def finish(self) -> Page:
-        """The page, cut below its last line now and then, as screenshots and receipts are."""
-        page, end = self.page, round(self.y - self.size + self.margin)
-        if end < page.height and self.rng.random() < 0.7:
-            page.height = max(end, page.height // 3)
-        page.degrees = self.rng.uniform(-1.5, 1.5) if self.rng.random() < 0.12 else 0.0
-        page.wear = wear(self.rng, 0.35, self.unit)
-        return page
-
-
-# How people ask for what stands behind a label; {} is the label. The first fits every one.
-ASKED = {
-    "Total": ["what is the total?", "how much is the total?", "what is the total amount?",
-              "how much is it in total?"],
-    "Amount due": ["how much is due?", "what is the amount due?"],
-    "Due": ["when is it due?", "what is the due date?"],
-    "Due date": ["when is it due?", "what is the due date?"],
-    "Date": ["what is the date?", "when was it written?", "what date is on it?"],
-    "Invoice date": ["when was it issued?", "what is the invoice date?"],
-    "Signed by": ["who signed?", "who signed it?"],
-    "Invoice No.": ["what is the invoice number?", "which invoice is it?"],
-    "Invoice #": ["what is the invoice number?"],
-    "Order No.": ["what is the order number?"],
-    "Phone": ["what is the phone number?", "what is the phone?"],
-    "Email": ["what is the email address?", "what is the email?"],
-    "Name": ["what is the name?", "whose name is on it?"],
-    "Customer": ["who is the customer?"],
-    "Bill to": ["who is billed?", "who is it billed to?", "who gets the bill?"],
-    "Ship to": ["who is it shipped to?"],
-    "Cashier": ["who was the cashier?"],
-    "Born": ["when was the person born?", "what is the date of birth?"],
-    "Date of birth": ["what is the date of birth?"],
-    "Address": ["what is the address?"],
-    "City": ["which city is it?", "what is the city?"],
-    "Subtotal": ["what is the subtotal?"],
-    "Tax": ["how much is the tax?", "what is the tax?"],
-    "VAT": ["how much is the VAT?", "what is the VAT?"],
-    "Cash": ["how much was paid in cash?"],
-    "Change": ["how much is the change?", "what is the change?"],
-    "Shipping": ["how much is shipping?"],
-    "Discount": ["how much is the discount?"],
-}
-
-
-def asked(rng: random.Random, label: str) -> str:
-    label = label.strip(" :.#") if label.strip(":") not in ASKED else label.strip(":")
-    plain = [f"what is the {label.lower()}?"] if rng.random() < 0.7 else [f"what is {label}?"]
-    return rng.choice(ASKED.get(label, plain))
-
-
-def value_for(rng: random.Random, label: str) -> str:
-    """What a form has behind a label."""
-    kinds: dict[str, Callable] = {
-        "Name": person, "Customer": person, "Signed": person, "Address": words.street, "City":
-        lambda r: r.choice(words.PLACES), "Phone": phone, "Email": email, "Total": money,
-        "Subtotal": money, "Tax": money, "VAT": money, "Due": date, "Balance": money,
-        "Amount": money, "Price": money, "Discount": money, "Shipping": money, "Date": date,
-        "Born": date, "Issued": date, "Expires": date, "Paid": date}
-    if label in kinds and rng.random() < 0.85:
-        return kinds[label](rng)
-    return words.some_value(rng)
 
 
 def heading(sheet: Sheet, text: str, align: float | None = None) -> Run:
@@ -219,7 +49,7 @@ def receipt(sheet: Sheet) -> None:
         sheet.rule()
     sign, prices = rng.choice(["", "", "$", "£", "€"]), []
     for good in rng.sample(GOODS, rng.randint(2, 8 * sheet.plenty)):
-        if sheet.y > sheet.page.height - sheet.margin - 4.5 * sheet.leading * sheet.size:
+        if not sheet.has_room(4.2):
             break
         prices.append(amount(rng, 100))
         name = good.title() if rng.random() < 0.6 else words.upper(good)
@@ -305,7 +135,7 @@ def items(sheet: Sheet) -> None:
         sheet.down()
     prices = []
     for good in rng.sample(GOODS, rng.randint(1, 5 * sheet.plenty)):
-        if sheet.y > sheet.page.height - sheet.margin - 3.5 * sheet.leading * sheet.size:
+        if not sheet.has_room(3.2):
             break
         prices.append(amount(rng, 900))
         name = f"{good.title()} {words.word(rng)}" if rng.random() < 0.6 else good.title()
@@ -345,7 +175,7 @@ def letter(sheet: Sheet) -> None:
         sheet.ask(rng.choice(["who is it addressed to?", "to whom is it written?",
                               "who is the letter to?"]), greeting.text[5:-1])
     for _ in range(rng.randint(1, 3 * sheet.plenty)):
-        if sheet.y > sheet.page.height - sheet.margin - 4.5 * sheet.leading * sheet.size:
+        if not sheet.has_room(4.2):
             break
         bottom, sheet.page.height = sheet.page.height, sheet.page.height - round(
             3 * sheet.leading * sheet.size)                     # room for the signature
@@ -557,22 +387,12 @@ def write_page(rng: random.Random, kind: str, split: str, config: SigLIPConfig,
                          config.image_size * rows * (1 if single else rng.uniform(0.8, 1)))
         sheet = Sheet(rng, kind, split, width, height, (11, 20) if single else (12, 24))
         if single:
-            square(sheet, config)
+            fit_one_tile(sheet, config.image_size)
         sheet.most_lines = lines
         KINDS[kind](sheet)
         page = sheet.finish()
         if page.runs and len(page.text) <= characters and legible(page, config, least):
             return page
-
-
-def square(sheet: Sheet, config: SigLIPConfig) -> None:
-    """One tile: no larger than it, for a larger page is cut into several."""
-    page = sheet.page
-    for name in ("size", "margin", "left", "y"):
-        setattr(sheet, name, getattr(sheet, name) / sheet.unit)
-    page.width = page.height = config.image_size
-    sheet.right, sheet.unit = page.width - sheet.margin, 1.0
-    page.oversample = sheet.rng.choice([1, 2, 3])
 
 
 def held_out(n: int, seed: int, config: SigLIPConfig) -> list[tuple[Page, str, str]]:

@@ -9,8 +9,9 @@ from reader.drawing import Page, choose_face, colours, wear
 
 
 
-def scrap(rng: random.Random, split: str, side: int, lowest: float = 10, highest: float = 24) -> Page:
-    """A square page that is scaled to one tile of `side` pixels, with type of 10 to 24 pixels there.
+def scrap(rng: random.Random, split: str, side: int, lowest: float = 10,
+          highest: float = 24) -> Page:
+    """A square page that is scaled to one tile of `side` pixels; its type has 10 to 24 there.
 
     A third is drawn at its own size; the rest is scaled up or down, as pages are that do not fit.
     """
@@ -34,12 +35,11 @@ def scrap(rng: random.Random, split: str, side: int, lowest: float = 10, highest
             if rng.random() < 0.08:
                 y += size
                 continue
-        ink_here = ink
         decorate(rng, page, left, y, size, ink)
         x = left
         while x < page.width:
             text = words.sentence(rng, 5, 12) if prose else words.anything(rng)
-            run = page.put(text, x, y, face, size, ink_here)
+            run = page.put(text, x, y, face, size, ink)
             x = run.right + size * (0.3 if prose else rng.choice([0.6, 2, 4, 99]))
         y += size * (leading if prose else rng.uniform(1.05, 2.0))
     return page
@@ -67,7 +67,8 @@ FILTERS = [Image.Resampling.BICUBIC] * 3 + [Image.Resampling.BOX, Image.Resampli
                                             Image.Resampling.BILINEAR]
 
 
-def lesson(seed: int, split: str, index: int, side: int, patch: int) -> tuple[np.ndarray, np.ndarray]:
+def lesson(seed: int, split: str, index: int, side: int,
+           patch: int) -> tuple[np.ndarray, np.ndarray]:
     """Scrap `index` of a split: pixels (side, side, 3) uint8, classes (N, SLOTS) int64."""
     rng = random.Random(f"{seed}/{split}/{index}")
     page = scrap(rng, split, side)

@@ -13,7 +13,8 @@ from plumbing.settings import InputError
 MOMENTS = ("exp_avg", "exp_avg_sq")
 
 
-def learning_rate(step: int, steps: int, peak: float, warmup: int = 100, falling: float = 0.3) -> float:
+def learning_rate(step: int, steps: int, peak: float, warmup: int = 100,
+                  falling: float = 0.3) -> float:
     """Warm-up, then constant, then along a cosine to nearly zero over the last `falling` share.
 
     So a training can be lengthened, or ended early, with all that it has done still of use.

@@ -79,7 +79,8 @@ MONTHS = """January February March April May June July August September October 
 December""".split()
 DAYS = "Monday Tuesday Wednesday Thursday Friday Saturday Sunday".split()
 
-ONSETS = "b c d f g h j k l m n p qu r s t v w x y z bl br ch cl cr dr fl gr pl sh sl st th tr".split()
+ONSETS = """b c d f g h j k l m n p qu r s t v w x y z bl br ch cl cr dr fl gr pl sh sl st th tr
+""".split()
 VOWELS = "a e i o u a e i o ai ea ee oo ou ie y".split()
 CODAS = "b ck d ff g l m n p r s t x nd nt rt st ng ll ss zz".split() + [""] * 8
 ACCENTED = "é è ê à ç ü ö ä ß ñ".split()
@@ -122,7 +123,7 @@ def word(rng: random.Random) -> str:
 
 
 def sentence(rng: random.Random, low: int = 3, high: int = 12) -> str:
-    """Words with the punctuation of prose; here and there a number or a string that means nothing."""
+    """Words with the punctuation of prose; here and there a number, or what means nothing."""
     words = []
     for _ in range(rng.randint(low, high)):
         kind = rng.random()
@@ -211,19 +212,23 @@ def phone(rng: random.Random) -> str:
 
 def email(rng: random.Random) -> str:
     name = rng.choice([rng.choice(FIRST).lower(), invented(rng), rng.choice(COMMON)])
-    tail = rng.choice(["", f".{rng.choice(LAST).lower()}", str(rng.randint(1, 99)), "_" + word(rng)])
+    tail = rng.choice(["", f".{rng.choice(LAST).lower()}", str(rng.randint(1, 99)),
+                       "_" + rng.choice(COMMON)])
     return f"{name}{tail}@{invented(rng)}.{rng.choice(['com', 'org', 'net', 'co.uk', 'de', 'io'])}"
 
 
 def link(rng: random.Random) -> str:
     head = rng.choice(["https://", "http://", "www.", ""])
-    return f"{head}{invented(rng)}.{rng.choice(['com', 'org', 'net', 'io'])}/{word(rng)}" + rng.choice(
-        ["", f"/{word(rng)}", f"?id={rng.randint(1, 9999)}", f"-{rng.randint(1, 99)}.html"])
+    tail = rng.choice(["", f"/{invented(rng)}", f"?id={rng.randint(1, 9999)}",
+                       f"-{rng.randint(1, 99)}.html"])
+    return f"{head}{invented(rng)}.{rng.choice(['com', 'org', 'net', 'io'])}/{word(rng)}{tail}"
 
 
-FIELDS = """Name|Date|Address|City|Phone|Email|Account|Reference|Order|Customer|Total|Subtotal|Tax|VAT
-Due|Balance|Amount|Price|Qty|Discount|Shipping|Status|Type|Invoice No.|PO #|Serial|Model|Room|Seat
-Flight|Gate|Class|Weight|Height|Width|Code|Policy|Department|Title|Issued|Expires|Born|Signed|Paid
+FIELDS = """
+Name|Date|Address|City|Phone|Email|Account|Reference|Order|Customer|Total|Subtotal|Tax|VAT|Due
+Balance|Amount|Price|Qty|Discount|Shipping|Status|Type|Invoice No.|PO #|Serial|Model|Room|Seat
+Flight|Gate|Class|Weight|Height|Width|Code|Policy|Department|Title|Issued|Expires|Born|Signed
+Paid
 """.replace("\n", "|").strip("|").split("|")
 
 

@@ -10,7 +10,7 @@ from reader import words
 from reader.drawing import CHARACTERS, CLASS, SMUDGE, Page
 from reader.fonts import HELD_OUT, NEVER, face_paths, faces
 from reader.lessons import WEIGHTS, class_tokens, mixtures, write_tokenizer
-from reader.pages import GRIDS, KINDS, write_page
+from reader.pages import KINDS, write_page
 from vision import SigLIPConfig, tile_boxes
 
 CONFIG = SigLIPConfig(image_size=224)
@@ -37,7 +37,8 @@ def test_no_face_is_of_a_family_that_is_kept_apart():
 
 def test_words_say_only_what_a_page_can_show():
     rng = random.Random(0)
-    text = "".join(words.anything(rng) + words.sentence(rng) + words.title(rng) for _ in range(3000))
+    text = "".join(words.anything(rng) + words.sentence(rng) + words.title(rng)
+                   for _ in range(3000))
     assert set(text) <= set(CHARACTERS)
 
 
@@ -84,7 +85,7 @@ def test_classes_name_the_characters_where_they_are_drawn():
 
 @needs_fonts
 def test_type_that_tiles_cannot_show_is_a_smudge():
-    page = write_page(random.Random(3), "letter", "train", CONFIG, [g for g in GRIDS if g == (3, 3)])
+    page = write_page(random.Random(3), "letter", "train", CONFIG, [(3, 3)])
     classes = page.all_classes(CONFIG)
     assert len(classes) == len(tile_boxes(page.width, page.height, CONFIG)) > 1
     whole, tiles = classes[0, :, 0], classes[1:, :, 0]
