@@ -17,6 +17,7 @@ from plumbing.processes import run_main
 from reader.encoder import CONFIG as VISION
 from reader.lessons import LaidOut, write_tokenizer
 from reader.quick import quicken
+from reader.score import distance
 from reader.states import Log, learning_rate, load_state, save_state
 
 
@@ -42,16 +43,6 @@ def answer_logits(llm: Llama, batch: tuple) -> tuple[Tensor, Tensor]:
         h = llm.hidden(embed(llm, tokens, ids, weights))                        # (B, L, D)
         logits = h[labels != IGNORE] @ llm.head.T                               # (n, V)
     return logits.float(), labels[labels != IGNORE]
-
-
-def distance(a: str, b: str) -> int:
-    """Levenshtein's."""
-    row = list(range(len(b) + 1))
-    for i, x in enumerate(a, 1):
-        last, row[0] = row[0], i
-        for j, y in enumerate(b, 1):
-            last, row[j] = row[j], min(row[j] + 1, row[j - 1] + 1, last + (x != y))
-    return row[-1]
 
 
 @torch.no_grad()
