@@ -120,7 +120,7 @@ def train(args) -> None:
                                                    "seed": args.seed, "steps": args.steps})
 
 
-def main() -> None:
+def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
     add = parser.add_argument
     add("--out", type=Path, default=Path("out/reader/encoder"), help="where state and log go")
@@ -133,8 +133,8 @@ def main() -> None:
     add("--log-every", type=int, default=50, help="steps (default: %(default)s)")
     add("--eval-every", type=int, default=400, help="steps (default: %(default)s)")
     add("--save-every", type=int, default=200, help="steps (default: %(default)s)")
-    train(parser.parse_args())
+    return parser.parse_args(argv)
 
 
 if __name__ == "__main__":
-    run_main(main)
+    run_main(lambda: train(parse_args()))

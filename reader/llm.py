@@ -129,7 +129,7 @@ def next_tiled(held_out: LaidOut, n: int = 2) -> list[int]:
     return [i for i in range(20) if (held_out[10_000 + i][0] == IMAGE).sum(1).max() > 256][:n]
 
 
-def main() -> None:
+def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
     add = parser.add_argument
     add("--out", type=Path, default=Path("out/reader/llm"), help="where state and log go")
@@ -142,8 +142,8 @@ def main() -> None:
     add("--log-every", type=int, default=50, help="steps (default: %(default)s)")
     add("--eval-every", type=int, default=250, help="steps (default: %(default)s)")
     add("--save-every", type=int, default=100, help="steps (default: %(default)s)")
-    train(parser.parse_args())
+    return parser.parse_args(argv)
 
 
 if __name__ == "__main__":
-    run_main(main)
+    run_main(lambda: train(parse_args()))
