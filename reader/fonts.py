@@ -13,6 +13,7 @@ import json
 import sys
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from unicodedata import normalize
 
 from PIL import ImageFont
 
@@ -72,8 +73,10 @@ class Face:
     lacks: str          # those of BESIDES that it cannot draw
 
     def spell(self, text: str) -> str:
-        """A text without the characters that the face lacks."""
-        return "".join(BESIDES[c] if c in self.lacks else c for c in text)
+        """A text in characters that a page may have and this face can draw."""
+        known = set(PRINTABLE).union(BESIDES).difference(self.lacks)
+        return "".join(c if c in known else BESIDES.get(c) or normalize("NFKD", c)[0]
+                       for c in text)
 
 
 def wanted() -> dict[str, int]:

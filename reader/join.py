@@ -3,8 +3,8 @@
     python -m reader.join out/reader        # trains both as far as they should be, then joins them
     python -m reader.join out/reader --now  # joins the newest states as they are
 
-train.py's stage 1 starts from out/reader/stage0, as it does from released backbones: W2 is a copy of the
-LLM's head, W1 is random. The encoder's readout is left behind.
+train.py's stage 1 starts from out/reader/stage0, as it does from released backbones: W2 is a copy
+of the LLM's head, W1 is random. The encoder's readout is left behind.
 """
 import argparse
 from pathlib import Path
