@@ -15,7 +15,6 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from data import READ, Sample, Tokenizer, encode_chat, prepare
-from model import IGNORE
 from plumbing.examples import IMAGE, Example, Turn
 from plumbing.streams import Position
 from reader.drawing import BLANK, CHARACTERS, SLOTS, Page
@@ -95,10 +94,13 @@ def lesson_page(rng: random.Random, split: str, config: SigLIPConfig, single: bo
 
 
 class LaidOut(Dataset):
-    """Stage 0's steps: (tokens (B, L), labels (B, L), ids (P, SLOTS + 1), weights (P, SLOTS + 1)).
+    """Stage 0's steps: a packed row of tokens (1, L), labels (1, L), ids (P, SLOTS + 1), weights
+    (P, SLOTS + 1), and the samples' lengths.
 
     P: the patches of all pages of the step, in the order of the IMAGE places in tokens. A step has
-    either 16 pages of a single tile, or as many of several tiles as make about as many tokens.
+    either pages of a single tile or of several, as many as make `budget` tokens. At first most
+    single tiles are shown without their blank rows of patches: the less there is to look through,
+    the sooner copying begins.
     """
 
     def __init__(self, seed: int, split: str, tokenizer: Tokenizer, config: SigLIPConfig,
@@ -106,20 +108,23 @@ class LaidOut(Dataset):
         self.seed, self.split, self.tokenizer, self.config = seed, split, tokenizer, config
         self.budget, self.tokens = budget, class_tokens(tokenizer)
 
-    def __getitem__(self, step: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    def __getitem__(self, step: int) -> tuple[Tensor, Tensor, Tensor, Tensor, list[int]]:
         rng = random.Random(f"{self.seed}/text/{self.split}/{step}")
         single = rng.random() < (1 if step < 1000 else 0.5)
         samples, size = [], 0
-        while size < self.budget and len(samples) < 16:
+        while size < self.budget:
             samples.append(self.sample(rng, step, single))
-            size = len(samples) * max(len(s[0]) for s in samples)
-        return collate(samples)
+            size += len(samples[-1][0])
+        return packed(samples)
 
     def sample(self, rng: random.Random, step: int, single: bool) -> tuple:
         lines = 1 + step // 60 if step < 700 else 10 ** 6           # longer by and by
         tiles = 2 + (step - 1000) // 150                            # more of them by and by
         page = lesson_page(rng, self.split, self.config, single, lines, max(2, min(9, tiles)))
         classes = page.all_classes(self.config)                                 # (T, N, SLOTS)
+        if single and rng.random() < (0.85 if step < 1000 else 0.2):
+            rows = classes.reshape(self.config.patches_per_side, -1, SLOTS)     # (16, 16, SLOTS)
+            classes = rows[(rows != BLANK).any((1, 2))]                         # (rows, 16, SLOTS)
         doubt = 0.0 if rng.random() < 0.5 else rng.random()
         ids, weights = mixtures(rng, classes.reshape(-1, SLOTS), self.tokens, doubt)
         asking = 0.0 if step < 900 else 0.3
@@ -127,12 +132,12 @@ class LaidOut(Dataset):
         return (*encode_chat(turns, self.tokenizer, [len(ids)]), ids, weights)
 
 
-def collate(samples: list[tuple]) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Pad tokens with 0 and labels with IGNORE on the right."""
-    tokens, labels = ([s[i] for s in samples] for i in (0, 1))
-    return (torch.nn.utils.rnn.pad_sequence(tokens, True),
-            torch.nn.utils.rnn.pad_sequence(labels, True, IGNORE),
-            *(torch.from_numpy(np.concatenate([s[i] for s in samples])) for i in (2, 3)))
+def packed(samples: list[tuple]) -> tuple[Tensor, Tensor, Tensor, Tensor, list[int]]:
+    """Samples one after another in a row, and their lengths."""
+    tokens, labels, ids, weights = zip(*samples)
+    return (torch.cat(tokens)[None], torch.cat(labels)[None],
+            torch.from_numpy(np.concatenate(ids)), torch.from_numpy(np.concatenate(weights)),
+            [len(t) for t in tokens])
 
 
 class ReaderDocuments(Dataset):

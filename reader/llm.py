@@ -3,6 +3,7 @@
     python -m reader.llm --out out/reader/llm           # the same command goes on where it ended
 """
 import argparse
+import itertools
 import time
 from pathlib import Path
 
@@ -28,19 +29,19 @@ def llm_config(tokenizer: Tokenizer) -> LlamaConfig:
 
 
 def embed(llm: Llama, tokens: Tensor, ids: Tensor, weights: Tensor) -> Tensor:
-    """tokens (B, L), and the mixtures (P, SLOTS + 1) of its IMAGE places -> (B, L, D)."""
+    """tokens (1, L), and the mixtures (P, SLOTS + 1) of its IMAGE places -> (1, L, D)."""
     E_text = llm.embed_tokens.weight                                            # (V, D)
-    x = nnf.embedding(tokens.clamp(min=0), E_text)                              # (B, L, D)
+    x = nnf.embedding(tokens.clamp(min=0), E_text)                              # (1, L, D)
     mixed = nnf.embedding_bag(ids, E_text, per_sample_weights=weights, mode="sum")      # (P, D)
-    places = (tokens == IMAGE).flatten().nonzero()[:, 0]                        # (P,), of B * L
+    places = (tokens == IMAGE).flatten().nonzero()[:, 0]                        # (P,), of L
     return x.flatten(0, 1).index_copy(0, places, mixed).view_as(x)
 
 
 def answer_logits(llm: Llama, batch: tuple) -> tuple[Tensor, Tensor]:
     """The logits (n, V) of a step's supervised tokens, and which they should be (n,)."""
-    tokens, labels, ids, weights = batch
+    tokens, labels, ids, weights, lengths = batch
     with torch.autocast("cpu", torch.bfloat16):
-        h = llm.hidden(embed(llm, tokens, ids, weights))                        # (B, L, D)
+        h = llm.hidden(embed(llm, tokens, ids, weights), lengths)               # (1, L, D)
         logits = h[labels != IGNORE] @ llm.head.T                               # (n, V)
     return logits.float(), labels[labels != IGNORE]
 
@@ -56,31 +57,32 @@ def scores_on(llm: Llama, tokenizer: Tokenizer, batches: dict[str, list]) -> dic
             logits, gold = answer_logits(llm, batch)
             right.append(logits.argmax(-1) == gold)
         scores[name] = torch.cat(right).float().mean().item()
-        wrong = length = 0
-        for tokens, labels, ids, weights in some[:1]:
-            starts = (labels != IGNORE).int().argmax(1)         # the first answer's place less one
-            x = embed(llm, tokens, ids, weights)
-            lengths = [int(s) + 1 for s in starts]
-            x = nn.utils.rnn.pad_sequence([row[:n] for row, n in zip(x, lengths)], True)
-            golds = [first_answer(row, int(s), tokenizer) for row, s in zip(labels, starts)]
-            read = [[] for _ in golds]
-            for step in llm.generate(x, lengths, tokenizer.stop, max(map(len, golds)) + 20):
-                for text, i in zip(read, step):
-                    text += [i] if i is not None else []
-            wrong += sum(distance(tokenizer.decode(r), g) for r, g in zip(read, golds))
-            length += sum(map(len, golds))
-            print(repr(golds[0][:90]), "read as", repr(tokenizer.decode(read[0])[:90]), flush=True)
-        scores[f"{name}_errors"] = wrong / length
+        read, golds = read_aloud(llm, tokenizer, some[0])
+        wrong = sum(distance(a, b) for a, b in zip(read, golds))
+        scores[f"{name}_errors"] = wrong / sum(map(len, golds))
+        print(repr(golds[0][:90]), "read as", repr(read[0][:90]), flush=True)
     return scores
 
 
-def first_answer(labels: Tensor, start: int, tokenizer: Tokenizer) -> str:
-    ids = []
-    for i in labels[start:].tolist():
-        if i == IGNORE or i in tokenizer.stop:
-            break
-        ids.append(i)
-    return tokenizer.decode(ids)
+def read_aloud(llm: Llama, tokenizer: Tokenizer, batch: tuple,
+               most: int = 12) -> tuple[list[str], list[str]]:
+    """The first answers of a batch's first samples, greedily, and what they should be."""
+    tokens, labels, ids, weights, lengths = batch
+    prompts, golds = [], []
+    samples = zip(embed(llm, tokens, ids, weights)[0].split(lengths), labels[0].split(lengths))
+    for x, of in itertools.islice(samples, most):
+        start = (of != IGNORE).int().argmax() + 1       # the first answer's place
+        gold = of[start - 1:].tolist()
+        gold = gold[:next(i for i, token in enumerate(gold) if token in tokenizer.stop)]
+        prompts.append(x[:start])
+        golds.append(tokenizer.decode(gold))
+    read = [[] for _ in golds]
+    x = nn.utils.rnn.pad_sequence(prompts, True)
+    for step in llm.generate(x, [len(p) for p in prompts], tokenizer.stop,
+                             max(map(len, golds)) + 20):
+        for text, token in zip(read, step):
+            text += [token] if token is not None else []
+    return [tokenizer.decode(text) for text in read], golds
 
 
 def train(args) -> None:
@@ -99,9 +101,7 @@ def train(args) -> None:
         record = load_state(state, modules, optimizer)
         step, minutes = record["step"], record["minutes"]
     log = Log(args.out / "log.jsonl", minutes)
-    held_out = LaidOut(args.seed, "held-out", tokenizer, VISION)
-    held_out = {"single": [held_out[i] for i in (0, 1)], "tiled": [held_out[10_000 + i] for i in
-                next_tiled(held_out)]}
+    held_out = held_out_steps(LaidOut(args.seed, "held-out", tokenizer, VISION))
     data = LaidOut(args.seed, "train", tokenizer, VISION, args.tokens)
     total, since = 0.0, time.monotonic()
     for batch in DataLoader(data, None, sampler=range(step, args.steps), num_workers=args.workers,
@@ -124,9 +124,12 @@ def train(args) -> None:
                                                    "seed": args.seed, "steps": args.steps})
 
 
-def next_tiled(held_out: LaidOut, n: int = 2) -> list[int]:
-    """Which of the steps from 10,000 on have pages of several tiles: the first n."""
-    return [i for i in range(20) if (held_out[10_000 + i][0] == IMAGE).sum(1).max() > 256][:n]
+def held_out_steps(data: LaidOut, n: int = 2) -> dict[str, list]:
+    """The first n steps of single tiles, and of several, as the lesson's last ones are."""
+    steps = [data[10_000 + i] for i in range(8 * n)]
+    few = [step for step in steps if len(step[-1]) < 8]
+    many = [step for step in steps if len(step[-1]) >= 8]
+    return {"single": many[:n], "tiled": few[:n]}
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
