@@ -1,0 +1,172 @@
+"""The reader's lessons: pages as samples for the LLM alone (stage 0) and for the paper's stages.
+
+Stage 0's LLM meets no image. In an image's place it gets what an Align connector would make of a
+page that was read well: each patch a mixture of the embeddings of its characters, with weights that
+fall in reading order, so that a mixture says which comes first.
+"""
+import base64
+import random
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.utils.data import Dataset
+
+from data import READ, Sample, Tokenizer, encode_chat, prepare
+from plumbing.examples import IMAGE, Example, Turn
+from plumbing.streams import Position
+from reader.drawing import BLANK, CHARACTERS, SLOTS, Page
+from reader.fonts import BESIDES
+from reader.pages import GRIDS, KINDS, write_page
+from vision import SigLIPConfig
+
+# Of a patch's mixture, in reading order. What a slot without a character has goes to the blank
+# token, so that "l" and "ll" are not the same; no two sums of them are equal.
+WEIGHTS = (0.52, 0.26, 0.14, 0.08)
+BLANK_TOKEN, SMUDGE_TOKEN = 0, 1        # bytes that no text has
+
+
+def write_tokenizer(path: Path) -> None:
+    """The reader's tokenizer.model: 256 bytes, characters of several bytes, and a blank line."""
+    tokens = [bytes([b]) for b in range(256)]
+    for text in [*BESIDES, "\n\n"]:
+        pieces = [text.encode()[:n] for n in range(2, len(text.encode()) + 1)]
+        tokens += [piece for piece in pieces if piece not in tokens]
+    path.write_text("".join(f"{base64.b64encode(t).decode()} {i}\n" for i, t in enumerate(tokens)))
+
+
+def class_tokens(tokenizer: Tokenizer) -> np.ndarray:
+    """The token of each class of a slot: (N_CLASSES,)."""
+    ids = [tokenizer.encode(c) for c in CHARACTERS]
+    if any(len(i) != 1 for i in ids):
+        raise ValueError("a character of more than one token")
+    return np.array([BLANK_TOKEN, SMUDGE_TOKEN] + [i[0] for i in ids])
+
+
+def mixtures(rng: random.Random, classes: np.ndarray, tokens: np.ndarray,
+             doubt: float) -> tuple[np.ndarray, np.ndarray]:
+    """classes (..., SLOTS) -> token ids and weights (..., SLOTS + 1), which sum to one.
+
+    doubt: how far the weights are off, and how often another character is mixed in, as by an
+    encoder that is not sure.
+    """
+    numbers = np.random.default_rng(rng.getrandbits(32))
+    ids = tokens[np.where(classes[..., :1] == BLANK, BLANK, classes)]
+    weights = np.broadcast_to(np.array(WEIGHTS, np.float32), classes.shape)
+    weights = weights * np.exp(0.6 * doubt * numbers.standard_normal(classes.shape))
+    other = tokens[numbers.integers(0, len(tokens), (*classes.shape[:-1], 1))]
+    share = numbers.random(other.shape) ** 4 * (numbers.random(other.shape) < doubt)
+    share[(classes[..., :1] == BLANK) & (numbers.random(other.shape) < 0.9)] = 0
+    weights = np.concatenate([weights / weights.sum(-1, keepdims=True) * (1 - share), share], -1)
+    return np.concatenate([ids, other], -1), weights.astype(np.float32)
+
+
+def turns_about(rng: random.Random, page: Page, read: float, ask: float,
+                most: int = 4) -> list[Turn]:
+    """The page read aloud (a share of `read`), some of its questions (`ask`), or one after the
+    other: several turns cost the image once."""
+    kind = rng.random() if page.questions else 0.0
+    asks = [(READ, page.text)] if kind < 1 - ask else []
+    if kind >= read:
+        asks += rng.sample(page.questions, min(most, len(page.questions)))
+    turns = []
+    for i, (prompt, answer) in enumerate(asks):
+        turns += [Turn("user", ([IMAGE] if i == 0 else []) + [phrased(rng, prompt)]),
+                  Turn("assistant", [answer])]
+    return turns
+
+
+def phrased(rng: random.Random, prompt: str) -> str:
+    """A question with or without capital and question mark."""
+    if prompt != READ and rng.random() < 0.4:
+        prompt = prompt[0].upper() + prompt[1:]
+    return prompt.rstrip("?") if prompt != READ and rng.random() < 0.1 else prompt
+
+
+def lesson_page(rng: random.Random, split: str, config: SigLIPConfig, single: bool,
+                lines: int = 10 ** 6, most_tiles: int = 9, characters: int = 1200) -> Page:
+    """A page of any kind."""
+    kind = rng.choice([*KINDS, "notes"])
+    grids = [(1, 1)] if single else [g for g in GRIDS if 1 < g[0] * g[1] <= most_tiles]
+    return write_page(rng, kind, split, config, grids, characters, lines)
+
+
+class LaidOut(Dataset):
+    """Stage 0's steps: a packed row of tokens (1, L), labels (1, L), ids (P, SLOTS + 1), weights
+    (P, SLOTS + 1), and the samples' lengths.
+
+    P: the patches of all pages of the step, in the order of the IMAGE places in tokens. A step has
+    either pages of a single tile or of several, as many as make `budget` tokens. At first most
+    single tiles are shown without their blank rows of patches: the less there is to look through,
+    the sooner copying begins.
+    """
+
+    def __init__(self, seed: int, split: str, tokenizer: Tokenizer, config: SigLIPConfig,
+                 budget: int = 7000):
+        self.seed, self.split, self.tokenizer, self.config = seed, split, tokenizer, config
+        self.budget, self.tokens = budget, class_tokens(tokenizer)
+
+    def __getitem__(self, step: int) -> tuple[Tensor, Tensor, Tensor, Tensor, list[int]]:
+        rng = random.Random(f"{self.seed}/text/{self.split}/{step}")
+        single = rng.random() < (1 if step < 1000 else 0.5)
+        samples, size = [], 0
+        while size < self.budget:
+            samples.append(self.sample(rng, step, single))
+            size += len(samples[-1][0])
+        return packed(samples)
+
+    def sample(self, rng: random.Random, step: int, single: bool) -> tuple:
+        lines = 1 + step // 60 if step < 700 else 10 ** 6           # longer by and by
+        tiles = 2 + (step - 1000) // 150                            # more of them by and by
+        page = lesson_page(rng, self.split, self.config, single, lines, max(2, min(9, tiles)))
+        classes = page.all_classes(self.config)                                 # (T, N, SLOTS)
+        if single and rng.random() < (0.85 if step < 1000 else 0.2):
+            rows = classes.reshape(self.config.patches_per_side, -1, SLOTS)     # (16, 16, SLOTS)
+            classes = rows[(rows != BLANK).any((1, 2))]                         # (rows, 16, SLOTS)
+        doubt = 0.0 if rng.random() < 0.5 else rng.random()
+        ids, weights = mixtures(rng, classes.reshape(-1, SLOTS), self.tokens, doubt)
+        asking = 0.0 if step < 900 else 0.3
+        turns = turns_about(rng, page, 1 - 2 * asking, asking)
+        return (*encode_chat(turns, self.tokenizer, [len(ids)]), ids, weights)
+
+
+def packed(samples: list[tuple]) -> tuple[Tensor, Tensor, Tensor, Tensor, list[int]]:
+    """Samples one after another in a row, and their lengths."""
+    tokens, labels, ids, weights = zip(*samples)
+    return (torch.cat(tokens)[None], torch.cat(labels)[None],
+            torch.from_numpy(np.concatenate(ids)), torch.from_numpy(np.concatenate(weights)),
+            [len(t) for t in tokens])
+
+
+class ReaderDocuments(Dataset):
+    """The samples of a stage of the paper: sample i depends on (seed, stage, i, n) alone.
+
+    1: one tile read aloud. 2: pages of one tile and of several read aloud. 3: questions too.
+    """
+
+    def __init__(self, stage: int, n: int, seed: int, tokenizer: Tokenizer, config: SigLIPConfig,
+                 split: str = "train"):
+        self.stage, self.n, self.seed, self.split = stage, n, seed, split
+        self.tokenizer, self.config = tokenizer, config
+
+    def draws(self, start: Position) -> Iterator[tuple[int | None, Position]]:
+        """As plumbing/streams.py's Documents.draws, for one epoch, in the order of the numbers."""
+        for i in range(*(start.taken or [0]), self.n):
+            yield i, Position(0, [i + 1])
+        yield None, Position(1)
+
+    def __getitem__(self, index: "int | Position") -> "Sample | Position":
+        if isinstance(index, Position):
+            return index
+        rng = random.Random(f"{self.seed}/{self.split}/{self.stage}/{index}")
+        progress = index / self.n if self.split == "train" else 1.0
+        single = self.stage == 1 or rng.random() < 0.4
+        lines = 1 + round(20 * progress) if self.stage == 1 else 10 ** 6
+        tiles = min(9, round(2 + 20 * progress))
+        page = lesson_page(rng, self.split, self.config, single, lines, tiles)
+        read, ask = (0.35, 0.3) if self.stage == 3 else (1.0, 0.0)
+        turns = turns_about(rng, page, read, ask)
+        example = Example([page.draw()], turns, f"reader/{self.stage}/{index}")
+        return prepare(example, self.tokenizer, self.config)

@@ -1,0 +1,92 @@
+"""The reader's pages: the same every time, in no font that is kept apart, and labelled as drawn."""
+import random
+
+import numpy as np
+import pytest
+
+from data import Tokenizer
+from plumbing.settings import InputError
+from reader import words
+from reader.drawing import CHARACTERS, CLASS, SMUDGE, Page
+from reader.fonts import HELD_OUT, NEVER, face_paths, faces
+from reader.lessons import WEIGHTS, class_tokens, mixtures, write_tokenizer
+from reader.pages import KINDS, write_page
+from vision import SigLIPConfig, tile_boxes
+
+CONFIG = SigLIPConfig(image_size=224)
+
+
+def has_fonts() -> bool:
+    try:
+        return bool(face_paths())
+    except InputError:
+        return False
+
+
+needs_fonts = pytest.mark.skipif(not has_fonts(), reason="not all fonts of reader/fonts.json")
+
+
+def test_no_face_is_of_a_family_that_is_kept_apart():
+    every = faces("train") + faces("held-out")
+    assert not [f for f in every if any(f.family.lower().startswith(n.lower()) for n in NEVER)]
+    assert {f.family for f in faces("held-out")} == set(HELD_OUT) and len(set(HELD_OUT)) == 12
+    assert not {f.family for f in faces("train")} & set(HELD_OUT)
+    assert len(faces("train")) >= 120
+    assert not {f.sha256 for f in faces("train")} & {f.sha256 for f in faces("held-out")}
+
+
+def test_words_say_only_what_a_page_can_show():
+    rng = random.Random(0)
+    text = "".join(words.anything(rng) + words.sentence(rng) + words.title(rng)
+                   for _ in range(3000))
+    assert set(text) <= set(CHARACTERS)
+
+
+def test_each_character_is_one_token(tmp_path):
+    write_tokenizer(tmp_path / "tokenizer.model")
+    tokenizer = Tokenizer(tmp_path)
+    assert len(set(class_tokens(tokenizer))) == len(CHARACTERS) + 2
+    assert tokenizer.decode(tokenizer.encode("user: £5 – é")) == "user: £5 – é"
+    assert len(tokenizer.encode("user 2,100.50")) == 13 and tokenizer.stop
+
+
+def test_a_mixture_tells_its_characters_and_their_order():
+    sums = {round(sum(w for i, w in enumerate(WEIGHTS) if n >> i & 1), 6) for n in range(16)}
+    assert len(sums) == 16 and max(sums) == 1
+    classes = np.array([[CLASS["l"], 0, 0, 0], [CLASS["l"], CLASS["l"], 0, 0], [0, 0, 0, 0]])
+    ids, weights = mixtures(random.Random(0), classes, np.arange(200), doubt=0.0)
+    of_l = (weights * (ids == CLASS["l"])).sum(-1)
+    np.testing.assert_allclose(of_l, [0.52, 0.78, 0], atol=1e-6)
+    np.testing.assert_allclose(weights.sum(-1), 1, atol=1e-6)
+
+
+@needs_fonts
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_page_is_the_same_every_time_and_answers_stand_on_it(kind):
+    pages = [write_page(random.Random(f"same/{kind}"), kind, "train", CONFIG) for _ in range(2)]
+    assert pages[0].text == pages[1].text and pages[0].questions == pages[1].questions
+    np.testing.assert_array_equal(pages[0].draw(), pages[1].draw())
+    assert set(pages[0].text) <= set(CHARACTERS) | {"\n"}
+    for _, answer in pages[0].questions:
+        assert answer in pages[0].text
+
+
+@needs_fonts
+def test_classes_name_the_characters_where_they_are_drawn():
+    face = faces("train")[0]
+    page = Page("test", 224, 224)
+    page.put("Wide", 28, 50, face, 40, (0, 0, 0))
+    classes = page.classes((0, 0, 224, 224), 224, 14).reshape(16, 16, -1)
+    ink = 255 - np.asarray(page.draw()).min(-1).reshape(16, 14, 16, 14).min((1, 3))
+    rows, columns = np.nonzero(classes[..., 0])
+    assert "".join(CHARACTERS[classes[r, c, 0] - 2] for r, c in zip(rows, columns)) == "Wide"
+    assert all(ink[r, c] > 100 for r, c in zip(rows, columns))
+
+
+@needs_fonts
+def test_type_that_tiles_cannot_show_is_a_smudge():
+    page = write_page(random.Random(3), "letter", "train", CONFIG, [(3, 3)])
+    classes = page.all_classes(CONFIG)
+    assert len(classes) == len(tile_boxes(page.width, page.height, CONFIG)) > 1
+    whole, tiles = classes[0, :, 0], classes[1:, :, 0]
+    assert (whole == SMUDGE).any() and (tiles > SMUDGE).sum() > (tiles == SMUDGE).sum()
