@@ -26,11 +26,11 @@ import eval as evaluation
 from conftest import ROOT, randomise, run, torchrun
 from data import Tokenizer, encode_chat
 from model import ALIGNVLM_PRESETS, AlignVLM
-from paper import predictions
 from paper.benchmarks import SHORT, as_list, open_benchmark
 from paper.noise import feature_std, noise_on, summary
 from paper.predictions import read_predictions
 from paper.tables import COLUMNS, TABLE_1, score_tables
+from plumbing import files
 from plumbing.examples import IMAGE, Turn
 from plumbing.formats import VCR_PROMPT
 from plumbing.settings import InputError
@@ -527,7 +527,7 @@ def test_a_kill_while_the_files_are_joined_loses_nothing(model, expected, tmp_pa
             raise OSError("killed")
         shutil.move(old, new)
 
-    monkeypatch.setattr(predictions.os, "replace", replace)
+    monkeypatch.setattr(files.os, "replace", replace)
     with pytest.raises(OSError, match="killed"):
         predict(model, tmp_path)
     monkeypatch.undo()
@@ -580,8 +580,8 @@ def test_two_ranks_write_the_file_that_one_does(folder, expected, tmp_path):
     assert (tmp_path / "two" / "toy.jsonl").read_bytes() == expected
     names = {path.name for path in (tmp_path / "two").iterdir()}
     stems = ("toy", "DocVQA", "toy.noise-3", "DocVQA.noise-3")
-    files = {f"{stem}{end}" for stem in stems for end in (".jsonl", ".settings.json")}
-    assert names == files | {"scores.json", "table.md"}
+    written = {f"{stem}{end}" for stem in stems for end in (".jsonl", ".settings.json")}
+    assert names == written | {"scores.json", "table.md"}
     for stem in stems:
         name = f"{stem}.jsonl"
         assert (tmp_path / "two" / name).read_bytes() == (tmp_path / "one" / name).read_bytes()
@@ -622,8 +622,8 @@ def test_the_table_is_of_all_that_was_measured_and_score_says_the_same(folder, t
     table = (out / "table.md").read_text()
     assert capsys.readouterr().out.endswith(table)
     assert len(read_predictions(out / "DocVQA.jsonl")) == 2
-    files = [out / f"{name}.jsonl" for name in ("TabFact", "DocVQA", "toy")]
-    again = main("--score", *files, "--out", tmp_path / "again")
+    scored = [out / f"{name}.jsonl" for name in ("TabFact", "DocVQA", "toy")]
+    again = main("--score", *scored, "--out", tmp_path / "again")
     assert again["scores"] == results["scores"]
     without_model = (tmp_path / "again" / "table.md").read_text()
     assert without_model == table.replace(str(folder), "these predictions")
