@@ -49,6 +49,8 @@ from plumbing.settings import InputError
 from plumbing.states import States, drop_states, newest_state
 from plumbing.streams import (BAD_KINDS, Documents, Position, agree_on_position, check_bad_share,
                               deal, full_spec, keep_good, steps_of)
+from reader.join import make_stage0
+from reader.lessons import ReaderDocuments
 from toy.looks import LOOKS
 from toy.pages import STAGE0, ToyDocuments, write_toy_tokenizer
 
@@ -70,7 +72,7 @@ def build(stage: int, start: Path | None, recipe: Recipe, connector: ConnectorCo
         for name, module in model.named_children():
             # Stage 3 freezes the vision encoder: paper/recipes.py, LATE.
             module.requires_grad_(name in recipe.trainable)
-        shard(model, device, args.shard_size, args.recompute, args.compile)
+        shard(model, device, args.shard_size, args.recompute, args.compile, recipe.bf16)
 
     torch.manual_seed(args.seed)
     if stage == 0:
@@ -86,17 +88,17 @@ def build(stage: int, start: Path | None, recipe: Recipe, connector: ConnectorCo
 
 
 def shard(model: AlignVLM, device: torch.device, shard_size: int | None = None,
-          recompute: bool = False, compile: bool = False) -> None:
+          recompute: bool = False, compile: bool = False, bf16: bool = False) -> None:
     """FSDP2, in place: each block, the connector and the vision tower are gathered when they run.
     What is left, the token embedding foremost, stays gathered: connector, decoder and head share
-    it. On CUDA the computation is bf16.
+    it. On CUDA the computation is bf16, elsewhere if `bf16` says so.
 
     shard_size: ranks that hold one copy of the model between them; by default all (the paper's
     ZeRO-3). Groups of fewer, say of one node, are each other's replicas, and only gradients travel
     between them (hybrid). Raises InputError where it does not divide the ranks.
     """
     policy = MixedPrecisionPolicy()
-    if device.type == "cuda":
+    if bf16 or device.type == "cuda":
         policy = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)
     world = dist.get_world_size()
     size = min(shard_size or world, world)
@@ -354,7 +356,9 @@ def open_documents(stage: int, recipe: Recipe, tokenizer: Tokenizer, config: Ali
     """What a stage learns from, and what it is evaluated on: --data and --eval-data, or the toy's
     pages. Raises InputError."""
     if not args.data or stage == 0:
-        def drawn(n: int, split: str) -> ToyDocuments:
+        def drawn(n: int, split: str) -> Dataset:
+            if args.preset == "reader":
+                return ReaderDocuments(stage, n, args.seed, tokenizer, config.vision, split)
             return ToyDocuments(stage, n, args.seed, tokenizer, config.vision, split,
                                 config.tile_tokens, args.look)
 
@@ -468,7 +472,8 @@ def run_stage(stage: int, args: argparse.Namespace, device: torch.device) -> boo
             print(f"stage {stage} has stopped, its state is in {newest_state(partial)}: the same "
                   "command goes on")
         return False
-    dtype = torch.float32 if args.preset == "toy" else torch.bfloat16
+    small = args.preset == "toy" or args.preset == "reader" and stage < 3
+    dtype = torch.float32 if small else torch.bfloat16
     model.save_pretrained(folder, tokenizer.path, dtype)
     if main_rank:
         drop_states(folder)
@@ -483,7 +488,7 @@ def start_of(stage: int, args: argparse.Namespace) -> Path | None:
     if stage == 1 and args.llm:
         return args.llm
     before = args.out / f"stage{stage - 1}"
-    if stage == 1 and not (before / "config.json").exists():
+    if stage == 1 and args.preset != "reader" and not (before / "config.json").exists():
         return STAGE0
     return before
 
@@ -523,6 +528,8 @@ def main() -> None:
     args.preset = args.preset or choose_preset(args)
     args.out = args.out or Path("out") / args.preset
     stages = stages_of(args)
+    if args.preset == "reader" and 1 in stages and not (args.out / "stage0").exists():
+        make_stage0(args.out, args.seed)
     device = start_processes(args.timeout)
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, lambda *_: STOP.set())
@@ -557,14 +564,14 @@ def stages_of(args: argparse.Namespace) -> list[int]:
         stages = [args.stage]
     for stage in stages:
         recipe_of(stage, args)          # raises
-    if args.preset != "toy" and args.steps is None and not args.data:
+    if args.preset not in ("toy", "reader") and args.steps is None and not args.data:
         raise InputError(f"the recipe {args.preset} counts epochs, drawn pages have none: give "
                          "--data or --steps")
     if 1 in stages and not args.llm and not is_complete(1, args.out):
-        if args.preset != "toy":
+        if args.preset not in ("toy", "reader"):
             raise InputError(f"the recipe {args.preset} is for released weights: give stage 1 "
                              "--vision and --llm")
-        if not (start_of(1, args) / "config.json").exists():
+        if args.preset == "toy" and not (start_of(1, args) / "config.json").exists():
             stages = [0, *stages]       # the toy's LLM is pretrained, as a released one is
     return stages
 

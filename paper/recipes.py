@@ -33,7 +33,8 @@ class Recipe:
 
     eps: float = 1e-8
     lr_scale: dict[str, float] = field(default_factory=dict)    # by module, times lr
-    steps: int | None = None            # the toy draws its documents: it has steps, not epochs
+    steps: int | None = None            # drawn documents have steps, not epochs
+    bf16: bool = False                  # calculate in bf16 also on a CPU
 
 
 ALL = ("vision", "connector", "llm")
@@ -43,12 +44,20 @@ LATE = ("connector", "llm")             # stage 3 freezes the vision encoder
 # never an answer, for one, and W2 starts from that head. An eps of 1e-5 holds them back.
 TOY = Recipe(ALL, batch_size=16, row_tokens=8192, warmup=0.03, final_lr=0.1, eps=1e-5)
 
+READER = replace(TOY, row_tokens=12_288, bf16=True)
+
 RECIPES = {
     "toy": {
         0: replace(TOY, trainable=("llm",), lr=1.5e-3, steps=3000),
         1: replace(TOY, lr=1e-3, steps=200, lr_scale={"llm": 0.05}, warmup=0.1),
         2: replace(TOY, lr=1e-3, steps=300),
         3: replace(TOY, trainable=LATE, lr=5e-4, steps=900, final_lr=0.0),
+    },
+    # Stage 0 is reader.join's. Then single tiles read aloud, whole pages, and questions.
+    "reader": {
+        1: replace(READER, lr=1e-3, steps=1500, lr_scale={"vision": 0.2, "llm": 0.2}),
+        2: replace(READER, lr=7e-4, steps=3000),
+        3: replace(READER, trainable=LATE, lr=5e-4, steps=2000, final_lr=0.0),
     },
     "llama-3.2-1b": {
         1: Recipe(ALL),
