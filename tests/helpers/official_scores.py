@@ -97,7 +97,7 @@ def official_score(row: dict, name: str, vqa, table, vcr) -> float:
 def score_or_none(row: dict, name: str, modules) -> float | None:
     try:
         return round(official_score(row, name, *modules), 6)
-    except Exception:
+    except Exception:      # the official package raises whatever its code runs into
         return None
 
 
