@@ -42,13 +42,13 @@ from paper.recipes import RECIPES, Recipe, lr_share, positive, preset_for, recip
 from plumbing import fast
 from plumbing.examples import Turn
 from plumbing.logs import Step, StepLog
-from plumbing.processes import (gather_model, ignore_signals, name_stalled_rank, run_main,
-                                start_processes)
-from plumbing.runs import begin, check_recipe, is_complete, recorded
+from plumbing.processes import (gather_model, ignore_signals, name_stalled_rank, on_first_rank,
+                                run_main, start_processes)
+from plumbing.runs import begin, check_recipe, claim, is_complete, recorded, refuse_foreign
 from plumbing.settings import InputError
 from plumbing.states import States, drop_states, newest_state
 from plumbing.streams import (BAD_KINDS, Documents, Position, agree_on_position, check_bad_share,
-                              deal, full_spec, keep_good, steps_of)
+                              check_same_files, check_usable, deal, full_spec, keep_good, steps_of)
 from reader.join import make_stage0
 from reader.lessons import ReaderDocuments
 from toy.looks import LOOKS
@@ -268,7 +268,9 @@ class Progress:
     step: int = 0                                           # the next one
     position: Position = field(default_factory=Position)    # in the data
     bad: Counter = field(default_factory=Counter)           # samples by kind, and all "seen"
-    skipped: int = 0                                        # steps: loss or gradient not finite
+    learnt: int = 0                                         # steps: with something to learn from
+    skipped: int = 0                                        # of them: loss or gradient not finite
+    files: dict = field(default_factory=dict)               # of --data: path -> bytes
 
     def record(self) -> dict:
         """As JSON."""
@@ -306,7 +308,7 @@ def train_stage(stage: int, recipe: Recipe, model: AlignVLM, tokenizer: Tokenize
     recipe = with_steps(recipe, documents, args)
     optimizer = optimizer_of(model, recipe)
     states = States(folder, model, optimizer, args.timeout)
-    progress = Progress.of(states.load(state), state) if state else Progress()
+    progress = begin_or_resume(documents, states, state)
     steps = steps_of(loader_of(documents, progress.position, recipe.batch_size, args.workers))
     flops = functools.partial(step_flops, model.config, recipe.trainable)
     with StepLog(folder / "log.jsonl", stage, progress.step, recipe.steps, progress.skipped, device,
@@ -330,6 +332,7 @@ def train_stage(stage: int, recipe: Recipe, model: AlignVLM, tokenizer: Tokenize
             # Rows -> gradients -> weights.
             lr = learning_rate(progress.step, recipe)
             numbers, sent, counts = take_step(model, optimizer, rows, lr, recipe.clip, device)
+            progress.learnt += numbers is not None
 
             log.add(step_of(progress, lr, rows, counts, numbers, sent))
             progress.step += 1
@@ -348,7 +351,33 @@ def train_stage(stage: int, recipe: Recipe, model: AlignVLM, tokenizer: Tokenize
                 scores = evaluate_held_out(stage, model, tokenizer, held_out, recipe, args, device)
                 log.write(step=progress.step - 1, **scores)
         states.finish()
-    return is_over(progress, recipe, args.steps)
+    complete = is_over(progress, recipe, args.steps)
+    if complete:
+        check_learnt(stage, progress, args)
+    return complete
+
+
+def begin_or_resume(documents: Dataset, states: States, state: Path | None) -> Progress:
+    """The start of a stage, or how far it had come in the training state at `state`, whose weights
+    and moments the model and optimizer of `states` take over. Raises InputError, also where files
+    of --data are no longer what they were."""
+    files = documents.file_sizes() if isinstance(documents, Documents) else {}
+    if state is None:
+        return Progress(files=files)
+    progress = Progress.of(states.load(state), state)
+    check_same_files(progress.files, files)
+    return progress
+
+
+def check_learnt(stage: int, progress: Progress, args: argparse.Namespace) -> None:
+    """Raise InputError if too many of a stage's samples were bad, or no step moved the weights."""
+    check_bad_share(progress.bad, args.max_bad)
+    if progress.learnt <= progress.skipped:
+        folder = args.out / f"stage{stage}.partial"
+        raise InputError(
+            f"stage {stage} has learnt nothing: of its {progress.step} steps "
+            f"{progress.step - progress.learnt} had no token to learn from, and {progress.skipped} "
+            f"a loss or gradient that is not finite: delete {folder}, and look at --data")
 
 
 def open_documents(stage: int, recipe: Recipe, tokenizer: Tokenizer, config: AlignVLMConfig,
@@ -372,6 +401,7 @@ def open_documents(stage: int, recipe: Recipe, tokenizer: Tokenizer, config: Ali
     held_out = None
     if args.eval_data:
         held_out = Documents(args.eval_data, args.seed, make_sample, held_out=True)
+        check_usable(held_out, EVAL_SAMPLES)
     return Documents(args.data, args.seed, make_sample), held_out
 
 
@@ -421,7 +451,9 @@ def evaluate_held_out(stage: int, model: AlignVLM, tokenizer: Tokenizer, held_ou
     for row in rows:
         total += row_loss(model, row, device)
     dist.all_reduce(total)
-    scores = {"held_out_loss": total.item() / max(1, counts["supervised"])}
+    if counts["supervised"] == 0:
+        raise InputError("the held-out samples have no token to be judged by: look at --eval-data")
+    scores = {"held_out_loss": total.item() / counts["supervised"]}
     if args.preset == "toy" and stage > 1 and args.held_out:
         whole = gather_model(model)
         fast.use(whole)
@@ -440,34 +472,31 @@ def run_stage(stage: int, args: argparse.Namespace, device: torch.device) -> boo
     start = start_of(stage, args)
     folder, partial = args.out / f"stage{stage}", args.out / f"stage{stage}.partial"
     main_rank = dist.get_rank() == 0
-    complete = [is_complete(stage, args.out)]
-    dist.broadcast_object_list(complete)    # the first rank decides: others may see an older disk
-    if stage > 1 and not complete[0] and not (start / "config.json").exists():
+    complete = on_first_rank(lambda: is_complete(stage, args.out))
+    if stage > 1 and not complete and not (start / "config.json").exists():
         raise InputError(f"stage {stage} starts from stage {stage - 1}, and {args.out} has none: "
                          "train that first")
-    connector = connector_of(stage, folder if complete[0] else start, args)
+    connector = connector_of(stage, folder if complete else start, args)
     record = record_of(stage, recipe, connector, args)
-    if complete[0]:
+    if complete:
         check_recipe(folder, record)
         if main_rank:
             drop_states(folder)
             print(f"stage {stage} is complete in {folder} (delete it to train it again)")
         return True
 
+    on_first_rank(lambda: refuse_foreign(folder, partial))  # now, not after days of training
     model = build(stage, start, recipe, connector, args, device)
     # A tokenizer goes with its LLM: the released one's, or that of the folder from which the stage
     # starts. It is read before anything is written; stage 0 writes its own.
     vocab_size = model.config.llm.vocab_size
     tokenizer = Tokenizer(start, vocab_size) if stage > 0 else None
-    state = [None]
-    if main_rank:
-        record["start"] = recorded(start, "id") if stage > 0 else None
-        state = [begin(partial, record, model)]
-        if stage == 0:
-            write_toy_tokenizer(partial / "tokenizer.model")
-    dist.broadcast_object_list(state)
+    record["start"] = recorded(start, "id") if stage > 0 else None
+    state = on_first_rank(lambda: begin(partial, record, model))
+    if stage == 0:
+        on_first_rank(lambda: write_toy_tokenizer(partial / "tokenizer.model"))
     tokenizer = tokenizer or Tokenizer(partial, vocab_size)
-    if not train_stage(stage, recipe, model, tokenizer, state[0], args, device):
+    if not train_stage(stage, recipe, model, tokenizer, state, args, device):
         if main_rank:
             print(f"stage {stage} has stopped, its state is in {newest_state(partial)}: the same "
                   "command goes on")
@@ -528,9 +557,13 @@ def main() -> None:
     args.preset = args.preset or choose_preset(args)
     args.out = args.out or Path("out") / args.preset
     stages = stages_of(args)
-    if args.preset == "reader" and 1 in stages and not (args.out / "stage0").exists():
-        make_stage0(args.out, args.seed)
     device = start_processes(args.timeout)
+    on_first_rank(lambda: claim(args.out))
+    if args.preset == "reader" and 1 in stages and not (args.out / "stage0").exists():
+        if dist.get_world_size() > 1:
+            raise InputError(f"{args.out} has no stage0: python -m reader.join {args.out} makes "
+                             "it, in one process")
+        make_stage0(args.out, args.seed)
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, lambda *_: STOP.set())
     with name_stalled_rank(args.timeout):

@@ -11,7 +11,7 @@ import uuid
 from collections.abc import Callable, Iterator
 from datetime import timedelta
 from pathlib import Path
-from typing import NoReturn
+from typing import NoReturn, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -19,6 +19,8 @@ from safetensors import SafetensorError
 from torch import nn
 
 from plumbing.settings import InputError
+
+T = TypeVar("T")
 
 
 def keep_heap() -> None:
@@ -107,6 +109,24 @@ def name_stalled_rank(timeout: timedelta) -> Iterator[None]:
         except RuntimeError as absent:
             raise InputError(f"a rank has stalled or died: {str(absent).splitlines()[0]}") from None
         raise
+
+
+def on_first_rank(work: Callable[[], T]) -> T:
+    """What `work` returns on the first rank, on every rank: others may see an older disk. It can be
+    pickled. Every rank calls this.
+
+    Raises InputError on all ranks where `work` raises it, or OSError.
+    """
+    result = [None, None]       # what it returned, or why it failed
+    if dist.get_rank() == 0:
+        try:
+            result[0] = work()
+        except (InputError, OSError) as error:
+            result[1] = str(error)
+    dist.broadcast_object_list(result)
+    if result[1] is not None:
+        raise InputError(result[1])
+    return result[0]
 
 
 def gather_model(model: nn.Module) -> nn.Module:

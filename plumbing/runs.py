@@ -3,11 +3,17 @@
     OUT/stage2              is complete: a model folder, its log and recipe
     OUT/stage2.partial      holds one that is not, and its training states (plumbing/states.py)
 
+    OUT/.lock               is held by the run that is at work in OUT
+
 recipe.json holds what a stage was trained with, an id of that training, and the id of the one it
 started from.
 """
+import errno
 import json
+import os
 import shutil
+import socket
+import sys
 import uuid
 from pathlib import Path
 
@@ -16,6 +22,35 @@ from torch import nn
 from plumbing.files import write_text
 from plumbing.settings import InputError, read_json
 from plumbing.states import check_room, newest_state
+from plumbing.weights import why_not
+
+
+def claim(out: Path) -> None:
+    """Make the folder `out`, and keep it for this process until that ends, however it does: two
+    runs in one folder would delete each other's states. Raises InputError where another has it.
+
+    The lock is POSIX's, which loading processes do not inherit, and which NFS knows.
+    """
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+        lock = os.open(out / ".lock", os.O_RDWR | os.O_CREAT, 0o666)    # open as long as we live
+    except OSError as error:
+        raise InputError(f"--out {out}: {error.strerror}") from None
+    if sys.platform == "win32":         # it has no such lock
+        return
+    import fcntl
+    try:
+        fcntl.lockf(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as error:
+        if error.errno in (errno.EACCES, errno.EAGAIN):
+            owner = os.pread(lock, 200, 0).decode(errors="replace") or "another process"
+            raise InputError(f"{out}: {owner} trains in this folder: wait for it, or take another "
+                             "--out") from None
+        print(f"{out} cannot be locked here ({error.strerror}): start no second run in it",
+              file=sys.stderr)
+        return
+    os.ftruncate(lock, 0)
+    os.pwrite(lock, f"process {os.getpid()} on {socket.gethostname()}".encode(), 0)
 
 
 def recorded(folder: Path, key: str, default=None):
@@ -34,6 +69,14 @@ def is_complete(stage: int, out: Path) -> bool:
         return False
     before = recorded(out / f"stage{stage - 1}", "id")      # None: released weights
     return before is None or recorded(folder, "start", before) == before
+
+
+def refuse_foreign(folder: Path, partial: Path) -> None:
+    """Raise InputError if a stage's model could not be saved in `folder`, by way of `partial`,
+    because something else is there."""
+    why = why_not(folder, partial)
+    if why:
+        raise InputError(why)
 
 
 def check_recipe(folder: Path, recipe: dict) -> None:

@@ -12,6 +12,7 @@ neither the number of ranks nor that of loading processes matters. In the place 
 cannot be used stands a Bad one. What a sample is, `prepare` says; nothing here knows of tokens.
 """
 import functools
+import itertools
 import mmap
 import os
 import re
@@ -300,6 +301,11 @@ class Documents(Dataset):
                 yield None, Position(epoch, list(taken), list(places))
             # else: it has been through less often than the one that makes the epochs, and goes on
 
+    def file_sizes(self) -> dict[str, int]:
+        """path -> bytes of all files, on which the order of the samples depends."""
+        files = [file for data_set in self.sets for _, file, kind in data_set.files if kind]
+        return {os.path.realpath(file): file.stat().st_size for file in files}
+
     def epoch_samples(self) -> int:
         """About how many samples an epoch has."""
         rounds = min(data_set.estimate() / weight
@@ -381,6 +387,34 @@ def keep_good(samples: list[Sample | Bad], documents: Documents,
     dist.all_reduce(totals)
     counts.update(dict(zip(["seen", *BAD_KINDS], totals.tolist())))
     return good
+
+
+def check_usable(documents: Documents, n: int) -> None:
+    """Raise InputError if not one of the first n samples, or of an epoch's, can be used. It reads
+    until one can."""
+    references = []
+    for reference, _ in itertools.islice(documents.draws(Position()), n):
+        if reference is None:
+            break
+        references.append(reference)
+    for reference in references:
+        sample = documents[reference]
+        if not isinstance(sample, Bad):
+            return
+    raise InputError(f"{documents.where(sample)}: {sample.kind} ({sample.why}), and so are all of "
+                     f"the first {len(references)} samples: none can be used")
+
+
+def check_same_files(before: dict[str, int], now: dict[str, int]) -> None:
+    """Raise InputError if the files of --data are not those of `before`: the samples would go on
+    in another order, some twice and some never. Both: Documents.file_sizes's."""
+    for path in sorted(before.keys() | now.keys()):
+        if before.get(path) == now.get(path):
+            continue
+        was, has = (f"{sizes[path]:,} bytes" if path in sizes else "no such file"
+                    for sizes in (before, now))
+        raise InputError(f"{path}: {has} now, and {was} when the training state was written: put "
+                         "back what was there, or begin the stage anew in another --out")
 
 
 def check_bad_share(counts: Counter, max_bad: float) -> None:

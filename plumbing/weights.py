@@ -262,9 +262,9 @@ def save(model: nn.Module, config: dict, folder: Path, tokenizer_file: Path, dty
         dist.barrier()
 
 
-def why_not(folder: Path, partial: Path, tokenizer_file: Path) -> str | None:
+def why_not(folder: Path, partial: Path, tokenizer_file: Path | None = None) -> str | None:
     """Why a model cannot be saved in `folder`, in a line; None if it can."""
-    if not tokenizer_file.is_file():
+    if tokenizer_file and not tokenizer_file.is_file():
         return f"{tokenizer_file}: the tokenizer's file is no such file"
     for path in (folder, partial):
         if path.exists() and not path.is_dir():

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 
 from plumbing.processes import run_main
+from plumbing.runs import claim
 from reader.drawing import N_CLASSES, SLOTS
 from reader.quick import quicken
 from reader.scraps import lesson
@@ -90,7 +91,7 @@ def train(args) -> None:
                                                                     SLOTS * N_CLASSES)})
     params = list(modules.parameters())
     optimizer = torch.optim.AdamW(params, betas=(0.9, 0.98), weight_decay=0.05, fused=True)
-    args.out.mkdir(parents=True, exist_ok=True)
+    claim(args.out)
     state, step, minutes = args.out / "state.safetensors", 0, 0.0
     if state.exists():
         record = load_state(state, modules, optimizer)

@@ -15,6 +15,7 @@ from torch.utils.data import DataLoader
 from data import Tokenizer
 from model import IGNORE, IMAGE, Llama, LlamaConfig
 from plumbing.processes import run_main
+from plumbing.runs import claim
 from reader.encoder import CONFIG as VISION
 from reader.lessons import LaidOut, write_tokenizer
 from reader.quick import quicken
@@ -88,7 +89,7 @@ def read_aloud(llm: Llama, tokenizer: Tokenizer, batch: tuple,
 def train(args) -> None:
     torch.manual_seed(args.seed)
     torch.set_num_threads(args.threads)
-    args.out.mkdir(parents=True, exist_ok=True)
+    claim(args.out)
     write_tokenizer(args.out / "tokenizer.model")
     tokenizer = Tokenizer(args.out)
     llm = Llama(llm_config(tokenizer))

@@ -157,7 +157,7 @@ def test_each_format_trains(written, started, tmp_path, name, stage):
     out = from_stage(started, stage, tmp_path)
     path, _ = written[name]
     train("--stage", stage, "--data", path, "--steps", 2, "--batch-size", 4, "--held-out", 0,
-          "--out", out)
+          "--max-bad", 0.2, "--out", out)       # one of the tars' eight is bad
     losses = [line["loss"] for line in stage_log(out, stage)]
     assert len(losses) == 2 and np.isfinite(losses).all() and losses[0] != losses[1]
 
@@ -219,12 +219,15 @@ def test_steps_beyond_an_epoch_go_on_where_they_stopped(started, tmp_path):
 
 
 def test_a_step_of_nothing_but_bad_samples_is_survived(started, tmp_path):
-    """All ranks run on: the counts stand in the log, the weights stay."""
-    write_lines(tmp_path / "train.jsonl", [{"text": "other keys"}] * 4)
+    """All ranks run on: the counts stand in the log. Two good samples are in two steps at most."""
+    rows = [{"text": "other keys"}] * 6 + [{"messages": messages(("?", "!"))}] * 2
+    write_lines(tmp_path / "train.jsonl", rows)
     out = from_stage(started, 3, tmp_path / "out")
-    train("--stage", 3, "--data", tmp_path, "--batch-size", 2, "--steps", 1, "--held-out", 0,
+    train("--stage", 3, "--data", tmp_path, "--batch-size", 2, "--steps", 4, "--held-out", 0,
           "--max-bad", 1, "--out", out)
-    assert stage_log(out, 3)[0]["bad"] == {"missing field": 2}
+    log = stage_log(out, 3)
+    assert log[-1]["bad"] == {"missing field": 6}
+    assert sum(line["loss"] is None for line in log) >= 2
 
 
 @pytest.mark.parametrize("content, flags, word", [

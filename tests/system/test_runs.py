@@ -1,0 +1,158 @@
+"""A run's folder is its own, what is not of the run is left alone, and who learns nothing fails."""
+import json
+import random
+import re
+import shutil
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from conftest import losses, run, start, torchrun
+
+
+def train(out: Path, *more) -> list:
+    return ["train.py", "--stage", 2, "--batch-size", 4, "--held-out", 0, "--out", out, *more]
+
+
+@pytest.fixture
+def out(stage1, tmp_path):
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "stage1").symlink_to(stage1)
+    return tmp_path / "out"
+
+
+def last_line(done) -> str:
+    """The line by which train.py said no; no traceback before it."""
+    assert "Traceback" not in done.stderr
+    return next(line for line in done.stderr.splitlines() if line.startswith("train.py: "))
+
+
+def check_refused(process, out: Path) -> None:
+    error = process.communicate(timeout=60)[1]
+    assert process.returncode == 2, error
+    assert re.search(rf"train.py: {out}: process \d+ on \S+ trains in this folder: ", error), error
+
+
+def check_equal(folder: Path, alone: Path) -> None:
+    assert losses(folder) == losses(alone)
+    got, expected = (load_file(path / "model.safetensors") for path in (folder, alone))
+    assert all(torch.equal(got[name], expected[name]) for name in expected)
+
+
+def test_a_second_run_in_the_folder_ends_at_once_and_the_first_is_as_alone(stage1, out, tmp_path):
+    """At five random moments of its run (before this was committed: at twenty)."""
+    alone = tmp_path / "alone"
+    alone.mkdir()
+    (alone / "stage1").symlink_to(stage1)
+    command = ["--steps", 25, "--save-every", 2]
+    run(*train(alone, *command))
+    first = start(*train(out, *command))
+    rng = random.Random(0)
+    until = time.time() + 60
+    while not (out / "stage2.partial" / "log.jsonl").exists():
+        assert first.poll() is None and time.time() < until
+        time.sleep(0.02)
+    for _ in range(5):
+        time.sleep(rng.random())
+        if first.poll() is not None:
+            break
+        check_refused(start(*train(out, *command)), out)
+    assert first.communicate(timeout=120) and first.returncode == 0
+    check_equal(out / "stage2", alone / "stage2")
+
+
+def test_of_two_that_start_together_one_trains(stage1, out, tmp_path):
+    """The lock goes with the process: after both, a third goes on."""
+    pair = [start(*train(out, "--steps", 4)) for _ in range(2)]
+    errors = [process.communicate(timeout=120)[1] for process in pair]
+    assert sorted(process.returncode for process in pair) == [0, 2], errors
+    assert len(losses(out / "stage2")) == 4
+    assert "is complete" in run(*train(out, "--steps", 4)).stdout
+
+
+def test_two_processes_of_one_run_share_the_folder(out):
+    torchrun(2, *train(out, "--steps", 2))
+    assert len(losses(out / "stage2")) == 2
+
+
+@pytest.mark.parametrize("name", ["stage2", "stage2.partial"])
+def test_a_folder_of_the_users_is_refused_before_the_training_and_stays(out, name):
+    (out / name).mkdir()
+    (out / name / "thesis.tex").write_text("years")
+    line = last_line(run(*train(out, "--steps", 1), code=2))
+    assert str(out / name) in line and "not a model's folder of ours" in line
+    assert (out / name / "thesis.tex").read_text() == "years"
+    assert not (out / "stage2.partial" / "log.jsonl").exists()
+
+
+# --------------------------------------------------------------------------------------------------
+# Data
+
+
+def lines_of(n: int, **more) -> str:
+    rows = [{"messages": [{"role": "user", "content": f"say {i}"},
+                          {"role": "assistant", "content": f"{i}!"}], **more} for i in range(n)]
+    return "".join(json.dumps(row) + "\n" for row in rows)
+
+
+def grown(path: Path) -> None:
+    path.write_text(path.read_text() + lines_of(1))
+
+
+def shrunken(path: Path) -> None:
+    path.write_text(path.read_text()[:-20])
+
+
+def gone(path: Path) -> None:
+    path.unlink()
+
+
+def joined(path: Path) -> None:
+    (path.parent / "more.jsonl").write_text(lines_of(3))
+
+
+@pytest.mark.parametrize("change, named", [
+    (grown, "a.jsonl"), (shrunken, "a.jsonl"), (gone, "a.jsonl"), (joined, "more.jsonl")])
+def test_data_that_changed_under_a_stopped_stage_is_named(out, tmp_path, change, named):
+    """Put back, the stage goes on."""
+    data = tmp_path / "data"
+    data.mkdir()
+    (data / "a.jsonl").write_text(lines_of(8))
+    (data / "b.jsonl").write_text(lines_of(8))
+    command = train(out, "--data", data, "--steps", 4)
+    run(*command, "--max-steps", 2)
+    shutil.copytree(data, tmp_path / "copy")
+    change(data / "a.jsonl")
+    line = last_line(run(*command, code=2))
+    assert str(data / named) in line and "when the training state was written" in line
+    assert (out / "stage2.partial" / "step-00000002").exists()
+    shutil.rmtree(data)
+    (tmp_path / "copy").rename(data)
+    run(*command)
+    assert len(losses(out / "stage2")) == 4
+
+
+@pytest.mark.parametrize("rows, flags, why", [
+    (lines_of(20, images=["gone.png"]), ["--steps", 3], "12 of 12 samples were bad"),
+    (lines_of(20, images=["gone.png"]), ["--steps", 3, "--max-bad", 1], "learnt nothing: of its 3"),
+    (lines_of(20, images=["gone.png"]), ["--epochs", 1], "20 of 20 samples were bad"),
+    (lines_of(20), ["--steps", 2, "--lr-scale", "llm=0"], "learnt nothing: of its 2")])
+def test_a_stage_that_learnt_nothing_has_failed(out, tmp_path, rows, flags, why):
+    (tmp_path / "rows.jsonl").write_text(rows)
+    command = train(out, "--data", tmp_path / "rows.jsonl", *flags)
+    for _ in range(2):          # and it stays so
+        assert why in last_line(run(*command, code=2))
+    assert not (out / "stage2").exists()
+
+
+def test_held_out_data_that_measures_nothing_is_said_before_the_first_step(out, tmp_path):
+    (tmp_path / "rows.jsonl").write_text(lines_of(8))
+    (tmp_path / "held.jsonl").write_text(lines_of(8, images=["gone.png"]))
+    line = last_line(run(*train(out, "--data", tmp_path / "rows.jsonl", "--steps", 2,
+                                "--eval-every", 1, "--eval-data", tmp_path / "held.jsonl"),
+                         code=2))
+    assert "held.jsonl" in line and "all of the first 8 samples" in line
+    assert not (out / "stage2.partial" / "log.jsonl").exists()
