@@ -65,7 +65,8 @@ def test_it_says_how_to_ask_what_it_has_trained(trained, tmp_path):
 
 def test_every_stage_leaves_a_complete_folder(trained):
     out, _ = trained
-    assert sorted(path.name for path in out.iterdir()) == ["stage0", "stage1", "stage2", "stage3"]
+    assert sorted(path.name for path in out.iterdir()) == [".lock", "stage0", "stage1", "stage2",
+                                                           "stage3"]
     for stage in range(4):
         folder = out / f"stage{stage}"
         names = {path.name for path in folder.iterdir()} - {"held_out.json"}
