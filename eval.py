@@ -28,8 +28,8 @@ from tqdm import tqdm
 
 from data import READ, Tokenizer
 from model import AlignVLM
-from paper.benchmarks import TOYS, Benchmark, open_benchmark
-from paper.metrics import METRICS, edit_distance
+from paper.benchmarks import READERS, TOYS, Benchmark, open_benchmark
+from paper.metrics import METRICS
 from paper.noise import STD_PAGES, feature_std, noise_on
 from paper.patch_tokens import summary_line, vocab_report
 from paper.predictions import begin_predictions, join_predictions
@@ -39,6 +39,7 @@ from plumbing.files import write_text
 from plumbing.logs import open_log
 from plumbing.processes import name_stalled_rank, run_main, start_processes
 from plumbing.settings import InputError, read_json
+from plumbing.texts import edit_distance
 from sample import SHIPPED, answer, default_model
 from toy.looks import draw
 from toy.pages import KINDS, PAGES, held_out_documents
@@ -106,13 +107,19 @@ def evaluate_benchmark(model: AlignVLM, tokenizer: Tokenizer, benchmark: Benchma
     benchmark = replace(benchmark, rows=benchmark.rows[:args.limit],
                         prompts=benchmark.prompts[:args.limit])
     settings = {"weights": weights, "benchmark": benchmark.name, "limit": args.limit,
-                "max_new_tokens": args.max_new_tokens, "max_tiles": args.max_tiles, "noise": 0.0}
+                "max_new_tokens": args.max_new_tokens or longest_answer(benchmark.name),
+                "max_tiles": args.max_tiles, "noise": 0.0}
     stem = str(args.out / benchmark.name)
     rows = predict(model, tokenizer, benchmark, stem, settings, args.batch_size)
     metric = METRICS[benchmark.name]
     scores = metric(rows) if rows else {}
     intervals = metric.intervals(rows) if rows else {}
     return scores, intervals, evaluate_with_noise(model, tokenizer, benchmark, settings, args)
+
+
+def longest_answer(benchmark: str) -> int:
+    """In tokens, which are the reader's characters: a page of print is read aloud."""
+    return 1500 if benchmark in READERS else 256
 
 
 def evaluate_with_noise(model: AlignVLM, tokenizer: Tokenizer, benchmark: Benchmark,
@@ -215,7 +222,8 @@ def parse_args() -> argparse.Namespace:
     add = parser.add_argument
     add("--benchmark", nargs="+", default=["toy"], metavar="[NAME=]PATH", help="benchmarks as "
         "VLMEvalKit (TSV), DocDownstream (JSONL) or VCR-wiki (parquet) have them; drawn documents, "
-        f"200 or as many as one likes: {', '.join(TOYS)}, toy=N (default: toy)")
+        f"200 or as many as one likes: {', '.join(TOYS)}, toy=N; pages of print: "
+        f"{', '.join(READERS)} (default: toy)")
     add("--checkpoint", type=Path, help="model folder (default: the newest under out/, or else the "
         "shipped one)")
     add("--out", type=Path, help="where predictions, table.md and scores.json go (default: "
@@ -227,7 +235,8 @@ def parse_args() -> argparse.Namespace:
         "all)")
     add("--batch-size", type=int, default=16, help="samples answered together by a process "
         "(default: %(default)s)")
-    add("--max-new-tokens", type=int, default=256, help="longest answer (default: %(default)s)")
+    add("--max-new-tokens", type=int, help="longest answer (default: 256; of pages read aloud "
+        "1500)")
     add("--max-tiles", type=int, default=9, help="tiles a page is cut into at most (default: "
         "%(default)s)")
     noise = parser.add_mutually_exclusive_group()

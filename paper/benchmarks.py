@@ -9,6 +9,8 @@
     toy, toy-hard=1000, toy-reports     held-out drawn documents: clean, in another look of
                                     toy/looks.py, or hard pages of four to nine tiles; 200, or as
                                     many as one likes
+    reader-pages, reader-drawn      pages of print, each read aloud and asked about: 25 that other
+                                    programs set (reader/printed), and 200 held-out drawn ones
 
 NAME= may be left out where the name of the file, or of a folder above it, tells. A benchmark is
 read whole or not at all: a damaged row is an error, since scores over what is left would be those
@@ -28,6 +30,7 @@ from pathlib import Path
 
 from PIL import Image
 
+from data import READ
 from plumbing.examples import IMAGE, BadSample
 from plumbing.folders import is_foreign, is_inside
 from plumbing.formats import (MAX_RECORD, VCR_PROMPT, parquet_example, read_parquet,
@@ -56,6 +59,9 @@ TABLE_VQA_SPLITS = ["fintabnetqa", "vtabfact", "vwtq", "vwtq_syn"]
 # The toy's: how their pages look, and of which kinds they are.
 TOYS = {"toy" if look == "clean" else f"toy-{look}": (look, KINDS) for look in LOOKS}
 TOYS["toy-reports"] = ("hard", ["report"])
+# The reader's: folders of pages with a questions.jsonl.
+READER = Path(__file__).resolve().parents[1] / "reader"
+READERS = {"reader-pages": READER / "printed", "reader-drawn": READER / "held-out"}
 # An `image` cell that has no more characters is the index of the row whose image it shares.
 REFERENCE = 64
 # Said by a row whose file is scored by DUE (paper/metrics.py).
@@ -86,12 +92,14 @@ def open_benchmark(spec: str) -> Benchmark:
     name, equals, rest = spec.partition("=")
     if name in TOYS:
         return toy_benchmark(name, rest if equals else "200")
+    if spec in READERS:
+        return reader_benchmark(spec, READERS[spec])
     if Path(spec).exists() or not rest:
         name, path = name_of(spec), Path(spec)
     elif name in FILE_NAMES:
         path = Path(rest)
     else:
-        known = ", ".join([*FILE_NAMES, *TOYS])
+        known = ", ".join([*FILE_NAMES, *TOYS, *READERS])
         raise InputError(f"{spec}: no benchmark is called {name}; there are {known}")
     try:
         if path.suffix == ".tsv":
@@ -121,7 +129,7 @@ def name_of(path: str) -> str:
             if re.search(pattern, letters):
                 return name
     raise InputError(f"{path}: its name tells no benchmark: say NAME={path}, with one of "
-                     f"{', '.join(FILE_NAMES)}, or {', '.join(TOYS)}")
+                     f"{', '.join(FILE_NAMES)}, or {', '.join([*TOYS, *READERS])}")
 
 
 def row_of(index, question: str, answers: list[str], split: str | None = None) -> dict:
@@ -475,3 +483,44 @@ def toy_benchmark(name: str, number: str) -> Benchmark:
         return [draw(page, look)]
 
     return Benchmark(name, rows, [row["question"] for row in rows], images)
+
+
+# -------------------------------------------------------------------------------------------------
+# The reader
+
+
+def reader_benchmark(name: str, folder: Path) -> Benchmark:
+    """The pages of a folder, each read aloud, and then asked about if it has a question."""
+    rows, files = [], []
+    for page in folder_pages(folder):
+        asks = [(READ, page["text"])]
+        if page["prompt"] != READ:
+            asks.append((page["prompt"], page["answer"]))
+        for prompt, gold in asks:
+            rows.append(row_of(len(rows), prompt, [gold], page["kind"]))
+            files.append(folder / page["image"])
+
+    def images(i: int) -> list[Image.Image]:
+        try:
+            return [read_image(files[i])]
+        except ImageError as error:
+            raise InputError(str(error)) from None
+
+    return Benchmark(name, rows, [row["question"] for row in rows], images)
+
+
+def folder_pages(folder: Path) -> list[dict]:
+    """The lines of a folder's questions.jsonl: image, kind, text, prompt and answer of each.
+    Raises InputError."""
+    path = folder / "questions.jsonl"
+    keys = {"image", "kind", "text", "prompt", "answer"}
+    try:
+        pages = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+    except OSError as error:
+        raise InputError(f"{path}: {error.strerror}") from None
+    except ValueError as error:
+        raise InputError(f"{path}: not JSON, line by line ({error})") from None
+    for number, page in enumerate(pages, 1):
+        if not isinstance(page, dict) or not keys <= page.keys():
+            raise InputError(f"{path}, line {number}: {', '.join(sorted(keys))} are needed")
+    return pages

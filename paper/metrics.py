@@ -19,7 +19,10 @@ from difflib import SequenceMatcher
 
 import numpy as np
 
-from paper.benchmarks import DUE, TOYS
+from data import READ
+from paper.benchmarks import DUE, READERS, TOYS
+from plumbing.texts import edit_distance
+from reader.pages import KINDS as PAGE_KINDS
 
 RESAMPLES = 1000
 Scores = dict[str, float]
@@ -130,12 +133,33 @@ def ratio(sums: np.ndarray, i: int) -> np.ndarray:
 
 
 # -------------------------------------------------------------------------------------------------
-# The toy, TabFact
+# The toy, the reader, TabFact
 
 
 def exact_match(prediction: str, answers: list[str]) -> float:
     """The toy: 1 if the prediction is one of the golds, white space around them aside, else 0."""
     return float(prediction.strip() in [gold.strip() for gold in answers])
+
+
+def reader_counts(row: dict) -> list[float]:
+    """Right and all answers, wrong and all characters read aloud: first of all kinds of page, then
+    of the row's own. White space is one space."""
+    gold, prediction = (" ".join(text.split()) for text in (row["answers"][0], row["prediction"]))
+    counts = [float(prediction == gold), 1, 0, 0]
+    if row["question"] == READ:
+        counts = [0, 0, edit_distance(prediction, gold), len(gold)]
+    kinds = [counts if kind == row["split"] else [0, 0, 0, 0] for kind in PAGE_KINDS]
+    return sum(kinds, counts)
+
+
+def reader_scores(sums: np.ndarray) -> dict[str, np.ndarray]:
+    """The reader: exact matches of answers, and wrong characters by all; of each kind of page
+    too."""
+    scores = {}
+    for i, kind in enumerate(["", *PAGE_KINDS]):
+        scores[f"exact_match {kind}".strip()] = ratio(sums, 4 * i)
+        scores[f"character_errors {kind}".strip()] = ratio(sums, 4 * i + 2)
+    return scores
 
 
 def tabfact(prediction: str, answers: list[str]) -> float:
@@ -153,22 +177,6 @@ def without_line_ends(text: str) -> str:
 
 # -------------------------------------------------------------------------------------------------
 # DocVQA, InfoVQA
-
-
-def edit_distance(a: str, b: str) -> int:
-    """Levenshtein distance, in characters.
-
-    These are the fewest insertions, deletions and substitutions that make b of a.
-    """
-    row = list(range(len(b) + 1))       # from a's first i characters to b's first j
-    for i, x in enumerate(a, 1):
-        diagonal = row[0]
-        row[0] = i
-        for j, y in enumerate(b, 1):
-            above = row[j]
-            row[j] = min(above + 1, row[j - 1] + 1, diagonal + (x != y))
-            diagonal = above
-    return row[-1]
 
 
 def anls(prediction: str, answers: list[str]) -> float:
@@ -633,4 +641,5 @@ METRICS: dict[str, Metric] = {
     "VCR-easy": Metric(4, vcr_counts, vcr_scores),
     "VCR-hard": Metric(4, vcr_counts, vcr_scores),
     **dict.fromkeys(TOYS, averaged("exact_match", exact_match)),
+    **dict.fromkeys(READERS, Metric(4 * (1 + len(PAGE_KINDS)), reader_counts, reader_scores)),
 }

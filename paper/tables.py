@@ -8,7 +8,7 @@ import json
 import math
 from pathlib import Path
 
-from paper.benchmarks import TOYS
+from paper.benchmarks import READERS, TOYS
 from paper.metrics import METRICS
 from paper.predictions import read_predictions
 from plumbing.files import write_text
@@ -81,7 +81,7 @@ def score_tables(scores: dict[str, float], model: str) -> str:
         rows = [[name, *values] for name, values in VCR.items()]
         header = ["Model", "VCR easy, exact match", "VCR hard, exact match"]
         tables.append(markdown(header, [*rows, [ours, *vcr]]))
-    toys = [name for name in TOYS if name in scores]
+    toys = [name for name in [*TOYS, *READERS] if name in scores]
     if toys:
         row = [ours, *(scores[name] for name in toys)]
         tables.append(markdown(["Model", *toys], [row]))
@@ -163,7 +163,7 @@ def show(results: dict, out: Path | None) -> None:
     for name, of_name in results["scores"].items():
         intervals = results["intervals"][name]
         values = " ".join(score_text(key, value, intervals[key])
-                          for key, value in of_name.items())
+                          for key, value in of_name.items() if not math.isnan(value))
         print(f"{name}: {values}")
     print("\n" + text, end="")
     if out:

@@ -44,8 +44,8 @@ def claim(out: Path) -> None:
     except OSError as error:
         if error.errno in (errno.EACCES, errno.EAGAIN):
             owner = os.pread(lock, 200, 0).decode(errors="replace") or "another process"
-            raise InputError(f"{out}: {owner} trains in this folder: wait for it, or take another "
-                             "--out") from None
+            raise InputError(f"{out}: {owner} is at work in this folder: wait for it, or take "
+                             "another --out") from None
         print(f"{out} cannot be locked here ({error.strerror}): start no second run in it",
               file=sys.stderr)
         return

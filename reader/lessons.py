@@ -110,7 +110,7 @@ class LaidOut(Dataset):
 
     def __getitem__(self, step: int) -> tuple[Tensor, Tensor, Tensor, Tensor, list[int]]:
         rng = random.Random(f"{self.seed}/text/{self.split}/{step}")
-        single = rng.random() < (1 if step < 1000 else 0.5)
+        single = rng.random() < (1 if step < 1000 else 0.85)
         samples, size = [], 0
         while size < self.budget:
             samples.append(self.sample(rng, step, single))
@@ -125,9 +125,9 @@ class LaidOut(Dataset):
         if single and rng.random() < (0.85 if step < 1000 else 0.2):
             rows = classes.reshape(self.config.patches_per_side, -1, SLOTS)     # (16, 16, SLOTS)
             classes = rows[(rows != BLANK).any((1, 2))]                         # (rows, 16, SLOTS)
-        doubt = 0.0 if rng.random() < 0.5 else rng.random()
+        doubt = 0.0 if rng.random() < 0.6 else 0.5 * rng.random()
         ids, weights = mixtures(rng, classes.reshape(-1, SLOTS), self.tokens, doubt)
-        asking = 0.0 if step < 900 else 0.3
+        asking = 0.1 if step < 3000 else 0.3                        # first it learns to read
         turns = turns_about(rng, page, 1 - 2 * asking, asking)
         return (*encode_chat(turns, self.tokenizer, [len(ids)]), ids, weights)
 

@@ -16,10 +16,10 @@ from data import Tokenizer
 from model import IGNORE, IMAGE, Llama, LlamaConfig
 from plumbing.processes import run_main
 from plumbing.runs import claim
+from plumbing.texts import edit_distance
 from reader.encoder import CONFIG as VISION
 from reader.lessons import LaidOut, write_tokenizer
 from reader.quick import quicken
-from reader.score import distance
 from reader.states import Log, learning_rate, load_state, save_state
 
 
@@ -59,7 +59,7 @@ def scores_on(llm: Llama, tokenizer: Tokenizer, batches: dict[str, list]) -> dic
             right.append(logits.argmax(-1) == gold)
         scores[name] = torch.cat(right).float().mean().item()
         read, golds = read_aloud(llm, tokenizer, some[0])
-        wrong = sum(distance(a, b) for a, b in zip(read, golds))
+        wrong = sum(edit_distance(a, b) for a, b in zip(read, golds))
         scores[f"{name}_errors"] = wrong / sum(map(len, golds))
         print(repr(golds[0][:90]), "read as", repr(read[0][:90]), flush=True)
     return scores

@@ -4,15 +4,17 @@ import time
 
 import pytest
 
-from paper.metrics import (METRICS, anls, denotation, due_anls, edit_distance, exact_match,
-                           financial, relaxed_accuracy, tabfact, true_or_false, vqa_accuracy,
-                           vqa_normalise, wtq_normalise)
+from paper.metrics import (METRICS, anls, denotation, due_anls, exact_match, financial,
+                           relaxed_accuracy, tabfact, true_or_false, vqa_accuracy, vqa_normalise,
+                           wtq_normalise)
+from plumbing.texts import edit_distance
 
 HEADLINES = {"DocVQA": "anls", "InfoVQA": "anls", "DeepForm": "f1", "KLC": "f1", "WTQ": "accuracy",
              "TabFact": "accuracy", "ChartQA": "relaxed_accuracy", "TextVQA": "vqa_accuracy",
              "TableVQABench": "accuracy", "VCR-easy": "exact_match", "VCR-hard": "exact_match",
              **dict.fromkeys(["toy", "toy-hard", "toy-bitmap", "toy-proportional", "toy-scan",
-                              "toy-photo", "toy-reports"], "exact_match")}
+                              "toy-photo", "toy-reports", "reader-pages", "reader-drawn"],
+                             "exact_match")}
 
 
 def row(prediction, *answers, split=None):

@@ -4,7 +4,9 @@ import random
 import numpy as np
 import pytest
 
-from data import Tokenizer
+from data import READ, Tokenizer
+from paper.benchmarks import folder_pages, open_benchmark
+from paper.metrics import METRICS
 from plumbing.settings import InputError
 from reader import words
 from reader.drawing import CHARACTERS, CLASS, SMUDGE, Page
@@ -90,3 +92,35 @@ def test_type_that_tiles_cannot_show_is_a_smudge():
     assert len(classes) == len(tile_boxes(page.width, page.height, CONFIG)) > 1
     whole, tiles = classes[0, :, 0], classes[1:, :, 0]
     assert (whole == SMUDGE).any() and (tiles > SMUDGE).sum() > (tiles == SMUDGE).sum()
+
+
+def test_pages_by_others_are_scored_aloud_and_asked():
+    benchmark = open_benchmark("reader-pages")
+    assert len(benchmark.rows) == 50 and len(benchmark.images(0)) == 1
+    assert {row["split"] for row in benchmark.rows} <= set(KINDS)
+    right = [{**row, "prediction": row["answers"][0]} for row in benchmark.rows]
+    scores = METRICS["reader-pages"](right)
+    assert scores["exact_match"] == 1 and scores["character_errors"] == 0
+    assert scores["exact_match letter"] == 1 and np.isnan(scores["exact_match notes"])
+
+
+def test_characters_are_counted_over_all_pages_and_answers_by_the_whole():
+    def row(question: str, gold: str, prediction: str, kind: str) -> dict:
+        return {"question": question, "answers": [gold], "prediction": prediction, "split": kind}
+
+    rows = [row(READ, "Rye loaf\n6.50", "Rye  loaf 6.5O ", "receipt"),      # 1 of 13
+            row(READ, "a" * 27, "", "letter"),                              # 27 of 27
+            row("what is the total?", "6.50", "6.5", "receipt"),
+            row("who signed?", "Ann  Lee", "Ann Lee\n", "letter")]
+    scores = METRICS["reader-pages"](rows)
+    assert scores["character_errors"] == 28 / 40 and scores["exact_match"] == 0.5
+    assert scores["character_errors receipt"] == 1 / 13 and scores["exact_match receipt"] == 0
+    low, high = METRICS["reader-pages"].intervals(rows)["character_errors"]
+    assert low < 28 / 40 < high
+
+
+@pytest.mark.parametrize("line", ["[]", "{}", "{", '{"image": "a.png", "text": "a"}'])
+def test_a_damaged_folder_of_pages_is_named(tmp_path, line):
+    (tmp_path / "questions.jsonl").write_text(line + "\n")
+    with pytest.raises(InputError, match="questions.jsonl"):
+        folder_pages(tmp_path)

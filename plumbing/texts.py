@@ -1,0 +1,17 @@
+"""Two texts compared."""
+
+
+def edit_distance(a: str, b: str) -> int:
+    """Levenshtein distance, in characters.
+
+    These are the fewest insertions, deletions and substitutions that make b of a.
+    """
+    row = list(range(len(b) + 1))       # from a's first i characters to b's first j
+    for i, x in enumerate(a, 1):
+        diagonal = row[0]
+        row[0] = i
+        for j, y in enumerate(b, 1):
+            above = row[j]
+            row[j] = min(above + 1, row[j - 1] + 1, diagonal + (x != y))
+            diagonal = above
+    return row[-1]
