@@ -37,7 +37,8 @@ from paper.tables import check_scores, headline, score_files, show
 from plumbing import fast
 from plumbing.files import write_text
 from plumbing.logs import open_log
-from plumbing.processes import name_stalled_rank, run_main, start_processes
+from plumbing.processes import name_stalled_rank, on_first_rank, run_main, start_processes
+from plumbing.runs import claim
 from plumbing.settings import InputError, read_json
 from plumbing.texts import edit_distance
 from sample import SHIPPED, answer, default_model
@@ -298,6 +299,7 @@ def main() -> None:
     folder = args.checkpoint or default_model()
     args.out = args.out or default_out(folder)
     device = start_processes(TIMEOUT)
+    on_first_rank(lambda: claim(args.out))
     model = AlignVLM.from_pretrained(folder, device=device).eval()
     weights = fingerprint(model)            # before they are laid out anew
     fast.use(model, inference=True)

@@ -581,7 +581,7 @@ def test_two_ranks_write_the_file_that_one_does(folder, expected, tmp_path):
     names = {path.name for path in (tmp_path / "two").iterdir()}
     stems = ("toy", "DocVQA", "toy.noise-3", "DocVQA.noise-3")
     written = {f"{stem}{end}" for stem in stems for end in (".jsonl", ".settings.json")}
-    assert names == written | {"scores.json", "table.md"}
+    assert names == written | {"scores.json", "table.md", ".lock"}
     for stem in stems:
         name = f"{stem}.jsonl"
         assert (tmp_path / "two" / name).read_bytes() == (tmp_path / "one" / name).read_bytes()
