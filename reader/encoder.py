@@ -6,21 +6,18 @@ The readout, four characters of a patch in reading order, is thrown away after t
 the place of what a released SigLIP has seen.
 """
 import argparse
-import time
-from pathlib import Path
 
 import numpy as np
 import torch
 import torch.nn.functional as nnf
 from torch import Tensor, nn
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import Dataset
 
 from plumbing.processes import run_main
-from plumbing.runs import claim
+from reader import training
 from reader.drawing import N_CLASSES, SLOTS
 from reader.quick import quicken
 from reader.scraps import lesson
-from reader.states import Log, learning_rate, load_state, save_state
 from vision import SigLIP, SigLIPConfig
 
 # Patches of 14 pixels hold one to three characters of ordinary print.
@@ -31,21 +28,17 @@ BLANK_WEIGHTS = torch.tensor([0.15, 0.15, 0.08, 0.04])
 
 
 class Scraps(Dataset):
-    """Tiles of print: pixels (S, S, 3) uint8, classes (N, SLOTS) int64."""
+    """Steps of `size` tiles of print: pixels (B, S, S, 3) uint8, classes (B, N, SLOTS) int64."""
 
-    def __init__(self, seed: int, split: str, config: SigLIPConfig):
-        self.seed, self.split, self.config = seed, split, config
+    def __init__(self, seed: int, split: str, config: SigLIPConfig, size: int):
+        self.seed, self.split, self.config, self.size = seed, split, config, size
 
-    def __getitem__(self, index: int) -> tuple[Tensor, Tensor]:
-        pixels, classes = lesson(self.seed, self.split, index, self.config.image_size,
-                                 self.config.patch_size)
-        return torch.from_numpy(np.array(pixels)), torch.from_numpy(classes)
-
-
-def batches(data: Dataset, start: int, steps: int, size: int, workers: int) -> DataLoader:
-    """Batches of consecutive lessons, from step `start` on."""
-    return DataLoader(data, size, sampler=range(start * size, steps * size), num_workers=workers,
-                      prefetch_factor=8 if workers else None)
+    def __getitem__(self, step: int) -> tuple[Tensor, Tensor]:
+        config = self.config
+        tiles = [lesson(self.seed, self.split, i, config.image_size, config.patch_size)
+                 for i in range(step * self.size, (step + 1) * self.size)]
+        pixels, classes = zip(*tiles)
+        return torch.from_numpy(np.stack(pixels)), torch.from_numpy(np.stack(classes))
 
 
 def normalise(pixels: Tensor, config: SigLIPConfig) -> Tensor:
@@ -81,59 +74,28 @@ def scores_on(modules: nn.ModuleDict, held_out: tuple[Tensor, Tensor]) -> dict[s
             "characters": share(right[held_out[1] > 0]), "blank": share(right[~printed][:, 0])}
 
 
-def train(args) -> None:
+def train(args: argparse.Namespace) -> None:
     torch.manual_seed(args.seed)
     torch.set_num_threads(args.threads)
     vision = SigLIP(CONFIG)
     vision.init_weights()
     quicken(vision)
-    modules = nn.ModuleDict({"vision": vision, "readout": nn.Linear(CONFIG.hidden_size,
-                                                                    SLOTS * N_CLASSES)})
-    params = list(modules.parameters())
-    optimizer = torch.optim.AdamW(params, betas=(0.9, 0.98), weight_decay=0.05, fused=True)
-    claim(args.out)
-    state, step, minutes = args.out / "state.safetensors", 0, 0.0
-    if state.exists():
-        record = load_state(state, modules, optimizer)
-        step, minutes = record["step"], record["minutes"]
-    log = Log(args.out / "log.jsonl", minutes)
-    held_out = [Scraps(args.seed, "held-out", CONFIG)[i] for i in range(96)]
-    held_out = tuple(torch.stack(part) for part in zip(*held_out))
-    total, since = 0.0, time.monotonic()
-    for pixels, classes in batches(Scraps(args.seed, "train", CONFIG), step, args.steps,
-                                   args.batch_size, args.workers):
-        for group in optimizer.param_groups:
-            group["lr"] = learning_rate(step, args.steps, args.lr)
-        loss = loss_of(named(modules, normalise(pixels, CONFIG)), classes)
-        loss.backward()
-        nn.utils.clip_grad_norm_(params, 1.0)
-        optimizer.step()
-        optimizer.zero_grad()
-        step, total = step + 1, total + loss.item()
-        if step % args.log_every == 0:
-            seconds, since = time.monotonic() - since, time.monotonic()
-            scores = scores_on(modules, held_out) if step % args.eval_every == 0 else {}
-            log.write(step=step, loss=total / args.log_every,
-                      seconds=seconds / args.log_every, **scores)
-            total = 0.0
-        if step % args.save_every == 0 or step == args.steps:
-            save_state(state, modules, optimizer, {"step": step, "minutes": log.minutes,
-                                                   "seed": args.seed, "steps": args.steps})
+    readout = nn.Linear(CONFIG.hidden_size, SLOTS * N_CLASSES)
+    modules = nn.ModuleDict({"vision": vision, "readout": readout})
+    held_out = Scraps(args.seed, "held-out", CONFIG, 96)[0]
+
+    def loss(pixels: Tensor, classes: Tensor) -> Tensor:
+        return loss_of(named(modules, normalise(pixels, CONFIG)), classes)
+
+    training.train(modules, Scraps(args.seed, "train", CONFIG, args.batch_size), loss,
+                   lambda: scores_on(modules, held_out), (0.9, 0.98), 0.05, args)
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
-    add = parser.add_argument
-    add("--out", type=Path, default=Path("out/reader/encoder"), help="where state and log go")
-    add("--steps", type=int, default=10_000, help="(default: %(default)s)")
-    add("--batch-size", type=int, default=16, help="tiles a step (default: %(default)s)")
-    add("--lr", type=float, default=1.5e-3, help="(default: %(default)s)")
-    add("--seed", type=int, default=0, help="(default: %(default)s)")
-    add("--threads", type=int, default=2, help="that train (default: %(default)s)")
-    add("--workers", type=int, default=1, help="processes that draw (default: %(default)s)")
-    add("--log-every", type=int, default=50, help="steps (default: %(default)s)")
-    add("--eval-every", type=int, default=400, help="steps (default: %(default)s)")
-    add("--save-every", type=int, default=200, help="steps (default: %(default)s)")
+    parser.add_argument("--batch-size", type=int, default=16,
+                        help="tiles a step (default: %(default)s)")
+    training.add_flags(parser, "out/reader/encoder", 10_000)
     return parser.parse_args(argv)
 
 

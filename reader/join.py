@@ -17,7 +17,7 @@ from model import AlignVLM, AlignVLMConfig
 from plumbing.processes import run_main
 from reader import encoder, llm
 from reader.drawing import N_CLASSES, SLOTS
-from reader.states import load_state
+from reader.training import load_state
 
 
 def join(out: Path, seed: int = 0) -> tuple[AlignVLM, Tokenizer]:

@@ -4,23 +4,19 @@
 """
 import argparse
 import itertools
-import time
-from pathlib import Path
 
 import torch
 import torch.nn.functional as nnf
 from torch import Tensor, nn
-from torch.utils.data import DataLoader
 
 from data import Tokenizer
 from model import IGNORE, IMAGE, Llama, LlamaConfig
 from plumbing.processes import run_main
-from plumbing.runs import claim
 from plumbing.texts import edit_distance
+from reader import training
 from reader.encoder import CONFIG as VISION
 from reader.lessons import LaidOut, write_tokenizer
 from reader.quick import quicken
-from reader.states import Log, learning_rate, load_state, save_state
 
 
 def llm_config(tokenizer: Tokenizer) -> LlamaConfig:
@@ -86,43 +82,20 @@ def read_aloud(llm: Llama, tokenizer: Tokenizer, batch: tuple,
     return [tokenizer.decode(text) for text in read], golds
 
 
-def train(args) -> None:
+def train(args: argparse.Namespace) -> None:
     torch.manual_seed(args.seed)
     torch.set_num_threads(args.threads)
-    claim(args.out)
+    args.out.mkdir(parents=True, exist_ok=True)
     write_tokenizer(args.out / "tokenizer.model")
     tokenizer = Tokenizer(args.out)
     llm = Llama(llm_config(tokenizer))
     llm.init_weights()
     quicken(llm)
-    modules, params = nn.ModuleDict({"llm": llm}), list(llm.parameters())
-    optimizer = torch.optim.AdamW(params, betas=(0.9, 0.95), weight_decay=0.1, fused=True)
-    state, step, minutes = args.out / "state.safetensors", 0, 0.0
-    if state.exists():
-        record = load_state(state, modules, optimizer)
-        step, minutes = record["step"], record["minutes"]
-    log = Log(args.out / "log.jsonl", minutes)
     held_out = held_out_steps(LaidOut(args.seed, "held-out", tokenizer, VISION))
-    data = LaidOut(args.seed, "train", tokenizer, VISION, args.tokens)
-    total, since = 0.0, time.monotonic()
-    for batch in DataLoader(data, None, sampler=range(step, args.steps), num_workers=args.workers,
-                            prefetch_factor=8 if args.workers else None):
-        for group in optimizer.param_groups:
-            group["lr"] = learning_rate(step, args.steps, args.lr)
-        loss = nnf.cross_entropy(*answer_logits(llm, batch))
-        loss.backward()
-        nn.utils.clip_grad_norm_(params, 1.0)
-        optimizer.step()
-        optimizer.zero_grad()
-        step, total = step + 1, total + loss.item()
-        if step % args.log_every == 0:
-            seconds, since = (time.monotonic() - since) / args.log_every, time.monotonic()
-            scores = scores_on(llm, tokenizer, held_out) if step % args.eval_every == 0 else {}
-            log.write(step=step, loss=total / args.log_every, seconds=seconds, **scores)
-            total = 0.0
-        if step % args.save_every == 0 or step == args.steps:
-            save_state(state, modules, optimizer, {"step": step, "minutes": log.minutes,
-                                                   "seed": args.seed, "steps": args.steps})
+    training.train(nn.ModuleDict({"llm": llm}),
+                   LaidOut(args.seed, "train", tokenizer, VISION, args.tokens),
+                   lambda *batch: nnf.cross_entropy(*answer_logits(llm, batch)),
+                   lambda: scores_on(llm, tokenizer, held_out), (0.9, 0.95), 0.1, args)
 
 
 def held_out_steps(data: LaidOut, n: int = 2) -> dict[str, list]:
@@ -135,17 +108,9 @@ def held_out_steps(data: LaidOut, n: int = 2) -> dict[str, list]:
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
-    add = parser.add_argument
-    add("--out", type=Path, default=Path("out/reader/llm"), help="where state and log go")
-    add("--steps", type=int, default=6000, help="(default: %(default)s)")
-    add("--tokens", type=int, default=7000, help="of a step, about (default: %(default)s)")
-    add("--lr", type=float, default=1.5e-3, help="(default: %(default)s)")
-    add("--seed", type=int, default=0, help="(default: %(default)s)")
-    add("--threads", type=int, default=2, help="that train (default: %(default)s)")
-    add("--workers", type=int, default=1, help="processes that draw (default: %(default)s)")
-    add("--log-every", type=int, default=50, help="steps (default: %(default)s)")
-    add("--eval-every", type=int, default=250, help="steps (default: %(default)s)")
-    add("--save-every", type=int, default=100, help="steps (default: %(default)s)")
+    parser.add_argument("--tokens", type=int, default=7000,
+                        help="of a step, about (default: %(default)s)")
+    training.add_flags(parser, "out/reader/llm", 6000)
     return parser.parse_args(argv)
 
 
