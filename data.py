@@ -16,9 +16,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from PIL import Image
 from torch import Tensor
 
-from model import IGNORE
+from model import IGNORE, AlignVLM
 from plumbing.examples import IMAGE, BadSample, Example, Turn
 from plumbing.settings import CheckpointError
 from plumbing.tokenizers import BytePairs, TextError    # TextError: what Tokenizer.encode raises
@@ -208,6 +209,17 @@ def prepare(example: Example, tokenizer: Tokenizer, config: SigLIPConfig, max_ti
     tiles = [tile(image, config, max_tiles) for image in example.images]    # (T_i, 3, S, S) each
     pixels = torch.cat([no_tiles, *tiles])                                  # (T, 3, S, S)
     return Sample(tokens[kept], labels[kept], pixels, example.key, len(tiles))
+
+
+def prepare_question(model: AlignVLM, tokenizer: Tokenizer, pages: list[Image.Image], prompt: str,
+                     max_tiles: int) -> Sample:
+    """A user's turn, the pages and then the prompt, as tokens and tiles for the model."""
+    parts = [IMAGE] * len(pages)
+    if prompt:
+        parts.append(prompt)
+    example = Example(pages, [Turn("user", parts)], "")
+    return prepare(example, tokenizer, model.config.vision, max_tiles,
+                   tile_tokens=model.config.tile_tokens)
 
 
 def pack_row(samples: list[Sample]) -> tuple[Tensor, Tensor, Tensor, list[int]]:

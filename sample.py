@@ -6,13 +6,12 @@
     python sample.py --image pages/ --prompt "what is TAX?"         # each of a folder by itself
     python sample.py --questions pages/questions.jsonl --answers answers.jsonl
     python sample.py --image doc.png --interactive                  # reads it once; type questions
-    python sample.py --image doc.png --explain tokens.png           # the token of every patch
+    python sample.py --image doc.png --prompt "what is TAX?" --explain page.html    # and see why
     python sample.py --image doc.png --align-vocab      # with the tokens of `paper.align_vocab`
     python sample.py --llm Llama-3.2-1B-Instruct --prompt "What is the capital of France?"
 
 Without --checkpoint the newest trained model under out/ answers, or else the shipped one in
-toy/stage3. --llm asks the bare LLM of a downloaded folder, in hub format or Meta's, without an
-image. It is the first thing to try on new weights.
+toy/stage3. --llm asks the bare LLM of a downloaded folder: the first thing to try on new weights.
 """
 import argparse
 import json
@@ -28,10 +27,10 @@ from PIL import Image
 from torch import Tensor
 from tqdm import tqdm
 
-from data import READ, Sample, TextError, Tokenizer, encode_chat, prepare
+from data import READ, TextError, Tokenizer, encode_chat, prepare_question
 from model import AlignVLM, Llama
 from plumbing import fast
-from plumbing.examples import IMAGE, Example, Turn
+from plumbing.examples import IMAGE, Turn
 from plumbing.images import read_pages
 from plumbing.settings import InputError
 
@@ -67,17 +66,6 @@ def answer(model: AlignVLM, tokenizer: Tokenizer, images: list[Image.Image | lis
                 ids.append(token)
         yield [tokenizer.decode(ids) for ids in answers]
     yield [tokenizer.decode(ids) for ids in answers]
-
-
-def prepare_question(model: AlignVLM, tokenizer: Tokenizer, pages: list[Image.Image], prompt: str,
-                     max_tiles: int) -> Sample:
-    """A user's turn, the pages and then the prompt, as tokens and tiles for the model."""
-    parts = [IMAGE] * len(pages)
-    if prompt:
-        parts.append(prompt)
-    example = Example(pages, [Turn("user", parts)], "")
-    return prepare(example, tokenizer, model.config.vision, max_tiles,
-                   tile_tokens=model.config.tile_tokens)
 
 
 def continue_text(llm: Llama, tokenizer: Tokenizer, tokens: Tensor,
@@ -183,8 +171,7 @@ def print_speed(llm: Llama, start: float, times: list[float]) -> None:
 def image_files(paths: list[str]) -> list[Path]:
     """The images of a folder, in the order of their names, or the paths as they are.
 
-    Those of a folder are read once, so that a bad one is found before anything is answered.
-    Raises InputError.
+    Those of a folder are read first: a bad one is found before any answer. Raises InputError.
     """
     directories = [path for path in paths if os.path.isdir(path)]
     if not directories:
@@ -201,8 +188,7 @@ def image_files(paths: list[str]) -> list[Path]:
 def read_questions(path: Path) -> list[dict]:
     """The rows of a JSONL file, each with an image, relative to the file, and a prompt.
 
-    Every image is read once, so that a bad one is found before anything is answered.
-    Raises InputError.
+    Every image is read first: a bad one is found before any answer. Raises InputError.
     """
     try:
         text = path.read_text(encoding="utf-8-sig")
@@ -304,8 +290,8 @@ def parse_args() -> argparse.Namespace:
     add("--prompt", help=f"what to ask about it (default: {READ!r}); '' gives a caption")
     add("--interactive", action="store_true", help="read --image once, then answer the questions "
         "that are typed, a line each, until an empty one; none knows of those before it")
-    add("--explain", type=Path, metavar="OUT.png", help="draw --image with the token of each "
-        "patch, the more opaque the likelier; of several images OUT-1.png, OUT-2.png, ...")
+    add("--explain", type=Path, metavar="OUT.html", help="a document in which a browser shows what "
+        "each patch became and where the LLM looked; or OUT.png, a picture of each patch's token")
     add("--questions", type=Path, metavar="JSONL", help="rows with an image, relative to the file, "
         "and a prompt")
     add("--answers", type=Path, metavar="JSONL", help="the same rows, each with a prediction")
@@ -334,6 +320,7 @@ def impossible(args: argparse.Namespace) -> list[tuple[bool, str]]:
     """What can be wrong with the options, whether it is, and what to do then."""
     sources = sum(source is not None for source in (args.image, args.questions, args.llm))
     folders = [path for path in args.image or [] if os.path.isdir(path)]
+    explained = args.explain and args.explain.suffix.lower()
     return [
         (sources != 1 or (args.questions is None) != (args.answers is None),
          "give either --image, or --questions with --answers, or --llm with --prompt"),
@@ -341,10 +328,12 @@ def impossible(args: argparse.Namespace) -> list[tuple[bool, str]]:
          "--llm needs a --prompt and goes without --checkpoint and --align-vocab"),
         (args.questions and args.prompt is not None,
          "--questions brings its own prompts: leave out --prompt"),
-        ((args.interactive or args.explain) and (not args.image or args.prompt is not None),
-         "--interactive and --explain need an --image and go without --prompt"),
-        (args.interactive and (args.explain or folders),
-         "--interactive goes without --explain, and its --image is no folder"),
+        ((args.interactive or args.explain) and not args.image,
+         "--interactive and --explain need an --image"),
+        (explained not in (None, ".html") and (explained != ".png" or args.prompt is not None),
+         "--explain writes OUT.html, with an answer, or OUT.png, which goes without --prompt"),
+        (args.interactive and (args.explain or folders or args.prompt is not None),
+         "--interactive goes without --prompt and --explain, and its --image is no folder"),
         (not 0 <= args.temperature < math.inf or not 0 <= args.seed < 2 ** 63,
          "--temperature is at least 0, --seed from 0 to 2**63 - 1"),
         (args.max_tiles < 1 or not 1 <= args.max_new_tokens <= 100_000,
@@ -376,12 +365,12 @@ def ask_model(folder: Path, args: argparse.Namespace, **generation) -> None:
     options = {"max_tiles": args.max_tiles, **generation}
     if args.questions:
         return answer_questions(model, tokenizer, args.questions, args.answers, **options)
-    files = image_files(args.image)
+    files, together = image_files(args.image), not os.path.isdir(args.image[0])
     prompt = READ if args.prompt is None else args.prompt
     if args.explain:
-        from paper.patch_tokens import explain_files
-        return explain_files(model, tokenizer, files, args.explain, args.max_tiles)
-    if os.path.isdir(args.image[0]):
+        from paper.explorer import explain
+        return explain(model, tokenizer, files, args.explain, prompt, together, **options)
+    if not together:
         return answer_folder(model, tokenizer, files, prompt, **options)
     images = [page for file in files for page in read_pages(file)]
     if args.interactive:

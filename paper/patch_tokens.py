@@ -40,15 +40,23 @@ SPACES = {" ": "space", "\n": "line end", "\t": "tab", "\r": "return"}
 def distributions(model: AlignVLM, pixels: Tensor) -> Iterator[tuple[slice, Tensor]]:
     """Tiles (T, 3, S, S) -> blocks of n of their T * N patches, each with its P_vocab (n, V).
 
-    This is equation 1. Of a connector that mixes only K tokens the others have probability 0.
-    Raises InputError for one that mixes none.
+    Raises InputError for a connector that mixes no tokens.
+    """
+    if not hasattr(model.connector, "p_vocab"):
+        raise InputError(f"{type(model.connector).__name__} maps patches to no tokens: only the "
+                         "Align connector does")
+    F = model.vision(pixels.to(model.llm.embed_tokens.weight))                  # (T, N, d)
+    yield from distributions_of(model, F.flatten(0, 1))
+
+
+@torch.inference_mode()
+def distributions_of(model: AlignVLM, F: Tensor) -> Iterator[tuple[slice, Tensor]]:
+    """Features F (n_patches, d) -> blocks of n of them, each with its P_vocab (n, V), equation 1.
+
+    Of a connector that mixes only K tokens the others have probability 0.
     """
     connector = model.connector
     E_text = model.llm.embed_tokens.weight                                      # (V, D)
-    if not hasattr(connector, "p_vocab"):
-        raise InputError(f"{type(connector).__name__} maps patches to no tokens: only the Align "
-                         "connector does")
-    F = model.vision(pixels.to(E_text)).flatten(0, 1)                           # (T * N, d)
     for block in token_blocks(len(F), 12 * len(E_text)):
         P = connector.p_vocab(F[block])                                         # (n, V)
         if isinstance(connector, AlignTopK):
@@ -83,12 +91,11 @@ def patch_boxes(box: tuple[int, int, int, int], config: SigLIPConfig) -> np.ndar
     return np.stack([xs[column], ys[row], xs[column + 1], ys[row + 1]], axis=1)
 
 
-def legible(tokenizer: Tokenizer, i: int) -> tuple[str, str]:
-    """A token as it can be shown, and its kind, one of INK.
+def named(tokenizer: Tokenizer, i: int) -> tuple[str, str]:
+    """A token as a text that can be shown, and its kind, one of INK.
 
     White space is shown by its name, bytes in hexadecimal digits, a space before a word as a raised
-    dot. Pillow's built-in font has few letters: accents are left out, and a letter that it lacks is
-    shown as its code point.
+    dot, what has no glyph (control characters, marks of direction) as its code point.
     """
     token = tokenizer.pairs.token_bytes(i)
     if not token:               # an id that the vocabulary leaves out
@@ -107,12 +114,20 @@ def legible(tokenizer: Tokenizer, i: int) -> tuple[str, str]:
         kind = "letters"
     elif any(map(str.isdigit, text)):
         kind = "digits"
-    decomposed = unicodedata.normalize("NFKD", text)
-    plain = "".join(c for c in decomposed if not unicodedata.combining(c)).strip(" ")
-    shown = "".join(c if has_glyph(c) else SPACES.get(c, code_point(c)) for c in plain)
-    if not shown:
-        shown = " ".join(map(code_point, text))
+    shown = "".join(c if c.isprintable() else SPACES.get(c, code_point(c)) for c in text.strip(" "))
     return "·" * text.startswith(" ") + shown, kind
+
+
+def legible(tokenizer: Tokenizer, i: int) -> tuple[str, str]:
+    """The same with the few letters that Pillow's built-in font has.
+
+    Accents are left out, and a letter that it lacks is shown as its code point.
+    """
+    text, kind = named(tokenizer, i)
+    decomposed = unicodedata.normalize("NFKD", text)
+    plain = "".join(c for c in decomposed if not unicodedata.combining(c))
+    shown = "".join(c if has_glyph(c) else code_point(c) for c in plain)
+    return shown or " ".join(map(code_point, text)), kind
 
 
 def named_spaces(text: str) -> str:

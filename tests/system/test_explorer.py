@@ -1,0 +1,384 @@
+"""The document that --explain writes: its numbers are read back and compared with the model's."""
+import base64
+import io
+import json
+import re
+from dataclasses import replace
+from html.parser import HTMLParser
+from types import SimpleNamespace
+from unittest import mock
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from transformers import LlamaForCausalLM
+
+from conftest import ROOT, close, randomise, sample
+from connector import AlignTopK, spread
+from data import Tokenizer, prepare_question
+from model import ALIGNVLM_PRESETS, IMAGE, AlignVLM
+from paper import explorer
+from paper.patch_tokens import named, patch_boxes
+from plumbing import fast
+from plumbing.images import read_image
+from plumbing.settings import InputError
+from sample import answer
+from test_llama_oracle import their_config
+from toy.pages import write_toy_tokenizer
+from vision import tile_boxes
+
+ONE, NINE = ROOT / "assets" / "0005-invoice.png", ROOT / "assets" / "0001-report.png"
+EVIL = "</script><script>alert(1)</script><!--<script>\u2028]]>\"'&lt;"
+
+
+@pytest.fixture(scope="module")
+def tokenizer(tmp_path_factory):
+    path = tmp_path_factory.mktemp("tokenizer") / "tokenizer.model"
+    write_toy_tokenizer(path)
+    return Tokenizer(path)
+
+
+def vlm(kind="align", **connector) -> AlignVLM:
+    """A toy with random weights; two of its four query heads share a key.
+
+    Its queries are long, so that each layer attends to few tokens.
+    """
+    preset = ALIGNVLM_PRESETS["toy"]
+    config = replace(preset, llm=replace(preset.llm, n_kv_heads=2),
+                     connector=replace(preset.connector, kind=kind, **connector))
+    model = randomise(AlignVLM(config), 1).eval()
+    with torch.no_grad():
+        for layer in model.llm.layers:
+            layer.self_attn.q_proj.weight *= 4
+    return model
+
+
+class Reader(HTMLParser):
+    """What a browser sees of a document: its scripts, and the addresses in it."""
+
+    def __init__(self, text: str):
+        super().__init__()
+        self.scripts, self.addresses, self.is_script = [], [], False
+        self.feed(text)
+        self.close()
+
+    def handle_starttag(self, tag, attributes):
+        self.is_script = tag == "script"
+        if self.is_script:
+            self.scripts.append((dict(attributes), ""))
+        self.addresses += [value for name, value in attributes if name in ("src", "href")]
+
+    def handle_endtag(self, tag):
+        self.is_script = False
+
+    def handle_data(self, data):
+        if self.is_script:
+            attributes, text = self.scripts[-1]
+            self.scripts[-1] = attributes, text + data
+
+
+def read(path) -> SimpleNamespace:
+    """A document's numbers, its arrays as tensors in the shapes that they have."""
+    (attributes, text), (_, program) = Reader(path.read_text(encoding="utf-8")).scripts
+    assert attributes == {"type": "application/json", "id": "numbers"}
+    assert program.rstrip().endswith("start();")
+    numbers = SimpleNamespace(**json.loads(text))
+
+    def array(code, kind, *shape):
+        values = np.frombuffer(base64.b64decode(code), kind)
+        return torch.from_numpy(values.astype(kind[1:])).view(*shape)
+
+    if numbers.patches:
+        top = numbers.patches["top"]
+        numbers.p = array(numbers.patches["p"], "<f4", -1, top)
+        rows = array(numbers.patches["rows"], "<u4", -1, top).long()
+        numbers.ids = torch.tensor([i for i, _, _ in numbers.tokens])[rows]
+    steps, kept = len(numbers.answer), numbers.attention["kept"]
+    shape = steps, numbers.layers + 1
+    numbers.scale = array(numbers.attention["scale"], "<f4", *shape, 1)
+    numbers.on_patches = array(numbers.attention["on_patches"], "<f4", *shape)
+    bytes_ = array(numbers.attention["bytes"], "=u1", *shape, kept)
+    numbers.weights = numbers.scale * (bytes_ / 255) ** 2
+    numbers.places = None
+    if numbers.attention["patches"]:
+        numbers.places = array(numbers.attention["patches"], "<u4", *shape, kept).long()
+    return numbers
+
+
+@torch.no_grad()
+def expected_of(model: AlignVLM, tokenizer, pages, prompt, ids) -> tuple:
+    """By transformers, from one pass over the prompt and the answer, without a cache:
+    P over all tokens (steps, V), attention (steps, layers, n) of a mean head to the patches."""
+    question = prepare_question(model, tokenizer, pages, prompt, 9)
+    tokens = torch.cat([question.tokens, torch.tensor(ids, dtype=torch.int64)])
+    x = model.embed(tokens[None], question.pixels)
+    theirs = LlamaForCausalLM(their_config(model.config.llm)).eval()
+    theirs.load_state_dict({name if name == "lm_head.weight" else f"model.{name}": p
+                            for name, p in model.llm.state_dict().items()})
+    out = theirs(inputs_embeds=x, output_attentions=True)
+    first = len(question.tokens) - 1                            # chooses the first token
+    places = (question.tokens == IMAGE).nonzero()[:, 0]
+    attention = torch.stack([weights[0].mean(0) for weights in out.attentions], 1)
+    return out.logits[0, first:].softmax(-1), attention[first:, :, places]
+
+
+def close_weights(numbers, expected) -> None:
+    """Attention as far as a byte tells it: half of the way to the next byte's."""
+    with_mean = torch.cat([expected.mean(1, keepdim=True), expected], 1)
+    close(numbers.on_patches, with_mean.sum(-1), 1e-4)
+    if numbers.places is not None:
+        strongest = with_mean.topk(numbers.places.shape[-1]).values
+        with_mean = with_mean.gather(-1, numbers.places)
+        close(with_mean.sort(descending=True).values, strongest, 1e-4)
+    close(numbers.scale, with_mean.amax(-1, keepdim=True), 1e-4)
+    error = (numbers.weights - with_mean).abs() / numbers.scale
+    step = with_mean.div(numbers.scale).clamp(min=0).sqrt() / 255 + 255 ** -2
+    assert (error <= step + 1e-4).all()
+
+
+# -------------------------------------------------------------------------------------------------
+# The numbers
+
+
+@pytest.mark.parametrize("files", [[ONE], [NINE], [NINE, ONE]], ids=len)
+@pytest.mark.parametrize("is_fast", [False, True])
+def test_numbers_are_the_models(tokenizer, tmp_path, files, is_fast):
+    model, pages = vlm(), [read_image(file) for file in files]
+    *_, [said] = answer(model, tokenizer, [pages], ["what is NO?"], max_new_tokens=6)
+    question = prepare_question(model, tokenizer, pages, "what is NO?", 9)
+    with torch.no_grad():
+        P = model.connector.p_vocab(model.vision(question.pixels)).flatten(0, 1)    # (n, V)
+    ids = [i for [i] in model.generate([question.tokens], [question.pixels], tokenizer.stop, 6)]
+    P_next, attention = expected_of(model, tokenizer, pages, "what is NO?", ids[:-1])
+    if is_fast:
+        fast.use(model, inference=True)
+    out = tmp_path / "page.html"
+    names = [file.name for file in files]
+    text = explorer.explore(model, tokenizer, pages, names, "what is NO?", out, max_new_tokens=6)
+    numbers = read(out)
+    assert text == said == tokenizer.decode(ids) and len(numbers.answer) == len(ids) == 6
+
+    p, _ = P.topk(10)
+    close(numbers.p, p)
+    close(P.gather(1, numbers.ids), numbers.p)
+    assert (numbers.ids.sort().values.diff() > 0).all(), "ten different tokens"
+    close_weights(numbers, attention)
+    table = numbers.tokens
+    for step, i, p in zip(numbers.answer, ids, P_next):
+        assert table[step["row"]][0] == i and not step["end"]
+        assert step["p"] == pytest.approx(p[i].item(), rel=1e-3)
+        others = [table[row][0] for row, _ in step["others"]]
+        assert others == [j for j in p.topk(6).indices.tolist() if j != i][:5]
+        assert [q for _, q in step["others"]] == pytest.approx(p[others].tolist(), rel=1e-3)
+    for i, shown, kind in table:
+        assert (shown, numbers.kinds[kind]) == named(tokenizer, i)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["page.html"]
+
+
+def test_of_a_long_answer_the_strongest_patches_are_kept(tokenizer, tmp_path, monkeypatch):
+    model, pages = vlm(), [read_image(NINE)]
+    question = prepare_question(model, tokenizer, pages, "", 9)
+    ids = [i for [i] in model.generate([question.tokens], [question.pixels], set(), 6)]
+    monkeypatch.setattr(tokenizer, "stop", set())
+    _, attention = expected_of(model, tokenizer, pages, "", ids[:-1])
+    monkeypatch.setattr(explorer, "STRONGEST", 40)
+    for whole, kept in (6, 640), (3, 40):           # with 6 steps: all of them, or a part of each
+        monkeypatch.setattr(explorer, "WHOLE", whole)
+        explorer.explore(model, tokenizer, pages, ["a"], "", tmp_path / "a.html", max_new_tokens=6)
+        numbers = read(tmp_path / "a.html")
+        assert numbers.attention["kept"] == kept and len(numbers.answer) == 6
+        close_weights(numbers, attention)
+
+
+def test_the_shipped_model_explains_where_it_read_an_answer(tmp_path):
+    out = tmp_path / "page.html"
+    done = sample("--checkpoint", "toy/stage3", "--image", ONE, "--prompt", "what is NO?",
+                  "--explain", out)
+    assert done.stdout == f"9DZC\n{out}: open it in a browser\n"
+    numbers = read(out)
+    rows = [numbers.tokens[step["row"]] for step in numbers.answer]
+    assert [text for _, text, _ in rows] == [*"9DZC", "eot id"]
+    assert [step["end"] for step in numbers.answer] == [False] * 4 + [True]
+    for step in range(4):       # each character has been copied from the patch that shows it
+        patch = numbers.weights[step, 0].argmax()
+        assert numbers.ids[patch, 0] == rows[step][0]
+    [image] = numbers.images
+    assert (image["name"], image["width"], image["height"]) == (ONE.name, 112, 84)
+    head, picture = image["picture"].split(",")
+    assert head == "data:image/png;base64"
+    shown = Image.open(io.BytesIO(base64.b64decode(picture)))
+    assert shown.convert("RGB").tobytes() == read_image(ONE).tobytes()
+
+
+def test_patches_lie_on_the_page_where_they_come_from(tokenizer, tmp_path):
+    model, page = vlm(), Image.new("RGB", (333, 517), "white")
+    explorer.explore(model, tokenizer, [page], ["a"], "", tmp_path / "a.html", max_new_tokens=1)
+    [image] = read(tmp_path / "a.html").images
+    boxes = tile_boxes(333, 517, model.config.vision)
+    assert len(image["tiles"]) == len(boxes) > 1
+    for tile, box in zip(image["tiles"], boxes):
+        patches = [(left, top, right, bottom)
+                   for top, bottom in zip(tile["ys"], tile["ys"][1:])
+                   for left, right in zip(tile["xs"], tile["xs"][1:])]
+        assert np.abs(patch_boxes(box, model.config.vision) - patches).max() <= 0.0051
+
+
+def test_the_model_runs_once_and_stays_as_it_was(tokenizer, tmp_path):
+    model, pages = vlm(), [read_image(ONE)]
+    fast.use(model, inference=True)
+    before = [(module, dict(vars(module))) for module in model.modules()]
+    first, last = model.vision.embeddings, model.llm.norm
+    with (mock.patch.object(first, "forward", wraps=first.forward) as seen,
+          mock.patch.object(last, "forward", wraps=last.forward) as thought):
+        explorer.explore(model, tokenizer, pages, ["a"], "", tmp_path / "a.html", max_new_tokens=7)
+    assert seen.call_count == 1 and thought.call_count == 7
+    with mock.patch.object(explorer, "attention_row", side_effect=KeyboardInterrupt):
+        with pytest.raises(KeyboardInterrupt):
+            explorer.explore(model, tokenizer, pages, ["a"], "", tmp_path / "b.html")
+    for module, attributes in before:
+        hooks = vars(module).pop("_forward_hooks"), attributes.pop("_forward_hooks")
+        assert vars(module) == attributes and not any(hooks)
+    assert [path.name for path in tmp_path.iterdir()] == ["a.html"]
+
+
+# -------------------------------------------------------------------------------------------------
+# Other connectors
+
+
+def test_a_connector_with_few_tokens_shows_these(tokenizer, tmp_path):
+    model = vlm()
+    chosen = torch.tensor([7, 300, 41])
+    model.connector = AlignTopK(model.connector, chosen, *spread(model.connector.W2.weight))
+    explorer.explore(model, tokenizer, [read_image(ONE)], ["a"], "", tmp_path / "a.html",
+                     max_new_tokens=2)
+    numbers = read(tmp_path / "a.html")
+    assert {*numbers.ids[:, :3].flatten().tolist()} == {7, 300, 41}
+    close(numbers.p[:, :3].sum(-1), torch.ones(64))
+    assert not numbers.p[:, 3:].any()
+
+
+@pytest.mark.parametrize("kind, latents", [("mlp", 64), ("ovis", 64), ("perceiver", 64),
+                                           ("perceiver", 5)])
+def test_other_connectors_show_attention_alone(tokenizer, tmp_path, kind, latents):
+    model, pages = vlm(kind, n_latents=latents), [read_image(NINE)]
+    explorer.explore(model, tokenizer, pages, ["a"], "why?", tmp_path / "a.html", max_new_tokens=3)
+    numbers = read(tmp_path / "a.html")
+    ids = [numbers.tokens[step["row"]][0] for step in numbers.answer]
+    _, attention = expected_of(model, tokenizer, pages, "why?", ids[:-1])
+    assert numbers.patches is None
+    if kind == "perceiver":         # its tokens have no place: those of a tile are added up
+        attention = attention.unflatten(-1, (10, latents)).sum(-1)
+        assert numbers.images[0]["tiles"][0] == {"xs": [0, 336], "ys": [0, 336]}
+    close_weights(numbers, attention)
+
+
+# -------------------------------------------------------------------------------------------------
+# The file
+
+
+def test_no_text_becomes_markup(tokenizer, tmp_path, monkeypatch):
+    """Not the prompt, nor a file's name, nor a token."""
+    token = tokenizer.pairs.token_bytes
+    monkeypatch.setattr(tokenizer.pairs, "token_bytes", lambda i: EVIL.encode() + token(i))
+    page = tmp_path / "page"
+    model = vlm()
+    explorer.explore(model, tokenizer, [read_image(ONE)], [EVIL], EVIL + explorer.MARK, page,
+                     max_new_tokens=2)
+    numbers = read(page)                            # of exactly two scripts
+    assert numbers.prompt == EVIL + explorer.MARK and numbers.images[0]["name"] == EVIL
+    texts = [text for i, text, _ in numbers.tokens if i not in tokenizer.special.values()]
+    assert texts and all("</script><script>alert(1)</script>" in text for text in texts
+                         if not text.startswith("0x"))
+    plain = tmp_path / "plain"
+    explorer.explore(model, tokenizer, [read_image(ONE)], ["a"], "b", plain, max_new_tokens=2)
+    tags = [len(re.findall("<", path.read_text())) for path in (page, plain)]
+    assert tags[0] == tags[1], "the template has them all"
+
+
+def test_the_document_needs_nothing_else(tokenizer, tmp_path):
+    text = explorer.TEMPLATE.read_text(encoding="utf-8")
+    assert text.count(explorer.MARK) == 1 and not Reader(text).addresses
+    assert "default-src 'none'" in text and not re.findall(r"https?:|@import|url\(", text)
+    assert "innerHTML" not in text and "document.write" not in text
+    assert not [line for line in text.splitlines() if len(line) > 100]
+
+
+def test_a_page_of_nine_tiles_takes_less_than_3_mb(tmp_path):
+    """32 tokens of an answer, and a page whose picture cannot be made shorter."""
+    shipped = ROOT / "toy" / "stage3"
+    model, tokenizer = AlignVLM.from_pretrained(shipped).eval(), Tokenizer(shipped)
+    noise = np.random.default_rng(0).integers(0, 256, (2000, 2000, 3), dtype=np.uint8)
+    noise[700:] = 255
+    for number, page in enumerate([read_image(NINE), Image.fromarray(noise)]):
+        out = tmp_path / f"{number}.html"
+        explorer.explore(model, tokenizer, [page], ["a"], "read the page", out, max_new_tokens=32)
+        numbers = read(out)
+        assert len(numbers.images[0]["tiles"]) == 10 and len(numbers.p) == 640
+        assert out.stat().st_size < (300_000, 3_000_000)[number]
+        assert numbers.places is None
+
+
+def test_a_page_of_7290_patches_takes_less_than_20_mb():
+    """Of Llama-3.1-8B's 32 layers and 128,256 tokens, of which all are named that can be."""
+    n, steps, layers = 7290, 33, 32
+    ids = torch.arange(n * 10).view(n, 10)
+    table = explorer.TokenTable(None)
+    with mock.patch.object(explorer, "named", lambda tokenizer, i: ("·characters", "letters")):
+        patches = explorer.patches_of((ids, torch.rand(n, 10)), table)
+    attention = explorer.attention_of(torch.rand(steps, layers + 1, n), None,
+                                      torch.rand(steps, layers + 1))
+    noise = np.random.default_rng(0).integers(0, 256, (1100, 850), dtype=np.uint8)
+    text = explorer.document({"patches": patches, "attention": attention, "tokens": table.rows,
+                              "picture": explorer.picture(Image.fromarray(noise))})
+    assert len(table.rows) == 72_900
+    assert 10_000_000 < len(text.encode()) < 20_000_000
+
+
+# -------------------------------------------------------------------------------------------------
+# The command
+
+
+def test_several_images_are_one_document_and_a_folder_one_each(tmp_path):
+    folder = tmp_path / "pages"
+    folder.mkdir()
+    for name in ("a", "b"):
+        read_image(ONE).save(folder / f"{name}.png")
+    read_image(ONE).save(tmp_path / "two.tiff", save_all=True, append_images=[read_image(NINE)])
+    ask = "--checkpoint", "toy/stage3", "--max-new-tokens", 2, "--prompt", "what is NO?"
+    out = tmp_path / "page.html"
+    sample(*ask, "--image", ONE, tmp_path / "two.tiff", "--explain", out)
+    numbers = read(out)
+    names = [image["name"] for image in numbers.images]
+    assert names == [ONE.name, "two.tiff, page 1", "two.tiff, page 2"]
+    assert len(numbers.p) == 64 + 64 + 640
+    out.unlink()
+    done = sample(*ask, "--image", folder, "--explain", out)
+    assert done.stdout.count("open it in a browser") == 2
+    for number, name in enumerate(["a.png", "b.png"], 1):
+        [image] = read(tmp_path / f"page-{number}.html").images
+        assert image["name"] == name
+    assert not out.exists()
+
+
+@pytest.mark.parametrize("name, says", [
+    ("page.jpg", "--explain writes OUT.html, with an answer, or OUT.png"),
+    ("page", "--explain writes OUT.html, with an answer, or OUT.png"),
+    ("gone/page.html", "there is no folder"),
+])
+def test_a_wrong_name_is_one_line(tmp_path, name, says):
+    done = sample("--checkpoint", "toy/stage3", "--image", ONE, "--explain", tmp_path / name,
+                  code=2)
+    assert says in done.stderr.splitlines()[-1] and "Traceback" not in done.stderr
+    assert not list(tmp_path.iterdir())
+
+
+def test_what_was_there_stays_if_the_answer_fails(tokenizer, tmp_path):
+    out = tmp_path / "page.html"
+    out.write_text("before")
+    with mock.patch.object(explorer, "picture", side_effect=InputError("no")):
+        with pytest.raises(InputError):
+            explorer.explore(vlm(), tokenizer, [read_image(ONE)], ["a"], "", out, max_new_tokens=1)
+    assert out.read_text() == "before"
+    explorer.explore(vlm(), tokenizer, [read_image(ONE)], ["a"], "", out, max_new_tokens=1)
+    assert read(out).images and [path.name for path in tmp_path.iterdir()] == ["page.html"]
