@@ -3,21 +3,26 @@
     python -m reader.join out/reader        # trains both as far as they should be, then joins them
     python -m reader.join out/reader --now  # joins the newest states as they are
 
-train.py's stage 1 starts from out/reader/stage0, as it does from released backbones: W2 is a copy
-of the LLM's head, W1 is random. The encoder's readout is left behind.
+W2 is a copy of the LLM's head and W1 is random, as the paper has it, and the encoder's readout is
+left behind. Then Align has a short lesson of its own, with both halves frozen: P_vocab of a patch
+shall be the mixture of its characters that the LLM has learnt to read. The paper leaves that to
+stage 1, which has millions of captions; ours has a few thousand pages. train.py's stage 1 starts
+from OUT/stage0.
 """
 import argparse
 from pathlib import Path
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from data import Tokenizer
 from model import AlignVLM, AlignVLMConfig
 from plumbing.processes import run_main
-from reader import encoder, llm
-from reader.drawing import N_CLASSES, SLOTS
-from reader.training import load_state
+from reader import encoder, llm, training
+from reader.drawing import BLANK, N_CLASSES, SLOTS
+from reader.lessons import WEIGHTS, class_tokens
+
+BLANK_WEIGHT = 0.15         # of a patch without print in Align's lesson: most of them are
 
 
 def join(out: Path, seed: int = 0) -> tuple[AlignVLM, Tokenizer]:
@@ -26,20 +31,53 @@ def join(out: Path, seed: int = 0) -> tuple[AlignVLM, Tokenizer]:
     tokenizer = Tokenizer(out / "llm")
     model = AlignVLM(AlignVLMConfig(encoder.CONFIG, llm.llm_config(tokenizer)))
     readout = nn.Linear(encoder.CONFIG.hidden_size, SLOTS * N_CLASSES)
-    load_state(out / "encoder" / "state.safetensors",
-               nn.ModuleDict({"vision": model.vision, "readout": readout}), None)
-    load_state(out / "llm" / "state.safetensors", nn.ModuleDict({"llm": model.llm}), None)
+    training.load_state(out / "encoder" / "state.safetensors",
+                        nn.ModuleDict({"vision": model.vision, "readout": readout}), None)
+    training.load_state(out / "llm" / "state.safetensors", nn.ModuleDict({"llm": model.llm}), None)
     model.connector.init_weights(model.llm.head)
     return model, tokenizer
 
 
+def teach_align(model: AlignVLM, tokenizer: Tokenizer, args: argparse.Namespace) -> None:
+    """Train the connector alone on tiles of print, until args.steps. Changes it."""
+    token_of = torch.from_numpy(class_tokens(tokenizer))                        # (N_CLASSES,)
+    model.requires_grad_(False)
+    model.connector.requires_grad_(True)
+
+    def loss(pixels: Tensor, classes: Tensor) -> Tensor:
+        """pixels (B, S, S, 3), classes (B, N, SLOTS) -> the cross-entropy of P_vocab, in nats."""
+        with torch.autocast("cpu", torch.bfloat16):
+            F = model.vision(encoder.normalise(pixels, encoder.CONFIG)).float()         # (B, N, d)
+        P_vocab = model.connector.p_vocab(F)                                            # (B, N, V)
+        tokens, weights = target(classes, token_of)                             # (B, N, SLOTS) both
+        nats = -(P_vocab.gather(-1, tokens).clamp(min=1e-9).log() * weights).sum(-1)    # (B, N)
+        counts = torch.where(classes[..., 0] == BLANK, BLANK_WEIGHT, 1.0)               # (B, N)
+        return (nats * counts).sum() / counts.sum()
+
+    scraps = encoder.Scraps(args.seed + 1, "train", encoder.CONFIG, 16)
+    held_out = encoder.Scraps(args.seed, "held-out", encoder.CONFIG, 32)[0]
+    training.train(nn.ModuleDict({"connector": model.connector}), scraps, loss,
+                   lambda: {"held_out": loss(*held_out).item()}, (0.9, 0.95), 0.1, args)
+
+
+def target(classes: Tensor, token_of: Tensor) -> tuple[Tensor, Tensor]:
+    """classes (B, N, SLOTS) -> the tokens of a patch's mixture and their weights, both
+    (B, N, SLOTS), as the LLM's lesson has them: what a slot lacks goes to the blank token."""
+    weights = torch.tensor(WEIGHTS).expand(classes.shape)
+    return token_of[classes], weights
+
+
 def make_stage0(out: Path, seed: int = 0, now: bool = False) -> Path:
-    """Train both backbones in OUT/encoder and OUT/llm, from where they are, unless `now`; write
-    OUT/stage0 and return it."""
+    """Train both backbones in OUT/encoder and OUT/llm, from where they are, unless `now`; join
+    them, write OUT/stage0 and return it."""
     if not now:
         encoder.train(encoder.parse_args(["--out", f"{out}/encoder", "--seed", str(seed)]))
         llm.train(llm.parse_args(["--out", f"{out}/llm", "--seed", str(seed)]))
     model, tokenizer = join(out, seed)
+    flags = argparse.ArgumentParser()
+    training.add_flags(flags, "", 600)
+    teach_align(model, tokenizer,
+                flags.parse_args(["--out", f"{out}/connector", "--seed", str(seed)]))
     model.save_pretrained(out / "stage0", tokenizer.path, torch.float32)
     return out / "stage0"
 
@@ -49,7 +87,7 @@ def main() -> None:
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
     add("--seed", type=int, default=0, help="(default: %(default)s)")
-    add("--now", action="store_true", help="join what there is, without training")
+    add("--now", action="store_true", help="join what there is, without training the halves")
     add("out", type=Path, nargs="?", default=Path("out/reader"), help="(default: %(default)s)")
     args = parser.parse_args()
     print(make_stage0(args.out, args.seed, args.now))
