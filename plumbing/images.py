@@ -15,7 +15,7 @@ from collections.abc import Iterator
 import numpy as np
 from PIL import Image
 
-from plumbing.settings import InputError
+from plumbing.settings import ImageError
 
 # A page of 10,000 x 10,000; beyond that a small file could fill the memory.
 MAX_PIXELS = 100_000_000
@@ -43,10 +43,6 @@ UPRIGHT = {
 Picture = tuple[bytes, int | None]      # a file of one page without metadata, its orientation
 
 
-class ImageError(InputError):
-    """An image that cannot be used."""
-
-
 def read_image(file) -> Image.Image:
     """A path or a binary file -> an upright RGB image: its orientation applied, transparency laid
     on white.
@@ -55,7 +51,7 @@ def read_image(file) -> Image.Image:
     than MAX_PIXELS (nothing is decoded then).
     """
     name = name_of(file)
-    pictures = pictures_of(read_bytes(file, name))
+    pictures = pictures_of(read_bytes(file, name), name)
     first = next(pictures)
     more = sum(1 for _ in pictures)
     if more:
@@ -64,16 +60,17 @@ def read_image(file) -> Image.Image:
     return read_picture(*first, name)
 
 
-def read_pages(file) -> list[Image.Image]:
-    """A path or a binary file -> its pages, as read_image reads them: several of a TIFF of several,
+def read_pages(file, chosen: str | None = None) -> list[Image.Image]:
+    """A path or a binary file -> its pages, as read_image reads them: several of a PDF or a TIFF,
     else one.
 
-    Raises ImageError, also for pages of more than MAX_PAGE_PIXELS together.
+    chosen: some of them, "2", "2-3" or "2,5-7". Raises ImageError, also for pages of more than
+    MAX_PAGE_PIXELS together, and InputError for a PDF without pypdfium2.
     """
     name = name_of(file)
     pages = []
     n_pixels = 0
-    for picture in pictures_of(read_bytes(file, name)):
+    for picture in pictures_of(read_bytes(file, name), name, chosen):
         page = read_picture(*picture, name)
         n_pixels += page.width * page.height
         if n_pixels > MAX_PAGE_PIXELS:
@@ -177,9 +174,15 @@ def eight_bits(image: Image.Image) -> Image.Image:
 # Pages without their metadata, and the orientation
 
 
-def pictures_of(data: bytes) -> Iterator[Picture]:
+def pictures_of(data: bytes, name: str, chosen: str | None = None) -> Iterator[Picture]:
     """The pages of a file, one at least, each as a file of its own."""
-    if data.startswith(JPEG):
+    if b"%PDF-" in data[:1024] and not data.startswith((JPEG, PNG, *TIFF)):
+        from plumbing.pdf import pdf_pictures
+        yield from pdf_pictures(data, name, chosen, MAX_PAGE_PIXELS)
+    elif chosen:
+        from plumbing.pdf import chosen_pictures
+        yield from chosen_pictures(lambda: pictures_of(data, name), name, chosen)
+    elif data.startswith(JPEG):
         yield jpeg_picture(data)
     elif data.startswith(PNG):
         yield png_picture(data)
