@@ -3,6 +3,7 @@
     python sample.py --image doc.png                                # reads the page aloud
     python sample.py --image doc.png --prompt "what is TAX?"
     python sample.py --image page1.png page2.png --prompt "which is newer?"     # both in one prompt
+    python sample.py --image doc.pdf --pages 2-3                    # some pages of a PDF or TIFF
     python sample.py --image pages/ --prompt "what is TAX?"         # each of a folder by itself
     python sample.py --questions pages/questions.jsonl --answers answers.jsonl
     python sample.py --image doc.png --interactive                  # reads it once; type questions
@@ -168,7 +169,7 @@ def print_speed(llm: Llama, start: float, times: list[float]) -> None:
 # Files of questions, and folders of pages
 
 
-def image_files(paths: list[str]) -> list[Path]:
+def image_files(paths: list[str], chosen: str | None) -> list[Path]:
     """The images of a folder, in the order of their names, or the paths as they are.
 
     Those of a folder are read first: a bad one is found before any answer. Raises InputError.
@@ -181,7 +182,7 @@ def image_files(paths: list[str]) -> list[Path]:
     from plumbing.folders import image_files as images_in
     files = images_in(Path(directories[0]))
     for file in files:
-        read_pages(file)
+        read_pages(file, chosen)
     return files
 
 
@@ -217,14 +218,14 @@ def read_question(line: str, folder: Path, where: str) -> dict:
 
 
 def answer_each(model: AlignVLM, tokenizer: Tokenizer, files: list[Path], prompts: list[str],
-                **options) -> Iterator[str]:
+                chosen: str | None = None, **options) -> Iterator[str]:
     """The answer to each prompt about the image of its own, BATCH at a time, beside a bar.
 
-    options, here and below: max_tiles and generation, as `answer` takes them.
+    chosen: --pages. options, here and below: max_tiles and generation, as `answer` takes them.
     """
     with tqdm(total=len(files), desc="answering") as bar:
         for first in range(0, len(files), BATCH):
-            images = [read_pages(file) for file in files[first:first + BATCH]]
+            images = [read_pages(file, chosen) for file in files[first:first + BATCH]]
             *_, texts = answer(model, tokenizer, images, prompts[first:first + BATCH], **options)
             yield from texts
             bar.update(len(images))
@@ -284,9 +285,10 @@ def parse_args() -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
-    add("--image", nargs="+", help="the document: PNG, JPEG, TIFF, ... in any mode, of any size; "
-        "several, like the pages of a TIFF, are shown together; of a folder each image is answered "
-        "by itself")
+    add("--image", nargs="+", help="the document: PNG, JPEG, TIFF, PDF (pip install pypdfium2), "
+        "..., of any size; several, like the pages of a file, are shown together; of a folder each "
+        "file is answered by itself")
+    add("--pages", help="of each --image only these, counted from 1: 2, 2-3, 2,5-7")
     add("--prompt", help=f"what to ask about it (default: {READ!r}); '' gives a caption")
     add("--interactive", action="store_true", help="read --image once, then answer the questions "
         "that are typed, a line each, until an empty one; none knows of those before it")
@@ -330,6 +332,7 @@ def impossible(args: argparse.Namespace) -> list[tuple[bool, str]]:
          "--questions brings its own prompts: leave out --prompt"),
         ((args.interactive or args.explain) and not args.image,
          "--interactive and --explain need an --image"),
+        (args.pages and not args.image, "--pages needs an --image"),
         (explained not in (None, ".html") and (explained != ".png" or args.prompt is not None),
          "--explain writes OUT.html, with an answer, or OUT.png, which goes without --prompt"),
         (args.interactive and (args.explain or folders or args.prompt is not None),
@@ -365,14 +368,16 @@ def ask_model(folder: Path, args: argparse.Namespace, **generation) -> None:
     options = {"max_tiles": args.max_tiles, **generation}
     if args.questions:
         return answer_questions(model, tokenizer, args.questions, args.answers, **options)
-    files, together = image_files(args.image), not os.path.isdir(args.image[0])
+    files = image_files(args.image, args.pages)
+    together = not os.path.isdir(args.image[0])
     prompt = READ if args.prompt is None else args.prompt
     if args.explain:
         from paper.explorer import explain
-        return explain(model, tokenizer, files, args.explain, prompt, together, **options)
+        return explain(model, tokenizer, files, args.explain, prompt, together, args.pages,
+                       **options)
     if not together:
-        return answer_folder(model, tokenizer, files, prompt, **options)
-    images = [page for file in files for page in read_pages(file)]
+        return answer_folder(model, tokenizer, files, prompt, chosen=args.pages, **options)
+    images = [page for file in files for page in read_pages(file, args.pages)]
     if args.interactive:
         return converse(model, tokenizer, images, **options)
     start = time.perf_counter()

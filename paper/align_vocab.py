@@ -17,7 +17,7 @@ from torch import Tensor
 from connector import Align, AlignTopK, spread, token_blocks
 from model import AlignVLM
 from plumbing.files import write_text
-from plumbing.images import read_image
+from plumbing.images import read_pages
 from plumbing.processes import run_main
 from plumbing.settings import CheckpointError, InputError, Settings
 from vision import tile
@@ -123,8 +123,8 @@ def main() -> None:
     device = "cuda" if torch.cuda.is_available() else "cpu"
     model = AlignVLM.from_pretrained(args.checkpoint, device=device).eval()
     check_align(model, args.checkpoint)
-    pixels = [tile(read_image(image), model.config.vision, args.max_tiles)
-              for image in args.images]                                 # (T, 3, S, S) each
+    pixels = [tile(page, model.config.vision, args.max_tiles)           # (T, 3, S, S) each
+              for image in args.images for page in read_pages(image)]
     print(json.dumps(choose_align_vocab(model, args.checkpoint, pixels, args.K)))
 
 

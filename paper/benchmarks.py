@@ -35,8 +35,8 @@ from plumbing.examples import IMAGE, BadSample
 from plumbing.folders import is_foreign, is_inside
 from plumbing.formats import (MAX_RECORD, VCR_PROMPT, parquet_example, read_parquet,
                               split_images)
-from plumbing.images import ImageError, read_image
-from plumbing.settings import InputError
+from plumbing.images import read_pages
+from plumbing.settings import ImageError, InputError
 from toy.looks import LOOKS, draw
 from toy.pages import KINDS, held_out_documents
 
@@ -137,7 +137,8 @@ def row_of(index, question: str, answers: list[str], split: str | None = None) -
 
 
 def read_images(names: list[str], folders: list[Path], root: Path) -> list[Image.Image]:
-    """Image files, each in the first of the folders that has it, and none outside of root.
+    """The pages of image files, each in the first of the folders that has it, and none outside of
+    root.
 
     Raises ImageError.
     """
@@ -149,7 +150,7 @@ def read_images(names: list[str], folders: list[Path], root: Path) -> list[Image
         if paths[0] not in inside:
             raise ImageError(f"{name}: outside of {root}")
         there = [path for path in inside if path.is_file()]
-        images.append(read_image((there or inside)[0]))
+        images += read_pages((there or inside)[0])
     return images
 
 
@@ -255,7 +256,8 @@ def tsv_images(cells: dict[str, str], path: Path) -> list[Image.Image]:
     folder = path.parent
     image = cells.get("image", "")
     if len(image) > REFERENCE:
-        return [read_image(io.BytesIO(base64.b64decode(text))) for text in as_list(image)]
+        files = [io.BytesIO(base64.b64decode(text)) for text in as_list(image)]
+        return [page for file in files for page in read_pages(file)]
     names = cells.get("image_path")
     if not names:
         raise ImageError("no image")
@@ -502,7 +504,7 @@ def reader_benchmark(name: str, folder: Path) -> Benchmark:
 
     def images(i: int) -> list[Image.Image]:
         try:
-            return [read_image(files[i])]
+            return read_pages(files[i])
         except ImageError as error:
             raise InputError(str(error)) from None
 

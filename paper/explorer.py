@@ -27,6 +27,7 @@ from paper.patch_tokens import INK, distributions_of, named, patch_boxes
 from plumbing.examples import IMAGE
 from plumbing.files import write_text
 from plumbing.images import read_pages
+from plumbing.pdf import page_numbers
 from plumbing.settings import InputError
 from vision import tile_boxes
 
@@ -170,26 +171,34 @@ def top_tokens(model: AlignVLM, F: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def explain(model: AlignVLM, tokenizer: Tokenizer, files: list[Path], out: Path, prompt: str,
-            together: bool, max_tiles: int = 9, **generation) -> None:
+            together: bool, chosen: str | None, max_tiles: int = 9, **generation) -> None:
     """--explain: pictures if `out` is a PNG, else a document to explore.
 
     together: the images are asked about in one prompt, and one document shows them. Otherwise each
-    has its own, numbered. generation: what AlignVLM.generate takes. Raises InputError.
+    has its own, numbered. chosen: --pages. generation: what AlignVLM.generate takes. Raises
+    InputError.
     """
     if out.suffix.lower() == ".png":
         from paper.patch_tokens import explain_files
-        return explain_files(model, tokenizer, files, out, max_tiles)
+        return explain_files(model, tokenizer, files, out, max_tiles, chosen)
     groups = [files] if together else [[file] for file in files]
     for number, group in enumerate(groups, 1):
         path = out if len(groups) == 1 else out.with_name(f"{out.stem}-{number}{out.suffix}")
         pages, names = [], []
         for file in group:
-            images = read_pages(file)
+            images = read_pages(file, chosen)
             pages += images
-            names += [f"{file.name}, page {i}" if len(images) > 1 else file.name
-                      for i in range(1, len(images) + 1)]
+            names += page_names(file, len(images), chosen)
         text = explore(model, tokenizer, pages, names, prompt, path, max_tiles, **generation)
         print(f"{text}\n{path}: open it in a browser", flush=True)
+
+
+def page_names(file: Path, n: int, chosen: str | None) -> list[str]:
+    """What the n pages that were read of a file are called."""
+    if n == 1 and not chosen:
+        return [file.name]
+    numbers = page_numbers(chosen, 10 ** 9) if chosen else range(1, n + 1)
+    return [f"{file.name}, page {number}" for number in numbers]
 
 
 @torch.inference_mode()

@@ -21,7 +21,7 @@ from connector import AlignTopK, spread, token_blocks
 from data import Tokenizer
 from model import AlignVLM
 from plumbing.files import write_text
-from plumbing.images import read_image
+from plumbing.images import read_pages
 from plumbing.settings import InputError
 from vision import SigLIPConfig, on_canvas, tile, tile_boxes
 
@@ -158,13 +158,15 @@ def has_glyph(character: str) -> bool:
 
 
 def explain_files(model: AlignVLM, tokenizer: Tokenizer, files: list[Path], out: Path,
-                  max_tiles: int) -> None:
-    """A picture of each image's tokens: `out`, or of several images one each, numbered."""
-    for number, file in enumerate(tqdm(files, desc="explaining"), 1):
+                  max_tiles: int, chosen: str | None = None) -> None:
+    """A picture of each page's tokens: `out`, or of several pages one each, numbered. chosen: of
+    each file, as read_pages takes it."""
+    pages = [(file, page) for file in files for page in read_pages(file, chosen)]
+    for number, (file, page) in enumerate(tqdm(pages, desc="explaining"), 1):
         path = out
-        if len(files) > 1:
+        if len(pages) > 1:
             path = out.with_name(f"{out.stem}-{number}{out.suffix}")
-        explain(model, tokenizer, read_image(file), path, max_tiles, file.name)
+        explain(model, tokenizer, page, path, max_tiles, file.name)
         tqdm.write(f"{file}: the token of every patch is drawn in {path}")
 
 

@@ -21,7 +21,7 @@ from pathlib import Path
 
 from plumbing.examples import IMAGE, BadSample, Example, Turn
 from plumbing.folders import BYTE_ORDER_MARK, IMAGE_SUFFIXES, is_foreign, is_inside
-from plumbing.images import read_image
+from plumbing.images import read_pages
 from plumbing.settings import InputError
 
 Span = tuple[int, int]
@@ -431,8 +431,11 @@ def split_images(text: str) -> list[str | int]:
 
 
 def conversation(images: list, turns: list[Turn], key: str) -> Example:
-    """Image files and turns -> Example. Images without marks stand before the first user's text.
-    Raises BadSample or ImageError."""
+    """Image files and turns -> Example. Images without marks stand before the first user's text. A
+    file of several pages is as many images, where its mark is.
+
+    Raises BadSample, ImageError, and InputError where a package is missing.
+    """
     asked = [turn for turn in turns if turn.role == "user"]
     answers = [turn for turn in turns if turn.role == "assistant"]
     marks = sum(turn.parts.count(IMAGE) for turn in asked)
@@ -448,4 +451,9 @@ def conversation(images: list, turns: list[Turn], key: str) -> Example:
         raise BadSample("empty answer", "nothing to learn")
     if not any(turn.is_learnt for turn in answers):
         raise BadSample("empty answer", "nothing to learn: no turn is to be learnt")
-    return Example([read_image(image) for image in images], turns, key)
+    pages = [read_pages(image) for image in images]
+    files = iter(pages)
+    for turn in asked:
+        turn.parts = [part for mark in turn.parts
+                      for part in ([IMAGE] * len(next(files)) if mark == IMAGE else [mark])]
+    return Example([page for file in pages for page in file], turns, key)

@@ -5,7 +5,6 @@ own, to which nothing is too odd. Pillow is given the pixels alone: no EXIF, XMP
 them.
 """
 import io
-import math
 import os
 import re
 import struct
@@ -16,7 +15,7 @@ from collections.abc import Iterator
 import numpy as np
 from PIL import Image
 
-from plumbing.settings import InputError
+from plumbing.settings import ImageError
 
 # A page of 10,000 x 10,000; beyond that a small file could fill the memory.
 MAX_PIXELS = 100_000_000
@@ -44,10 +43,6 @@ UPRIGHT = {
 Picture = tuple[bytes, int | None]      # a file of one page without metadata, its orientation
 
 
-class ImageError(InputError):
-    """An image that cannot be used."""
-
-
 def read_image(file) -> Image.Image:
     """A path or a binary file -> an upright RGB image: its orientation applied, transparency laid
     on white.
@@ -56,7 +51,7 @@ def read_image(file) -> Image.Image:
     than MAX_PIXELS (nothing is decoded then).
     """
     name = name_of(file)
-    pictures = pictures_of(read_bytes(file, name))
+    pictures = pictures_of(read_bytes(file, name), name)
     first = next(pictures)
     more = sum(1 for _ in pictures)
     if more:
@@ -65,16 +60,17 @@ def read_image(file) -> Image.Image:
     return read_picture(*first, name)
 
 
-def read_pages(file) -> list[Image.Image]:
-    """A path or a binary file -> its pages, as read_image reads them: several of a TIFF of several,
+def read_pages(file, chosen: str | None = None) -> list[Image.Image]:
+    """A path or a binary file -> its pages, as read_image reads them: several of a PDF or a TIFF,
     else one.
 
-    Raises ImageError, also for pages of more than MAX_PAGE_PIXELS together.
+    chosen: some of them, "2", "2-3" or "2,5-7". Raises ImageError, also for pages of more than
+    MAX_PAGE_PIXELS together, and InputError for a PDF without pypdfium2.
     """
     name = name_of(file)
     pages = []
     n_pixels = 0
-    for picture in pictures_of(read_bytes(file, name)):
+    for picture in pictures_of(read_bytes(file, name), name, chosen):
         page = read_picture(*picture, name)
         n_pixels += page.width * page.height
         if n_pixels > MAX_PAGE_PIXELS:
@@ -178,13 +174,20 @@ def eight_bits(image: Image.Image) -> Image.Image:
 # Pages without their metadata, and the orientation
 
 
-def pictures_of(data: bytes) -> Iterator[Picture]:
+def pictures_of(data: bytes, name: str, chosen: str | None = None) -> Iterator[Picture]:
     """The pages of a file, one at least, each as a file of its own."""
-    if data.startswith(JPEG):
+    if b"%PDF-" in data[:1024] and not data.startswith((JPEG, PNG, *TIFF)):
+        from plumbing.pdf import pdf_pictures
+        yield from pdf_pictures(data, name, chosen, MAX_PAGE_PIXELS)
+    elif chosen:
+        from plumbing.pdf import chosen_pictures
+        yield from chosen_pictures(lambda: pictures_of(data, name), name, chosen)
+    elif data.startswith(JPEG):
         yield jpeg_picture(data)
     elif data.startswith(PNG):
         yield png_picture(data)
     elif data.startswith(TIFF):
+        from plumbing.tiff import tiff_pictures
         yield from tiff_pictures(data)
     elif data[4:8] == b"ftyp":              # AVIF: its EXIF item becomes one that nobody knows
         yield re.sub(rb"(?s)(infe.{8,10})Exif", rb"\1skip", data[:2 ** 16]) + data[2 ** 16:], None
@@ -202,21 +205,10 @@ def stated_orientation(image: Image.Image) -> int:
 
 def orientation_of(exif: bytes, xmp: bytes) -> int:
     """What EXIF says, or else XMP, from 1 to 8; 1, upright, where neither can be read."""
+    if not exif and not xmp:
+        return 1
+    from plumbing.tiff import exif_orientation, xmp_orientation
     return exif_orientation(exif) or xmp_orientation(xmp) or 1
-
-
-def exif_orientation(block: bytes) -> int | None:
-    """The orientation of an EXIF block, a small TIFF file; None where it has none."""
-    while block.startswith(b"Exif\0\0"):
-        block = block[6:]
-    layout = tiff_layout(block)
-    return directory_orientation(block, layout, first_directory(block, layout)) if layout else None
-
-
-def xmp_orientation(text: bytes) -> int | None:
-    """The orientation of XMP, as an attribute or as an element; None where it has none."""
-    found = re.search(rb"""tiff:Orientation(?:\s*=\s*["']|>)\s*([1-8])(?![0-9])""", text)
-    return int(found[1]) if found else None
 
 
 # -------------------------------------------------------------------------------------------------
@@ -322,145 +314,3 @@ def raw_profile(text: bytes) -> bytes:
     lines of their own."""
     digits = re.sub(rb"[^0-9a-fA-F]", b"", b"".join(text.split(b"\n")[3:]))
     return bytes.fromhex(digits[:len(digits) // 2 * 2].decode())
-
-
-# -------------------------------------------------------------------------------------------------
-# TIFF, and EXIF, which is one: directories of entries (tag, type, count, value or its place)
-
-
-# The tags without which pixels cannot be decoded, or not rightly: sizes, colours, compression,
-# strips and tiles. All others are metadata.
-PIXEL_TAGS = {254, 255, 256, 257, 258, 259, 262, 266, 273, 277, 278, 279, 284, 292, 293, 317, 320,
-              322, 323, 324, 325, 332, 334, 338, 339, 347, *range(512, 522), 529, 530, 531, 532,
-              37439, 50674}
-SUBFILE, ORIENTATION, XMP_TAG = 254, 274, 700
-SIZES = (256, 257)              # width and height
-PIXELS_AT = (273, 324, 513)     # the places of strips, of tiles, of an old JPEG
-NUMBERS = {1: "B", 3: "H", 4: "I", 6: "b", 8: "h", 9: "i", 11: "f", 12: "d", 13: "I", 16: "Q"}
-
-# Byte order, format of a count, bytes of an entry, format of an offset.
-Layout = tuple[str, str, int, str]
-
-
-def tiff_layout(data: bytes) -> Layout | None:
-    """How a TIFF's directories are written; None for what is no TIFF."""
-    order = {b"II": "<", b"MM": ">"}.get(data[:2])
-    if order is None:
-        return None
-    is_big = data[2:4] in (b"+\0", b"\0+")
-    return (order, "Q", 20, "Q") if is_big else (order, "H", 12, "I")
-
-
-def number_at(data: bytes, at: int, form: str) -> int | float | None:
-    """The number of a struct format; None where the data end before it."""
-    if at < 0 or at + struct.calcsize(form) > len(data):
-        return None
-    return struct.unpack_from(form, data, at)[0]
-
-
-def first_directory(data: bytes, layout: Layout) -> int:
-    """Where the first directory is; 0 for nowhere."""
-    order, _, _, offset = layout
-    return number_at(data, 4 if offset == "I" else 8, order + offset) or 0
-
-
-def entries_of(data: bytes, layout: Layout, at: int) -> dict[int, int]:
-    """The place of each whole entry of a directory by its tag; the first of two with one tag."""
-    order, count, size, _ = layout
-    n = number_at(data, at, order + count) or 0
-    first = at + struct.calcsize(order + count)
-    room = max(0, len(data) - first) // size
-    places: dict[int, int] = {}
-    for place in range(first, first + size * min(n, room), size):
-        places.setdefault(number_at(data, place, order + "H"), place)
-    return places
-
-
-def entry_value(data: bytes, layout: Layout, place: int | None) -> int | None:
-    """The first number of an entry, whatever type it is written in; None for what is none."""
-    if place is None:
-        return None
-    order, _, size, offset = layout
-    kind = number_at(data, place + 2, order + "H")
-    if kind not in NUMBERS:
-        return None
-    form = order + NUMBERS[kind]
-    value_at = place + size - struct.calcsize(order + offset)
-    if struct.calcsize(form) > struct.calcsize(order + offset):     # it is elsewhere
-        value_at = number_at(data, value_at, order + offset)
-    value = number_at(data, value_at, form)
-    return int(value) if value is not None and math.isfinite(value) else None
-
-
-def directory_orientation(data: bytes, layout: Layout, at: int) -> int | None:
-    value = entry_value(data, layout, entries_of(data, layout, at).get(ORIENTATION))
-    return value if value in range(1, 9) else None
-
-
-def tiff_pictures(data: bytes) -> Iterator[Picture]:
-    """The pages of a TIFF: its directories but those of previews and masks, without metadata.
-
-    If it has nothing but those, the first one. What leads nowhere ends the pages before it.
-    """
-    layout = tiff_layout(data)
-    order, _, _, offset = layout
-    tidied = bytearray(data)
-    pages, others = [], []          # (place, orientation)
-    at = first_directory(data, layout)
-    seen = set()
-    while at and at not in seen:
-        seen.add(at)
-        places = entries_of(data, layout, at)
-        if not is_picture(data, layout, places):
-            break
-        orientation = directory_orientation(data, layout, at)
-        if orientation is None:
-            orientation = xmp_orientation(entry_bytes(data, layout, places.get(XMP_TAG)))
-        subfile = entry_value(data, layout, places.get(SUBFILE)) or 0
-        is_page = not subfile & 0b101       # neither a preview nor a mask
-        (pages if is_page else others).append((at, orientation or 1))
-        following = next_directory(data, layout, at)
-        drop_metadata(tidied, data, layout, at, places)
-        at = following
-    first_at = 4 if offset == "I" else 8
-    for at, orientation in pages or others[:1]:
-        struct.pack_into(order + offset, tidied, first_at, at)
-        yield bytes(tidied), orientation
-    if not pages and not others:
-        yield data, 1                       # Pillow says what is wrong
-
-
-def is_picture(data: bytes, layout: Layout, places: dict[int, int]) -> bool:
-    """Whether a directory has sizes, and a place where pixels are."""
-    sizes = [entry_value(data, layout, places.get(tag)) or 0 for tag in SIZES]
-    return min(sizes) > 0 and any(tag in places for tag in PIXELS_AT)
-
-
-def entry_bytes(data: bytes, layout: Layout, place: int | None) -> bytes:
-    """The bytes of an entry's value, whose type has one each."""
-    if place is None:
-        return b""
-    order, _, _, offset = layout
-    n = number_at(data, place + 4, order + offset)
-    value_at = number_at(data, place + 4 + struct.calcsize(order + offset), order + offset)
-    return data[value_at:value_at + min(n, MAX_TEXT)]
-
-
-def next_directory(data: bytes, layout: Layout, at: int) -> int:
-    """Where the directory after this one is; 0 for nowhere."""
-    order, count, size, offset = layout
-    n = number_at(data, at, order + count)
-    return number_at(data, at + struct.calcsize(order + count) + size * n, order + offset) or 0
-
-
-def drop_metadata(tidied: bytearray, data: bytes, layout: Layout, at: int,
-                  places: dict[int, int]) -> None:
-    """Write the directory at `at` anew, into its own place in `tidied`: its entries of PIXEL_TAGS
-    alone, and none after it."""
-    order, count, size, offset = layout
-    kept = [data[place:place + size] for tag, place in places.items() if tag in PIXEL_TAGS]
-    end = struct.pack(order + offset, 0)
-    entries = struct.pack(order + count, len(kept)) + b"".join(kept)
-    tidied[at:at + len(entries)] = entries
-    after = at + len(entries)
-    tidied[after:after + len(end)] = end[:max(0, len(tidied) - after)]

@@ -16,6 +16,10 @@ class CheckpointError(InputError):
     """A model folder that cannot be used. The message names the file and the key."""
 
 
+class ImageError(InputError):
+    """An image that cannot be used."""
+
+
 class Settings:
     """The settings in a JSON file, or in one of its sections.
 

@@ -91,11 +91,11 @@ def test_evaluation_never_takes_training_data(folder):
 
 def test_images_of_a_folder(tmp_path):
     """Foreign files and what is no image are left out, whatever Pillow can open."""
-    for name in ["b.PNG", "a.jpg", "c.tif", "._a.jpg", ".hidden.png", "a.h5", "a.mpg", "a.eps",
-                 "a.pdf", "Thumbs.db", "notes.txt", "a.grib"]:
+    for name in ["b.PNG", "a.jpg", "c.tif", "d.pdf", "._a.jpg", ".hidden.png", "a.h5", "a.mpg",
+                 "a.eps", "Thumbs.db", "notes.txt", "a.grib"]:
         (tmp_path / name).write_bytes(b"")
     (tmp_path / "folder.png").mkdir()
-    assert [file.name for file in image_files(tmp_path)] == ["a.jpg", "b.PNG", "c.tif"]
+    assert [file.name for file in image_files(tmp_path)] == ["a.jpg", "b.PNG", "c.tif", "d.pdf"]
 
 
 def test_foreign_members_of_a_tar(tmp_path, tokenizer):

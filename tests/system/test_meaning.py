@@ -93,7 +93,7 @@ TARS = {
     "two captions in JSON": ([("1.jpg", JPG), ("1.json", b'{"caption": "a", "caption": "b"}')],
                              ["ambiguous"]),
     "several pages": ([("1.tif", encoded(RED, "TIFF", save_all=True, append_images=[BLUE.copy()])),
-                       ("1.txt", b"one")], ["unreadable image"]),
+                       ("1.txt", b"one")], ["red blue one"]),
 }
 
 
@@ -178,7 +178,10 @@ RECORDS = {
     "a system message beside": (asked("?", system="Be brief."), "not implemented"),
     "an answer that is rejected": (asked("?", rejected_response="no"), "not implemented"),
     "an answer that is bad": (asked("?", label=False), "not implemented"),
-    "several pages": ({"image": "pages.tif", "messages": SAID}, "unreadable image"),
+    "several pages": ({"image": "pages.tif", "messages": SAID}, "red blue ? !"),
+    "several pages at a mark": ({"images": ["red.png", "pages.tif", "blue.png"], "messages":
+                                 messages(("a <image> b <image> c", "!"), ("<image>?", "!"))},
+                                "a  red  b  red blue  c ! blue ? !"),
     "DocDownstream's fields": (asked("<|image|>?", image=["./red.png"], task_name="qa_sft",
                                      dataset_name="DocVQA"), "red ? !"),
 }
