@@ -20,7 +20,7 @@ from tqdm import tqdm
 from connector import AlignTopK, spread, token_blocks
 from data import Tokenizer
 from model import AlignVLM
-from plumbing.files import write_text
+from plumbing.files import refuse_inputs, write_text
 from plumbing.images import read_image
 from plumbing.settings import InputError
 from vision import SigLIPConfig, on_canvas, tile, tile_boxes
@@ -159,11 +159,14 @@ def has_glyph(character: str) -> bool:
 
 def explain_files(model: AlignVLM, tokenizer: Tokenizer, files: list[Path], out: Path,
                   max_tiles: int) -> None:
-    """A picture of each image's tokens: `out`, or of several images one each, numbered."""
-    for number, file in enumerate(tqdm(files, desc="explaining"), 1):
-        path = out
-        if len(files) > 1:
-            path = out.with_name(f"{out.stem}-{number}{out.suffix}")
+    """A picture of each image's tokens: `out`, or of several images one each, numbered. Raises
+    InputError if one of them would be written over an image."""
+    paths = [out]
+    if len(files) > 1:
+        paths = [out.with_name(f"{out.stem}-{i}{out.suffix}") for i in range(1, len(files) + 1)]
+    for path in paths:
+        refuse_inputs(path, files)
+    for file, path in zip(tqdm(files, desc="explaining"), paths):
         explain(model, tokenizer, read_image(file), path, max_tiles, file.name)
         tqdm.write(f"{file}: the token of every patch is drawn in {path}")
 
