@@ -54,7 +54,7 @@ def end_on_second(heard: socket.socket, wake: socket.socket) -> None:
     """The thread. heard: a byte for each signal, its number; wake: its other end, kept open."""
     while (number := next_signal(heard)) is None:
         pass
-    began, parent = time.monotonic(), os.getppid()
+    began = time.monotonic()
     heard.settimeout(PATIENCE)
     said = os.environ.get("RANK", "0") != "0"       # the first rank says it
     while True:
@@ -62,9 +62,6 @@ def end_on_second(heard: socket.socket, wake: socket.socket) -> None:
         waited = time.monotonic() - began
         if again and waited > ONE_ACT:
             end(again)
-        # torchrun ends by a second one, and does not pass it on.
-        if "TORCHELASTIC_RUN_ID" in os.environ and os.getppid() != parent:
-            end(number)
         if waited >= PATIENCE and not said:
             say(f"{signal.Signals(number).name}: leaves as soon as it can; a second one ends it "
                 "at once")
