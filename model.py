@@ -293,9 +293,9 @@ class Llama(nn.Module):
                  prefix: "KVCache | None" = None) -> Iterator[list[int | None]]:
         """Continue B prompts together: embeddings x (B, L, D), padded on the right to L.
 
-        A greedy answer is that which the prompt would get alone. Raises InputError for logits that
-        are not finite. Yields at each step the B new
-        token ids, None for a row that has met a token of `stop` (which is not yielded).
+        A greedy answer is that which the prompt would get alone. Yields at each step the B new
+        token ids, None for a row that has met a token of `stop` (which is not yielded). Raises
+        InputError where a prompt's first logits are not finite.
         temperature 0 is greedy; otherwise a token is drawn from the smallest set that holds top_p
         of the probability.
         prefix: keys and values of what stands before every prompt, as `hidden` left them in a

@@ -25,6 +25,8 @@ from data import READ, Sample, Tokenizer, prepare
 from model import IGNORE
 from plumbing.examples import IMAGE, Example, Turn
 from plumbing.files import OwnFiles
+from plumbing.processes import run_main
+from plumbing.settings import InputError
 from plumbing.streams import Position
 from toy.looks import CELL, LOOKS, Page, draw, sheet
 from vision import SigLIPConfig, tile_boxes
@@ -580,9 +582,11 @@ def main() -> None:
             kinds = [args.kind] if args.kind else KINDS
             draw_pages(args.out, args.draw, args.seed, kinds, args.look, args.train)
             print(f"{args.draw} pages and questions.jsonl in {args.out}")
+    except InputError:
+        raise
     except (OSError, ValueError) as error:      # Pillow's ValueError: the suffix of no format
         parser.error(f"{args.out}: {getattr(error, 'strerror', None) or error}")
 
 
 if __name__ == "__main__":
-    main()
+    run_main(main)
