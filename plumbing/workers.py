@@ -79,7 +79,7 @@ def why_lost(items: Iterator, error: Exception) -> str | None:
     """A line about a loading process that has ended, or a sample that did not arrive; None for
     other errors."""
     text = str(error).strip()
-    if text.startswith("Caught "):      # a loading process's own, with the place where it was raised
+    if text.startswith("Caught "):      # in a loading process, with the place where it was raised
         if isinstance(error, InputError):
             return text.splitlines()[-1].partition(": ")[2]
         return None

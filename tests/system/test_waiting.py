@@ -134,9 +134,9 @@ def test_a_rank_that_waits_for_another(out, port, number):
 def test_a_rank_whose_other_never_comes(tmp_path, port, program, rank, number):
     began = tmp_path / "began"
     command = as_rank(rank, port, program, "--out", tmp_path / "out")
-    command[1] = (f"import torch.distributed as dist; find = dist.rendezvous; "
-                  f"dist.rendezvous = lambda *a, **k: [open({str(began)!r}, 'w'), find(*a, **k)][1];"
-                  + command[1])
+    says_so = ("import torch.distributed as dist; find = dist.rendezvous; dist.rendezvous = "
+               f"lambda *a, **k: [open({str(began)!r}, 'w'), find(*a, **k)][1]; ")
+    command[1] = says_so + command[1]
     process = start(*command)
     until(began.exists, process)
     time.sleep(0.5)
