@@ -60,6 +60,10 @@ def test_one_of_several_pictures_over_a_page(page):
                   "--explain", page, code=2)
     assert "page-2.png: would be written over" in done.stderr.splitlines()[-1]
     numbered.unlink()
+    (page.parent / "hard.html").hardlink_to(page)
+    done = sample(*MODEL, "--image", page, "--explain", page.with_name("hard.html"), code=2)
+    assert "hard.html: would be written over" in done.stderr.splitlines()[-1]
+    (page.parent / "hard.html").unlink()
     assert sums(page.parent) == before
 
 
