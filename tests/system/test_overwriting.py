@@ -91,8 +91,9 @@ def test_answers_over_the_model(page, questions):
     model = page.with_name("model")
     shutil.copytree(ROOT / "toy" / "stage3", model)
     before = sums(model)
+    os.link(model / "model.safetensors", page.with_name("tokens.png"))
     for option in (["--questions", questions, "--answers", model / "config.json"],
-                   ["--image", page, "--explain", model / "model.safetensors"]):
+                   ["--image", page, "--explain", page.with_name("tokens.png")]):
         done = sample("--checkpoint", model, *option, code=2)
         assert "would be written over" in done.stderr.splitlines()[-1]
     assert sums(model) == before
