@@ -5,6 +5,7 @@ import ctypes
 import os
 import re
 import sys
+import threading
 import time
 import traceback
 import uuid
@@ -71,7 +72,7 @@ def start_processes(timeout: timedelta = timedelta(minutes=10)) -> torch.device:
     try:
         if is_one_of_many:
             patience = min(timeout, FINDING)
-            store, rank, world = next(dist.rendezvous("env://", timeout=patience))
+            store, rank, world = find_others(patience)
             store = own_part(store, rank, world, patience)
         dist.init_process_group(backend, timeout=timeout, world_size=world, rank=rank,
                                 store=store or dist.HashStore())
@@ -105,6 +106,31 @@ def check_variables(environment: Mapping[str, str]) -> bool:
         raise InputError(f"RANK is {environment['RANK']} of WORLD_SIZE {environment['WORLD_SIZE']}:"
                          " ranks count from 0: start with torchrun")
     return True
+
+
+def find_others(timeout: timedelta) -> tuple[dist.Store, int, int]:
+    """torchrun's store, this process's rank and their number. Raises InputError or DistError.
+
+    In a thread: where another program answers at the port torch waits for ever, and in C.
+    """
+    found = []
+
+    def find() -> None:
+        try:
+            found.append(next(dist.rendezvous("env://", timeout=timeout)))
+        except Exception as error:
+            found.append(error)
+
+    thread = threading.Thread(target=find, daemon=True)
+    thread.start()
+    thread.join(timeout.total_seconds() + 5)
+    if not found:
+        raise InputError(f"at MASTER_ADDR {os.environ['MASTER_ADDR']}, MASTER_PORT "
+                         f"{os.environ['MASTER_PORT']} something answers that is no rank 0: take "
+                         "another port")
+    if isinstance(found[0], Exception):
+        raise found[0]
+    return found[0]
 
 
 def own_part(store: dist.Store, rank: int, world: int, timeout: timedelta) -> dist.Store:

@@ -339,6 +339,17 @@ def test_a_port_that_is_taken_is_a_line(tmp_path, program):
     assert "Traceback" not in error
 
 
+def test_another_program_at_the_port_is_a_line(tmp_path):
+    """It accepts and says nothing: torch has no limit for that."""
+    with socket.socket() as other:
+        other.bind(("127.0.0.1", 0))
+        other.listen()
+        command = as_rank(1, other.getsockname()[1], "train.py", "--timeout", "1", "--out",
+                          tmp_path / "out")
+        error = run(*command, code=2, timeout=60).stderr
+    assert "something answers that is no rank 0" in error.splitlines()[-1]
+
+
 def test_a_rank_alone_is_a_line_when_its_time_is_over(tmp_path, port):
     command = as_rank(1, port, "train.py", "--timeout", "2", "--out", tmp_path / "out")
     error = run(*command, code=2, timeout=60).stderr
