@@ -35,7 +35,7 @@ from paper.patch_tokens import summary_line, vocab_report
 from paper.predictions import begin_predictions, join_predictions
 from paper.tables import check_scores, headline, score_files, show
 from plumbing import fast
-from plumbing.files import write_text
+from plumbing.files import refuse_inputs, write_text
 from plumbing.logs import open_log
 from plumbing.processes import name_stalled_rank, on_first_rank, run_main, start_processes
 from plumbing.runs import claim
@@ -263,6 +263,18 @@ def default_out(folder: Path) -> Path:
     return folder / "eval"
 
 
+def refuse_benchmarks(benchmarks: list[Benchmark], out: Path) -> None:
+    """Raise InputError if a file that goes to `out` would be written over a benchmark's."""
+    read = [benchmark.path for benchmark in benchmarks if benchmark.path]
+    read += [file for path in read if path.is_dir() for file in path.iterdir()]
+    written = ["table.md", "scores.json", "vocab.png", "vocab.json"]
+    for benchmark in benchmarks:
+        written += [f"{benchmark.name}.jsonl", f"{benchmark.name}.settings.json"]
+        written += [path.name for path in out.glob(f"{benchmark.name}.*")]      # noise's, ranks'
+    for name in written:
+        refuse_inputs(out / name, read)
+
+
 def earlier_results(path: Path, weights: int) -> dict[str, dict]:
     """The scores and noise that a scores.json has of this model's other benchmarks.
 
@@ -298,6 +310,7 @@ def main() -> None:
         raise InputError(f"--benchmark {' '.join(args.benchmark)}: one file for each benchmark")
     folder = args.checkpoint or default_model()
     args.out = args.out or default_out(folder)
+    refuse_benchmarks(benchmarks, args.out)
     device = start_processes(TIMEOUT)
     on_first_rank(lambda: claim(args.out))
     model = AlignVLM.from_pretrained(folder, device=device).eval()

@@ -26,7 +26,7 @@ from torch.utils.checkpoint import checkpoint
 from connector import CONNECTORS, ConnectorConfig, new_connector
 from plumbing import released
 from plumbing.examples import IMAGE        # -1: marks the place of a visual token among token ids
-from plumbing.settings import Settings, saved_config
+from plumbing.settings import InputError, Settings, saved_config
 from plumbing.weights import Weights, load, read_safetensors, save
 from vision import SIGLIP_PRESETS, SigLIP, SigLIPConfig, read_siglip
 
@@ -294,7 +294,8 @@ class Llama(nn.Module):
         """Continue B prompts together: embeddings x (B, L, D), padded on the right to L.
 
         A greedy answer is that which the prompt would get alone. Yields at each step the B new
-        token ids, None for a row that has met a token of `stop` (which is not yielded).
+        token ids, None for a row that has met a token of `stop` (which is not yielded). Raises
+        InputError where a prompt's first logits are not finite.
         temperature 0 is greedy; otherwise a token is drawn from the smallest set that holds top_p
         of the probability.
         prefix: keys and values of what stands before every prompt, as `hidden` left them in a
@@ -317,7 +318,11 @@ class Llama(nn.Module):
                 cache.grow()
                 h = self.next_hidden(ids, cache, position)                  # (B, D)
                 position = position + 1
-            ids = sample_token(self.logits(h), temperature, top_p, generator)       # (B,)
+            logits = self.logits(h)                                             # (B, V)
+            if step == 0 and not torch.stack(logits.aminmax()).isfinite().all():
+                raise InputError("the logits are not finite: weights that are too large for "
+                                 f"{logits.dtype}, or damaged")
+            ids = sample_token(logits, temperature, top_p, generator)           # (B,)
             row_ids = ids.tolist()
             done = [was_done or i in stop for was_done, i in zip(done, row_ids)]
             if all(done):

@@ -186,37 +186,6 @@ def image_files(paths: list[str], chosen: str | None) -> list[Path]:
     return files
 
 
-def read_questions(path: Path) -> list[dict]:
-    """The rows of a JSONL file, each with an image, relative to the file, and a prompt.
-
-    Every image is read first: a bad one is found before any answer. Raises InputError.
-    """
-    try:
-        text = path.read_text(encoding="utf-8-sig")
-    except UnicodeDecodeError:
-        raise InputError(f"{path}: not UTF-8 text") from None
-    rows = []
-    for number, line in enumerate(text.split("\n"), 1):     # splitlines() would cut inside a string
-        if line.strip():
-            rows.append(read_question(line, path.parent, f"{path}, line {number}"))
-    return rows
-
-
-def read_question(line: str, folder: Path, where: str) -> dict:
-    """A line of --questions as its row. Raises InputError."""
-    try:
-        row = json.loads(line)
-        image, prompt = row["image"], row["prompt"]
-    except (ValueError, RecursionError, KeyError, TypeError):
-        image = prompt = None
-    if not isinstance(image, str) or not isinstance(prompt, str):
-        raise InputError(f'{where}: not JSON with an "image" and a "prompt", both strings')
-    if not (folder / image).is_file():
-        raise InputError(f"{where}: no file {str(folder / image)[:200]!r}")
-    read_pages(folder / image)
-    return row
-
-
 def answer_each(model: AlignVLM, tokenizer: Tokenizer, files: list[Path], prompts: list[str],
                 chosen: str | None = None, **options) -> Iterator[str]:
     """The answer to each prompt about the image of its own, BATCH at a time, beside a bar.
@@ -234,8 +203,11 @@ def answer_each(model: AlignVLM, tokenizer: Tokenizer, files: list[Path], prompt
 def answer_questions(model: AlignVLM, tokenizer: Tokenizer, questions: Path, answers: Path,
                      **options) -> None:
     """Write the rows of `questions`, each with a `prediction`, beside `answers`, then rename."""
+    from plumbing.files import refuse_inputs
+    from plumbing.questions import read_questions
     rows = read_questions(questions)
     files = [questions.parent / row["image"] for row in rows]
+    refuse_inputs(answers, files)
     prompts = [row["prompt"] for row in rows]
     if answers.exists() and not answers.is_file():
         raise InputError(f"--answers {answers}: a folder or a device, not a file")
@@ -358,6 +330,10 @@ def ask_llm(folder: Path, args: argparse.Namespace, **generation) -> None:
 
 def ask_model(folder: Path, args: argparse.Namespace, **generation) -> None:
     """--questions or --image: a file of answers, a picture, a conversation, or an answer."""
+    if args.answers or args.explain:
+        from plumbing.files import refuse_inputs
+        inputs = [*folder.glob("*"), *map(Path, args.image or [args.questions])]
+        refuse_inputs(args.answers or args.explain, inputs)
     model = AlignVLM.from_pretrained(folder, device=args.device).eval()
     tokenizer = Tokenizer(folder, model.config.llm.vocab_size)
     print(f"model: {folder} on {args.device}", file=sys.stderr)

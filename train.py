@@ -18,9 +18,9 @@ import itertools
 import json
 import math
 import os
-import signal
 import threading
 from collections import Counter
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field, replace
 from datetime import timedelta
 from pathlib import Path
@@ -42,13 +42,15 @@ from paper.recipes import RECIPES, Recipe, lr_share, positive, preset_for, recip
 from plumbing import fast
 from plumbing.examples import Turn
 from plumbing.logs import Step, StepLog
-from plumbing.processes import (gather_model, ignore_signals, name_stalled_rank, on_first_rank,
-                                run_main, start_processes)
+from plumbing.processes import (gather_model, name_stalled_rank, on_first_rank, run_main,
+                                start_processes)
 from plumbing.runs import begin, check_recipe, claim, is_complete, recorded, refuse_foreign
 from plumbing.settings import InputError
+from plumbing.signals import stop_on_signal
 from plumbing.states import States, drop_states, newest_state
 from plumbing.streams import (BAD_KINDS, Documents, Position, agree_on_position, check_bad_share,
                               check_same_files, check_usable, deal, full_spec, keep_good, steps_of)
+from plumbing.workers import loaded, start_worker
 from reader.join import make_stage0
 from reader.lessons import ReaderDocuments
 from toy.looks import LOOKS
@@ -414,16 +416,17 @@ def with_steps(recipe: Recipe, documents: Dataset, args: argparse.Namespace) -> 
     return replace(recipe, steps=math.ceil(samples / recipe.batch_size))
 
 
-def loader_of(documents: Dataset, position: Position, batch_size: int, workers: int) -> DataLoader:
+def loader_of(documents: Dataset, position: Position, batch_size: int, workers: int) -> Iterator:
     """This rank's share of the samples from a position on; after each step's the Position that
-    follows."""
+    follows. Raises InputError where a loading process, or a sample, is lost."""
     rank, world = dist.get_rank(), dist.get_world_size()
     order = deal(documents.draws(position), batch_size, rank, world)
     ahead = None
     if workers:
         ahead = max(2, batch_size // (world * workers))     # samples of each: of all about a step
-    return DataLoader(documents, batch_size=None, sampler=order, num_workers=workers,
-                      prefetch_factor=ahead, worker_init_fn=ignore_signals)
+    loader = DataLoader(documents, batch_size=None, sampler=order, num_workers=workers,
+                        prefetch_factor=ahead, worker_init_fn=start_worker)
+    return loaded(loader)
 
 
 def step_of(progress: Progress, lr: float, rows: list[list[Sample]], counts: Counter,
@@ -564,14 +567,14 @@ def main() -> None:
             raise InputError(f"{args.out} has no stage0: python -m reader.join {args.out} makes "
                              "it, in one process")
         make_stage0(args.out, args.seed)
-    for number in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(number, lambda *_: STOP.set())
     with name_stalled_rank(args.timeout):
-        complete = all(run_stage(stage, args, device) for stage in stages)
+        with stop_on_signal(STOP):
+            complete = all(run_stage(stage, args, device) for stage in stages)
         last = args.out / f"stage{stages[-1]}"
         if complete and stages[-1] > 0 and dist.get_rank() == 0:
-            print(f"ask it: python sample.py --checkpoint {last} --image PAGE.png")
-            if args.preset == "toy" and stages[-1] == 3 and args.held_out:
+            print(f"ask it: python sample.py --checkpoint {last} --image PAGE.png", flush=True)
+            is_toy = args.preset == "toy" and stages[-1] == 3
+            if is_toy and args.held_out and not STOP.is_set():
                 report(last, args.held_out, args.seed, args.look, device)
         dist.barrier()
     dist.destroy_process_group()

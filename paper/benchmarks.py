@@ -76,12 +76,13 @@ class Benchmark:
     """Row i: rows[i] is what metrics need of it, prompts[i] what the model is asked.
 
     A row has index, question, answers and split. images(i) reads and decodes its pages, and raises
-    InputError where they cannot be used.
+    InputError where they cannot be used. path: the file or folder that was opened, if any was.
     """
     name: str
     rows: list[dict]
     prompts: list[str]
     images: Callable[[int], list[Image.Image]]
+    path: Path | None = None
 
 
 def open_benchmark(spec: str) -> Benchmark:
@@ -115,6 +116,7 @@ def open_benchmark(spec: str) -> Benchmark:
         raise InputError(f"{path}: {error.strerror or error}") from None
     if not benchmark.rows:
         raise InputError(f"{path}: not a single question there")
+    benchmark.path = path
     return benchmark
 
 

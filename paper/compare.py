@@ -17,7 +17,7 @@ import numpy as np
 from paper.metrics import METRICS, Metric, middle
 from paper.predictions import read_predictions
 from paper.tables import benchmark_file, markdown
-from plumbing.files import write_text
+from plumbing.files import refuse_inputs, write_text
 from plumbing.processes import run_main
 from plumbing.settings import InputError
 
@@ -127,6 +127,8 @@ def main() -> None:
     args = parser.parse_args()
     name, first = benchmark_file(args.files[0])
     second = Path(args.files[1].removeprefix(f"{name}="))
+    if args.out:
+        refuse_inputs(args.out, [first, second])
     rows_a, rows_b = common_samples([first, second])
     try:
         found = compare(METRICS[name], rows_a, rows_b)

@@ -12,6 +12,7 @@ import csv
 import math
 from pathlib import Path
 
+from plumbing.files import refuse_inputs
 from plumbing.logs import read_log
 from plumbing.processes import run_main
 from plumbing.settings import InputError
@@ -24,14 +25,19 @@ def read_curves(path: Path) -> dict[str, list[dict]]:
     """The curves of a RUN: name -> rows of COLUMNS. Raises InputError."""
     if path.suffix == ".csv":
         return read_table(path)
-    logs = sorted(path.glob("**/*log.jsonl")) if path.is_dir() else [path]
-    if not logs:
-        raise InputError(f"{path}: no log.jsonl there")
     curves = {}
-    for log in logs:
+    for log in logs_of(path):
         name = str(log.parent if log.name == "log.jsonl" else log)
         curves[name] = [{column: row.get(column) for column in COLUMNS} for row in read_log(log)]
     return curves
+
+
+def logs_of(path: Path) -> list[Path]:
+    """The files of a RUN. Raises InputError."""
+    logs = sorted(path.glob("**/*log.jsonl")) if path.is_dir() else [path]
+    if not logs:
+        raise InputError(f"{path}: no log.jsonl there")
+    return logs
 
 
 def read_table(path: Path) -> dict[str, list[dict]]:
@@ -114,15 +120,15 @@ def main() -> None:
                         help="the picture (default: plot.png in the first RUN, or beside it)")
     parser.add_argument("--csv", type=Path, help="write a table of means instead of a picture")
     args = parser.parse_args()
+    first = args.runs[0]
+    out = args.csv or args.out or (first if first.is_dir() else first.parent) / "plot.png"
+    refuse_inputs(out, [file for run in args.runs for file in logs_of(run)])
     curves = {}
     for run in args.runs:
         curves |= read_curves(run)
-    out = args.csv
     if args.csv:
         write_table(curves, args.csv)
     else:
-        first = args.runs[0]
-        out = args.out or (first if first.is_dir() else first.parent) / "plot.png"
         plot(curves, out)
     print(f"{len(curves)} curves in {out}")
 

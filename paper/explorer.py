@@ -25,7 +25,7 @@ from data import Tokenizer, prepare_question
 from model import AlignVLM
 from paper.patch_tokens import INK, distributions_of, named, patch_boxes
 from plumbing.examples import IMAGE
-from plumbing.files import write_text
+from plumbing.files import refuse_inputs, write_text
 from plumbing.images import read_pages
 from plumbing.pdf import page_numbers
 from plumbing.settings import InputError
@@ -182,8 +182,12 @@ def explain(model: AlignVLM, tokenizer: Tokenizer, files: list[Path], out: Path,
         from paper.patch_tokens import explain_files
         return explain_files(model, tokenizer, files, out, max_tiles, chosen)
     groups = [files] if together else [[file] for file in files]
-    for number, group in enumerate(groups, 1):
-        path = out if len(groups) == 1 else out.with_name(f"{out.stem}-{number}{out.suffix}")
+    paths = [out]
+    if len(groups) > 1:
+        paths = [out.with_name(f"{out.stem}-{i}{out.suffix}") for i in range(1, len(groups) + 1)]
+    for path in paths:
+        refuse_inputs(path, files)
+    for group, path in zip(groups, paths):
         pages, names = [], []
         for file in group:
             images = read_pages(file, chosen)

@@ -20,7 +20,7 @@ from tqdm import tqdm
 from connector import AlignTopK, spread, token_blocks
 from data import Tokenizer
 from model import AlignVLM
-from plumbing.files import write_text
+from plumbing.files import refuse_inputs, write_text
 from plumbing.images import read_pages
 from plumbing.settings import InputError
 from vision import SigLIPConfig, on_canvas, tile, tile_boxes
@@ -160,12 +160,15 @@ def has_glyph(character: str) -> bool:
 def explain_files(model: AlignVLM, tokenizer: Tokenizer, files: list[Path], out: Path,
                   max_tiles: int, chosen: str | None = None) -> None:
     """A picture of each page's tokens: `out`, or of several pages one each, numbered. chosen: of
-    each file, as read_pages takes it."""
+    each file, as read_pages takes it. Raises InputError if a picture would be written over a
+    file."""
     pages = [(file, page) for file in files for page in read_pages(file, chosen)]
-    for number, (file, page) in enumerate(tqdm(pages, desc="explaining"), 1):
-        path = out
-        if len(pages) > 1:
-            path = out.with_name(f"{out.stem}-{number}{out.suffix}")
+    paths = [out]
+    if len(pages) > 1:
+        paths = [out.with_name(f"{out.stem}-{i}{out.suffix}") for i in range(1, len(pages) + 1)]
+    for path in paths:
+        refuse_inputs(path, files)
+    for (file, page), path in zip(tqdm(pages, desc="explaining"), paths):
         explain(model, tokenizer, page, path, max_tiles, file.name)
         tqdm.write(f"{file}: the token of every patch is drawn in {path}")
 

@@ -11,7 +11,7 @@ from pathlib import Path
 from paper.benchmarks import READERS, TOYS
 from paper.metrics import METRICS
 from paper.predictions import read_predictions
-from plumbing.files import write_text
+from plumbing.files import refuse_inputs, write_text
 from plumbing.settings import InputError
 
 COLUMNS = {
@@ -230,6 +230,8 @@ def score_files(specs: list[str], out: Path | None) -> None:
     results = {"model": "these predictions", "scores": {}, "intervals": {}, "noise": {}}
     for spec in specs:
         name, path = benchmark_file(spec)
+        for written in ("table.md", "scores.json") if out else ():
+            refuse_inputs(out / written, [path])
         if name in results["scores"]:
             raise InputError(f"{spec}: a second file for {name}: score one at a time")
         rows = read_predictions(path)

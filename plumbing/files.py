@@ -1,10 +1,71 @@
-"""Files that are there whole or not at all."""
+"""Files that are there whole or not at all, and what may be replaced by one."""
+import contextlib
+import hashlib
 import os
+from collections.abc import Iterable
 from pathlib import Path
+
+from plumbing.settings import InputError
+
+WRITTEN = ".written"        # in a folder of OwnFiles: what was written into it
+
+
+def partial_of(path: Path) -> Path:
+    """Where a file is written before it takes its place."""
+    return path.with_name(path.name + ".partial")
 
 
 def write_text(path: Path, text: str) -> None:
     """Write a text file in UTF-8: beside its place first, then renamed. Raises OSError."""
-    partial = path.with_name(path.name + ".partial")
-    partial.write_text(text, encoding="utf-8")
+    write_bytes(path, text.encode())
+
+
+def write_bytes(path: Path, data: bytes) -> None:
+    """The same for any file."""
+    partial = partial_of(path)
+    partial.write_bytes(data)
     os.replace(partial, path)
+
+
+def refuse_inputs(out: Path, inputs: Iterable[Path]) -> None:
+    """Raise InputError if `out` is one of the files that are read, by whatever name or link. Call
+    it before any work is done."""
+    for path in inputs:
+        for written in (out, partial_of(out)):
+            with contextlib.suppress(OSError):      # one of them is not there: two files
+                if os.path.samefile(written, path):
+                    raise InputError(f"{out}: would be written over {path}, which is read: take "
+                                     "another name")
+
+
+class OwnFiles:
+    """The files that a command writes into a folder of the user's.
+
+    It replaces what is as it has written it, and refuses the folder if one of `names` is there that
+    it has not written, or that was changed since (InputError). FOLDER/.written tells them: a
+    SHA-256 and a name a line, as `sha256sum -c` reads it.
+    """
+
+    def __init__(self, folder: Path, names: Iterable[str]):
+        self.folder = folder
+        folder.mkdir(parents=True, exist_ok=True)
+        lines = set()
+        with contextlib.suppress(FileNotFoundError):
+            lines = set((folder / WRITTEN).read_text(errors="replace").splitlines())
+        for name in names:
+            path = folder / name
+            if os.path.lexists(path) and (not path.is_file() or path.is_symlink()
+                                          or written_line(path.read_bytes(), name) not in lines):
+                raise InputError(f"{path}: is not from this command, or was changed: give another "
+                                 "folder, or delete it")
+
+    def write(self, name: str, data: bytes) -> None:
+        """Write one of the names. What is written is listed first: a kill in between leaves the
+        older file, which is listed as well."""
+        with (self.folder / WRITTEN).open("a") as file:
+            file.write(written_line(data, name) + "\n")
+        write_bytes(self.folder / name, data)
+
+
+def written_line(data: bytes, name: str) -> str:
+    return f"{hashlib.sha256(data).hexdigest()}  {name}"

@@ -3,12 +3,13 @@ missing."""
 import contextlib
 import ctypes
 import os
-import signal
+import re
 import sys
+import threading
 import time
 import traceback
 import uuid
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from datetime import timedelta
 from pathlib import Path
 from typing import NoReturn, TypeVar
@@ -19,6 +20,10 @@ from safetensors import SafetensorError
 from torch import nn
 
 from plumbing.settings import InputError
+from plumbing.signals import watch_signals
+
+VARIABLES = ["RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"]    # that torchrun sets
+FINDING = timedelta(minutes=10)         # processes that are started together find each other in
 
 T = TypeVar("T")
 
@@ -51,8 +56,10 @@ def start_processes(timeout: timedelta = timedelta(minutes=10)) -> torch.device:
     one's device.
 
     timeout: of waiting for another. Changes the process: its heap, its limit of open files, its
-    default process group and, on CUDA, its device.
+    default process group and, on CUDA, its device. Raises InputError where the processes do not
+    find each other.
     """
+    is_one_of_many = check_variables(os.environ)
     keep_heap()
     keep_files_open()
     device = torch.device("cpu")
@@ -62,12 +69,68 @@ def start_processes(timeout: timedelta = timedelta(minutes=10)) -> torch.device:
         torch.cuda.set_device(device)
         backend = "cpu:gloo,cuda:nccl"          # counts travel over gloo
     rank, world, store = 0, 1, None
-    if "RANK" in os.environ:
-        store, rank, world = next(dist.rendezvous("env://", timeout=timeout))
-        store = own_part(store, rank, world, timeout)
-    dist.init_process_group(backend, timeout=timeout, world_size=world, rank=rank,
-                            store=store or dist.HashStore())
+    try:
+        if is_one_of_many:
+            patience = min(timeout, FINDING)
+            store, rank, world = find_others(patience)
+            store = own_part(store, rank, world, patience)
+        dist.init_process_group(backend, timeout=timeout, world_size=world, rank=rank,
+                                store=store or dist.HashStore())
+    except dist.DistError as error:
+        place = ", ".join(f"{name}={os.environ.get(name)}" for name in VARIABLES)
+        raise InputError(f"the processes do not find each other ({place}): "
+                         f"{str(error).splitlines()[0]}") from None
     return device
+
+
+def check_variables(environment: Mapping[str, str]) -> bool:
+    """Whether torchrun, or who stands in for it, has started this process as one of many. Raises
+    InputError where its variables are not all there, or make no sense."""
+    there = [name for name in VARIABLES if name in environment]
+    missing = [name for name in VARIABLES if name not in environment]
+    if "RANK" in missing:
+        if environment.get("WORLD_SIZE", "1") != "1":
+            raise InputError(f"WORLD_SIZE is {environment['WORLD_SIZE']}, but RANK is not set: "
+                             "start with torchrun, or unset WORLD_SIZE for one process")
+        return False
+    if missing:
+        raise InputError(f"{', '.join(there)} set, but not {', '.join(missing)}: start with "
+                         "torchrun, or unset RANK for one process")
+    whole = {"LOCAL_RANK": "0", **environment}
+    for name, least, most in [("WORLD_SIZE", 1, 10 ** 6), ("MASTER_PORT", 1, 65535),
+                              ("RANK", 0, 10 ** 6), ("LOCAL_RANK", 0, 10 ** 6)]:
+        if not re.fullmatch("[0-9]{1,7}", whole[name]) or not least <= int(whole[name]) <= most:
+            raise InputError(f"{name} is {whole[name]!r}, not a number from {least} to {most:,}: "
+                             "start with torchrun, or unset RANK for one process")
+    if int(environment["RANK"]) >= int(environment["WORLD_SIZE"]):
+        raise InputError(f"RANK is {environment['RANK']} of WORLD_SIZE {environment['WORLD_SIZE']}:"
+                         " ranks count from 0: start with torchrun")
+    return True
+
+
+def find_others(timeout: timedelta) -> tuple[dist.Store, int, int]:
+    """torchrun's store, this process's rank and their number. Raises InputError or DistError.
+
+    In a thread: where another program answers at the port torch waits for ever, and in C.
+    """
+    found = []
+
+    def find() -> None:
+        try:
+            found.append(next(dist.rendezvous("env://", timeout=timeout)))
+        except Exception as error:
+            found.append(error)
+
+    thread = threading.Thread(target=find, daemon=True)
+    thread.start()
+    thread.join(timeout.total_seconds() + 5)
+    if not found:
+        raise InputError(f"at MASTER_ADDR {os.environ['MASTER_ADDR']}, MASTER_PORT "
+                         f"{os.environ['MASTER_PORT']} something answers that is no rank 0: take "
+                         "another port")
+    if isinstance(found[0], Exception):
+        raise found[0]
+    return found[0]
 
 
 def own_part(store: dist.Store, rank: int, world: int, timeout: timedelta) -> dist.Store:
@@ -96,11 +159,14 @@ def own_part(store: dist.Store, rank: int, world: int, timeout: timedelta) -> di
 
 @contextlib.contextmanager
 def name_stalled_rank(timeout: timedelta) -> Iterator[None]:
-    """If ranks wait in vain for another in here, raise InputError with its name."""
+    """If ranks wait in vain for another in here, raise InputError: with its name, if it is still
+    connected."""
     control = dist.new_group(backend="gloo")
     try:
         yield
     except RuntimeError as error:
+        if re.search("closed by peer|reset by peer|broken pipe", str(error).lower()):
+            raise InputError("another rank has ended: its own lines say why") from None
         if "timed out" not in str(error).lower():
             raise
         try:
@@ -139,20 +205,14 @@ def gather_model(model: nn.Module) -> nn.Module:
     return copy
 
 
-def ignore_signals(*_) -> None:
-    """A cluster's SIGTERM, or Ctrl-C, reaches the loading processes too, whose samples the last
-    step needs."""
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-
-
 def run_main(main: Callable[[], None]) -> None:
     """A program that may be one of many processes: exit status 2 and a line for bad input, 130 for
-    Ctrl-C.
+    Ctrl-C. A second signal ends it wherever it waits (plumbing/signals.py).
 
-    It ends at once: other ranks, or what writes a state, may be waiting for one that has died. What
-    was printed until then is shown.
+    It ends at once: other ranks, or what writes a state, may be waiting for one that has died, and
+    Python would wait for its own loading processes. What was printed until then is shown.
     """
+    watch_signals()
     try:
         main()
     except KeyboardInterrupt:
@@ -163,6 +223,7 @@ def run_main(main: Callable[[], None]) -> None:
         message = f"{Path(sys.argv[0]).name}: {error}" if bad_input else traceback.format_exc()
         print(message, file=sys.stderr, flush=True)
         end_at_once(2 if bad_input else 1)
+    end_at_once(0)
 
 
 def end_at_once(status: int) -> NoReturn:

@@ -87,7 +87,8 @@ class Weights:
     def fill(self, module: nn.Module) -> None:
         """Copy the tensors into the module's parameters, block by block.
 
-        Of a sharded module only this rank's rows are read.
+        Of a sharded module only this rank's rows are read. Raises CheckpointError for a number
+        that is not finite: such a model answers nothing, and learns nothing.
         """
         for name, p in module.named_parameters():
             stored = self.tensors[self.key(name)]
@@ -96,7 +97,11 @@ class Weights:
             step = max(1, BLOCK_BYTES // bytes_per_row)
             for start in range(0, len(here), step):
                 block = here[start:start + step]
-                block.copy_(stored.rows(first + start, first + start + len(block)))
+                rows = stored.rows(first + start, first + start + len(block))
+                if not torch.stack(rows.aminmax()).isfinite().all():
+                    raise CheckpointError(f"{stored.path}: {self.key(name)} has weights that are "
+                                          "not finite: damaged, or its training has diverged")
+                block.copy_(rows)
 
 
 def local_rows(p: nn.Parameter) -> tuple[Tensor, int]:

@@ -6,13 +6,14 @@ Page `index` of a seed and a split is always the same, given the fonts of reader
 Held-out pages are set in other families. The text of a page is what one reads aloud, line by line.
 """
 import argparse
+import io
 import json
 import random
 from pathlib import Path
 
 from data import READ
+from plumbing.files import OwnFiles
 from plumbing.processes import run_main
-from plumbing.settings import InputError
 from reader import words
 from reader.drawing import Page, Run
 from reader.fonts import Face
@@ -418,21 +419,18 @@ def main() -> None:
     args = parser.parse_args()
     if args.draw < 1:
         parser.error("--draw is at least 1")
-    table_file, mark = args.folder / "questions.jsonl", args.folder / ".drawn-by-reader"
-    if table_file.exists() and not mark.exists():
-        raise InputError(f"{table_file} is not from this command: give another folder")
-    config = SigLIPConfig(image_size=SIDE)
-    args.folder.mkdir(parents=True, exist_ok=True)
-    mark.touch()
+    documents = held_out(args.draw, args.seed, SigLIPConfig(image_size=SIDE))
+    names = [f"{i:04}-{page.kind}.png" for i, (page, _, _) in enumerate(documents)]
+    files = OwnFiles(args.folder, [*names, "questions.jsonl"])
     rows = []
-    for i, (page, prompt, answer) in enumerate(held_out(args.draw, args.seed, config)):
-        name = f"{i:04}-{page.kind}.png"
-        page.draw().save(args.folder / name)
+    for name, (page, prompt, answer) in zip(names, documents):
+        image = io.BytesIO()
+        page.draw().save(image, "PNG")
+        files.write(name, image.getvalue())
         rows.append({"image": name, "prompt": prompt, "answer": answer, "kind": page.kind,
                      "text": page.text})
-    partial = table_file.with_suffix(".partial")
-    partial.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
-    partial.replace(table_file)
+    lines = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+    files.write("questions.jsonl", lines.encode())
     print(f"{len(rows)} pages and questions.jsonl in {args.folder}")
 
 

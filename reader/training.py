@@ -16,6 +16,7 @@ from tqdm import tqdm
 from plumbing.processes import keep_heap
 from plumbing.runs import claim
 from plumbing.settings import InputError
+from plumbing.workers import loaded, start_worker
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
 
@@ -40,8 +41,8 @@ def train(modules: nn.ModuleDict, data: Dataset, loss_of: Callable[..., Tensor],
     log = Log(args.out / "log.jsonl", minutes)
     total, since = 0.0, time.monotonic()
     loader = DataLoader(data, None, sampler=range(step, args.steps), num_workers=args.workers,
-                        prefetch_factor=8 if args.workers else None)
-    for batch in tqdm(loader, initial=step, total=args.steps, mininterval=60):
+                        prefetch_factor=8 if args.workers else None, worker_init_fn=start_worker)
+    for batch in tqdm(loaded(loader), initial=step, total=args.steps, mininterval=60):
         for group in optimizer.param_groups:
             group["lr"] = learning_rate(step, args.steps, args.lr)
         loss = loss_of(*batch)

@@ -12,6 +12,7 @@ toy/README.md measures holds for exactly these pages.
 """
 import argparse
 import base64
+import io
 import json
 import random
 import zlib
@@ -23,6 +24,9 @@ from torch.utils.data import Dataset
 from data import READ, Sample, Tokenizer, prepare
 from model import IGNORE
 from plumbing.examples import IMAGE, Example, Turn
+from plumbing.files import OwnFiles
+from plumbing.processes import run_main
+from plumbing.settings import InputError
 from plumbing.streams import Position
 from toy.looks import CELL, LOOKS, Page, draw, sheet
 from vision import SigLIPConfig, tile_boxes
@@ -520,26 +524,27 @@ class ToyDocuments(Dataset):
 # The command
 
 
-def draw_pages(folder: Path, n: int, seed: int, kinds: list[str], look: str) -> list[dict]:
-    """n held-out pages as PNGs, and questions.jsonl: image, prompt, answer and kind of each, which
-    are returned."""
-    folder.mkdir(parents=True, exist_ok=True)
-    rows = []
-    for i, (page, prompt, gold) in enumerate(held_out_documents(n, seed, kinds)):
-        name = f"{i:04}-{page.kind}.png"
-        draw(page, look).save(folder / name)
-        rows.append({"image": name, "prompt": prompt, "answer": gold, "kind": page.kind})
-    (folder / "questions.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    return rows
+def draw_pages(folder: Path, n: int, seed: int, kinds: list[str], look: str, train: bool) -> None:
+    """n held-out pages as PNGs, and questions.jsonl: image, prompt, answer and kind of each.
 
-
-def write_training_data(path: Path, rows: list[dict]) -> None:
-    """The rows of draw_pages as `train.py --data` takes them (MS-Swift's format)."""
-    with path.open("w") as out:
-        for row in rows:
-            turns = [{"role": "user", "content": "<image>" + row["prompt"]},
-                     {"role": "assistant", "content": row["answer"]}]
-            out.write(json.dumps({"images": [row["image"]], "messages": turns}) + "\n")
+    train: train.jsonl beside it has the same as `train.py --data` takes it (MS-Swift's format).
+    Raises InputError where the folder has files of these names that are not from here.
+    """
+    documents = held_out_documents(n, seed, kinds)
+    names = [f"{i:04}-{page.kind}.png" for i, (page, _, _) in enumerate(documents)]
+    tables = ["questions.jsonl", "train.jsonl"] if train else ["questions.jsonl"]
+    files = OwnFiles(folder, [*names, *tables])
+    questions, samples = [], []
+    for name, (page, prompt, gold) in zip(names, documents):
+        image = io.BytesIO()
+        draw(page, look).save(image, "PNG")
+        files.write(name, image.getvalue())
+        questions.append({"image": name, "prompt": prompt, "answer": gold, "kind": page.kind})
+        turns = [{"role": "user", "content": "<image>" + prompt},
+                 {"role": "assistant", "content": gold}]
+        samples.append({"images": [name], "messages": turns})
+    for name, rows in zip(tables, (questions, samples)):
+        files.write(name, "".join(json.dumps(row) + "\n" for row in rows).encode())
 
 
 def draw_sheet(path: Path) -> None:
@@ -575,13 +580,13 @@ def main() -> None:
             print(args.out)
         else:
             kinds = [args.kind] if args.kind else KINDS
-            rows = draw_pages(args.out, args.draw, args.seed, kinds, args.look)
-            if args.train:
-                write_training_data(args.out / "train.jsonl", rows)
+            draw_pages(args.out, args.draw, args.seed, kinds, args.look, args.train)
             print(f"{args.draw} pages and questions.jsonl in {args.out}")
+    except InputError:
+        raise
     except (OSError, ValueError) as error:      # Pillow's ValueError: the suffix of no format
         parser.error(f"{args.out}: {getattr(error, 'strerror', None) or error}")
 
 
 if __name__ == "__main__":
-    main()
+    run_main(main)

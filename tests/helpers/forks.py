@@ -193,8 +193,9 @@ def run_to_the_end(command: list[str]) -> NoReturn:
 if __name__ == "__main__":
     sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
     with socket.socket(socket.AF_UNIX) as listener:
-        listener.bind(os.environ[SOCKET])
+        listener.bind(os.environ[SOCKET] + "~")
         listener.listen(64)
+        os.rename(os.environ[SOCKET] + "~", os.environ[SOCKET])     # who finds it can connect
         for module in MODULES:
             importlib.import_module(module)
         sys.path.pop(0)

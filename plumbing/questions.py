@@ -1,0 +1,39 @@
+"""Questions about images, in a JSONL file."""
+import json
+from pathlib import Path
+
+from plumbing.images import read_pages
+from plumbing.settings import InputError
+
+
+def read_questions(path: Path) -> list[dict]:
+    """The rows of a JSONL file, each with an image, relative to the file, and a prompt.
+
+    Every image is read once, so that a bad one is found before anything is answered.
+    Raises InputError.
+    """
+    try:
+        text = path.read_text(encoding="utf-8-sig")
+    except UnicodeDecodeError:
+        raise InputError(f"{path}: not UTF-8 text") from None
+    rows = []
+    for number, line in enumerate(text.split("\n"), 1):     # splitlines() would cut inside a string
+        if line.strip():
+            rows.append(read_question(line, path.parent, f"{path}, line {number}"))
+    return rows
+
+
+def read_question(line: str, folder: Path, where: str) -> dict:
+    """A line of --questions as its row. Raises InputError."""
+    try:
+        row = json.loads(line)
+        image, prompt = row["image"], row["prompt"]
+    except (ValueError, RecursionError, KeyError, TypeError):
+        image = prompt = None
+    if not isinstance(image, str) or not isinstance(prompt, str):
+        raise InputError(f'{where}: not JSON with an "image" and a "prompt", both strings')
+    if not (folder / image).is_file():
+        raise InputError(f"{where}: no file {str(folder / image)[:200]!r}")
+    read_pages(folder / image)
+    return row
+

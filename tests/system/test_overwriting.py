@@ -1,0 +1,206 @@
+"""What is read is never written over, by whatever name; drawn pages replace only their own."""
+import hashlib
+import json
+import os
+import shutil
+from pathlib import Path
+
+import pytest
+
+from conftest import ROOT, run, sample
+from plumbing.files import OwnFiles, refuse_inputs
+from plumbing.settings import InputError
+
+MODEL = ["--checkpoint", "toy/stage3"]
+
+
+def sums(folder: Path) -> dict[str, str]:
+    """The content of every file in a folder, by its name."""
+    return {str(path.relative_to(folder)): hashlib.sha256(path.read_bytes()).hexdigest()
+            for path in sorted(folder.rglob("*")) if path.is_file()}
+
+
+@pytest.fixture
+def page(tmp_path) -> Path:
+    """A page, and files of other names that are the same one."""
+    page = tmp_path / "page.png"
+    shutil.copyfile(ROOT / "assets" / "0005-invoice.png", page)
+    (tmp_path / "sub").mkdir()
+    os.link(page, tmp_path / "hard.png")
+    (tmp_path / "soft.png").symlink_to("page.png")
+    (tmp_path / "folder").symlink_to(".")
+    return page
+
+
+@pytest.fixture
+def questions(page) -> Path:
+    path = page.with_name("questions.jsonl")
+    path.write_text(json.dumps({"image": "page.png", "prompt": "what is NO?"}) + "\n")
+    return path
+
+
+SAME = ["page.png", "./page.png", "sub/../page.png", "hard.png", "soft.png", "folder/page.png"]
+
+
+@pytest.mark.parametrize("name", SAME)
+def test_a_picture_over_the_page(page, name):
+    before = sums(page.parent)
+    out = f"{page.parent}/{name}"
+    done = sample(*MODEL, "--image", page, "--explain", out, code=2)
+    [line] = done.stderr.splitlines()
+    assert line.startswith(f"sample.py: {Path(out)}: would be written over {page}")
+    assert sums(page.parent) == before
+
+
+def test_one_of_several_pictures_over_a_page(page):
+    before = sums(page.parent)
+    numbered = page.with_name("page-2.png")
+    shutil.copyfile(page, numbered)
+    done = sample(*MODEL, "--image", numbered, ROOT / "assets" / "0000-invoice.png",
+                  "--explain", page, code=2)
+    assert "page-2.png: would be written over" in done.stderr.splitlines()[-1]
+    numbered.unlink()
+    (page.parent / "hard.html").hardlink_to(page)
+    done = sample(*MODEL, "--image", page, "--explain", page.with_name("hard.html"), code=2)
+    assert "hard.html: would be written over" in done.stderr.splitlines()[-1]
+    (page.parent / "hard.html").unlink()
+    assert sums(page.parent) == before
+
+
+@pytest.mark.parametrize("answers", ["questions.jsonl", "page.png", "hard.png", "folder/page.png",
+                                     "again.jsonl"])
+def test_answers_over_what_is_asked(page, questions, answers):
+    os.link(questions, page.with_name("again.jsonl"))
+    before = sums(page.parent)
+    done = sample(*MODEL, "--questions", questions, "--answers", page.parent / answers, code=2)
+    assert "would be written over" in done.stderr.splitlines()[-1]
+    assert sums(page.parent) == before
+
+
+def test_a_file_that_is_written_on_the_way_counts_too(page, questions):
+    """answers.jsonl is written as answers.jsonl.partial first."""
+    mine = page.with_name("answers.jsonl.partial")
+    questions.rename(mine)
+    before = sums(page.parent)
+    done = sample(*MODEL, "--questions", mine, "--answers", page.with_name("answers.jsonl"), code=2)
+    assert "would be written over" in done.stderr.splitlines()[-1]
+    assert sums(page.parent) == before
+
+
+def test_answers_over_the_model(page, questions):
+    model = page.with_name("model")
+    shutil.copytree(ROOT / "toy" / "stage3", model)
+    before = sums(model)
+    os.link(model / "model.safetensors", page.with_name("tokens.png"))
+    for option in (["--questions", questions, "--answers", model / "config.json"],
+                   ["--image", page, "--explain", page.with_name("tokens.png")]):
+        done = sample("--checkpoint", model, *option, code=2)
+        assert "would be written over" in done.stderr.splitlines()[-1]
+    assert sums(model) == before
+
+
+def test_other_files_are_replaced_as_ever(page, questions):
+    answers = page.with_name("answers.jsonl")
+    answers.write_text("older")
+    sample(*MODEL, "--questions", questions, "--answers", answers)
+    assert json.loads(answers.read_text())["prediction"] == "9DZC"
+    refuse_inputs(page.with_name("new.png"), [page, page.with_name("none.png")])
+
+
+PREDICTION = {"index": "0", "question": "?", "answers": ["a"], "split": None, "prediction": "a"}
+
+
+def test_scores_and_tables_over_predictions_and_benchmarks(page):
+    folder = page.parent / "eval"
+    folder.mkdir()
+    for name in ("table.md", "scores.json", "toy.jsonl", "b.jsonl"):
+        (folder / name).write_text(json.dumps(PREDICTION) + "\n")
+    benchmark = folder / "ChartQA.jsonl"
+    benchmark.write_text(json.dumps({"image": ["page.png"], "messages": [
+        {"role": "user", "content": "<|image|>?"}, {"role": "assistant", "content": "a"}]}) + "\n")
+    before = sums(folder)
+    toy = folder / "toy.jsonl"
+    for command in (
+            ["eval.py", "--score", f"toy={folder}/table.md", "--out", folder],
+            ["eval.py", "--score", f"toy={folder}/scores.json", "--out", folder],
+            ["eval.py", *MODEL, "--benchmark", f"ChartQA={benchmark}", "--out", folder],
+            ["-m", "paper.compare", toy, folder / "b.jsonl", "--out", toy],
+            ["-m", "paper.compare", toy, folder / "b.jsonl", "--out", folder / "b.jsonl"]):
+        line = run(*command, code=2).stderr.splitlines()[-1]
+        assert "would be written over" in line, command
+    assert sums(folder) == before
+
+
+def test_a_plot_over_a_log(tmp_path):
+    log = tmp_path / "run" / "log.jsonl"
+    log.parent.mkdir()
+    log.write_text(json.dumps({"step": 0, "loss": 1.0, "lr": 1.0, "tokens_per_s": 1.0}) + "\n")
+    (tmp_path / "plot.png").symlink_to(log)
+    table = tmp_path / "curves.csv"
+    run("-m", "paper.curves", tmp_path / "run", "--csv", table)
+    before = sums(tmp_path)
+    for command in ([tmp_path / "run", "--csv", log], [tmp_path, "--out", tmp_path / "plot.png"],
+                    [log, "--out", log], [table, "--csv", table]):
+        line = run("-m", "paper.curves", *command, code=2).stderr.splitlines()[-1]
+        assert "would be written over" in line, command
+    assert sums(tmp_path) == before
+
+
+# --------------------------------------------------------------------------------------------------
+# Folders of drawn pages
+
+
+@pytest.mark.parametrize("name", ["questions.jsonl", "train.jsonl", "0001-receipt.png"])
+@pytest.mark.parametrize("kind", ["file", "link", "broken link", "folder"])
+def test_drawing_does_not_touch_what_is_not_drawn(tmp_path, name, kind):
+    pages, elsewhere = tmp_path / "pages", tmp_path / "mine"
+    pages.mkdir()
+    path = pages / name
+    if kind == "file":
+        path.write_text("mine")
+    elif kind == "folder":
+        path.mkdir()
+    else:
+        if kind == "link":
+            elsewhere.write_text("mine")
+        path.symlink_to(elsewhere)
+    before = sums(tmp_path)
+    done = run("-m", "toy.pages", "--draw", 3, "--train", pages, code=2)
+    assert f"{path}: is not from this command" in done.stderr.splitlines()[-1]
+    assert sums(tmp_path) == before and list(pages.iterdir()) == [path]
+
+
+@pytest.mark.parametrize("module", ["toy.pages", "reader.pages"])
+def test_drawn_pages_replace_their_own_and_nothing_else(tmp_path, module):
+    draw = ["-m", module, "--draw", 2, tmp_path]
+    run(*draw, "--seed", 1)
+    first = sums(tmp_path)
+    run(*draw, "--seed", 2)                 # other pages in their place
+    second = sums(tmp_path)
+    assert first != second and first.keys() <= second.keys()
+    (tmp_path / "notes.txt").write_text("mine")
+    run(*draw, "--seed", 1)
+    with (tmp_path / "questions.jsonl").open("a") as file:
+        file.write('{"image": "mine.png", "prompt": "?"}\n')
+    before = sums(tmp_path)
+    line = run(*draw, "--seed", 2, code=2).stderr.splitlines()[-1]
+    assert "questions.jsonl: is not from this command, or was changed" in line
+    assert sums(tmp_path) == before
+
+
+def test_a_kill_between_two_files_leaves_a_folder_that_can_be_drawn_again(tmp_path):
+    files = OwnFiles(tmp_path, ["a", "b"])
+    files.write("a", b"one")
+    files.write("b", b"one")
+    replace = os.replace
+    for name in "ab":
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr("os.replace", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+            with pytest.raises(KeyboardInterrupt):
+                OwnFiles(tmp_path, ["a", "b"]).write(name, b"two")
+        assert os.replace is replace and (tmp_path / name).read_bytes() == b"one"
+    OwnFiles(tmp_path, ["a", "b"]).write("a", b"three")
+    (tmp_path / "b").write_bytes(b"changed")
+    with pytest.raises(InputError, match="/b: is not from this command"):
+        OwnFiles(tmp_path, ["a", "b"])
+    OwnFiles(tmp_path, ["a"])
