@@ -112,11 +112,14 @@ def shard(model: AlignVLM, device: torch.device, shard_size: int | None = None,
         mesh = init_device_mesh(device.type, (world // size, size),
                                 mesh_dim_names=("replicate", "shard"))
     blocks = [*model.vision.encoder["layers"], *model.llm.layers]
+    if compile:     # rows with and without images, first blocks, frozen ones: each is a graph
+        torch._dynamo.config.recompile_limit = 64
     for block in blocks:
+        if compile:         # first: the compiler does not enter what checkpoint wraps
+            block.forward = torch.compile(block.forward)
         if recompute:       # keep a block's input alone, and run it again in the backward pass
-            block.forward = functools.partial(checkpoint, block.forward, use_reentrant=False)
-        if compile:
-            block.compile()
+            block.forward = functools.partial(checkpoint, block.forward, use_reentrant=False,
+                                              preserve_rng_state=False)
     for module in [*blocks, model.vision, model.connector, model]:
         fully_shard(module, mesh=mesh, mp_policy=policy)
 
