@@ -10,7 +10,9 @@ import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from torch import nn
+from torch.distributed.checkpoint import FileSystemWriter
 from torch.distributed.checkpoint.api import CheckpointException
+from torch.distributed.checkpoint.staging import DefaultStager, StagingOptions
 from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
 
 from plumbing.settings import InputError
@@ -57,7 +59,12 @@ class States:
             if dist.get_rank() == 0:
                 partial.mkdir(exist_ok=True)        # the other ranks' writers make it as well
                 (partial / "progress.json").write_text(json.dumps(progress))
-            future = dcp.async_save(self.state(), checkpoint_id=partial, process_group=self.group)
+            # Nothing is to be copied ahead, all is in copies: the thread that does it would open
+            # a context on GPU 0 from every rank.
+            writer = FileSystemWriter(partial, per_thread_copy_ahead=0)
+            stager = DefaultStager(StagingOptions(False, False, False, False))
+            future = dcp.async_save(self.state(), storage_writer=writer, async_stager=stager,
+                                    process_group=self.group)
             self.writing = future, path
         except OSError as error:
             raise self.not_written(error, partial) from None
