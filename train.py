@@ -28,7 +28,7 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.utils.checkpoint import checkpoint
 from torch.utils.data import DataLoader, Dataset
@@ -74,7 +74,8 @@ def build(stage: int, start: Path | None, recipe: Recipe, connector: ConnectorCo
         for name, module in model.named_children():
             # Stage 3 freezes the vision encoder: paper/recipes.py, LATE.
             module.requires_grad_(name in recipe.trainable)
-        shard(model, device, args.shard_size, args.recompute, args.compile, recipe.bf16)
+        shard(model, device, args.shard_size, args.recompute, args.compile, recipe.bf16,
+              args.timeout)
 
     torch.manual_seed(args.seed)
     if stage == 0:
@@ -90,7 +91,8 @@ def build(stage: int, start: Path | None, recipe: Recipe, connector: ConnectorCo
 
 
 def shard(model: AlignVLM, device: torch.device, shard_size: int | None = None,
-          recompute: bool = False, compile: bool = False, bf16: bool = False) -> None:
+          recompute: bool = False, compile: bool = False, bf16: bool = False,
+          timeout: timedelta = timedelta(minutes=10)) -> None:
     """FSDP2, in place: each block, the connector and the vision tower are gathered when they run.
     What is left, the token embedding foremost, stays gathered: connector, decoder and head share
     it. On CUDA the computation is bf16, elsewhere if `bf16` says so.
@@ -102,15 +104,6 @@ def shard(model: AlignVLM, device: torch.device, shard_size: int | None = None,
     policy = MixedPrecisionPolicy()
     if bf16 or device.type == "cuda":
         policy = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)
-    world = dist.get_world_size()
-    size = min(shard_size or world, world)
-    if world % size:
-        raise InputError(f"--shard-size {size} does not divide the {world} processes")
-    if size == world:
-        mesh = init_device_mesh(device.type, (world,), mesh_dim_names=("shard",))
-    else:
-        mesh = init_device_mesh(device.type, (world // size, size),
-                                mesh_dim_names=("replicate", "shard"))
     blocks = [*model.vision.encoder["layers"], *model.llm.layers]
     if compile:     # rows with and without images, first blocks, frozen ones: each is a graph
         torch._dynamo.config.recompile_limit = 64
@@ -120,8 +113,25 @@ def shard(model: AlignVLM, device: torch.device, shard_size: int | None = None,
         if recompute:       # keep a block's input alone, and run it again in the backward pass
             block.forward = functools.partial(checkpoint, block.forward, use_reentrant=False,
                                               preserve_rng_state=False)
+    mesh = mesh_of(device, shard_size, timeout)
     for module in [*blocks, model.vision, model.connector, model]:
         fully_shard(module, mesh=mesh, mp_policy=policy)
+
+
+def mesh_of(device: torch.device, shard_size: int | None, timeout: timedelta) -> DeviceMesh:
+    """The ranks in one dimension, "shard", or, for copies of shard_size ranks, in two: "replicate"
+    and "shard". timeout: of their waiting for each other. Raises InputError."""
+    world = dist.get_world_size()
+    size = min(shard_size or world, world)
+    if world % size:
+        raise InputError(f"--shard-size {size} does not divide the {world} processes")
+    if size == world:
+        return init_device_mesh(device.type, (world,), mesh_dim_names=("shard",))
+    ranks = torch.arange(world).view(-1, size)
+    # Groups that the mesh made by itself would wait for half an hour.
+    groups = [dist.new_subgroups_by_enumeration(each.tolist(), timeout)[0]
+              for each in (ranks.T, ranks)]
+    return DeviceMesh.from_group(groups, device.type, ranks, mesh_dim_names=("replicate", "shard"))
 
 
 def optimizer_of(model: AlignVLM, recipe: Recipe) -> torch.optim.Optimizer:

@@ -1,13 +1,15 @@
-"""train.shard on one process: what is compiled, and what that does not change."""
+"""train.shard: what is compiled, what is calculated in bf16, and who finds no GPU."""
 import functools
+import json
 
 import pytest
 import torch
 import torch.distributed as dist
+from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
-from conftest import close
+from conftest import HELPERS, close, run, torchrun
 from small_models import SAMPLES, gradients_of, row_of, small_vlm
 from train import shard
 
@@ -59,3 +61,25 @@ def test_compiled_blocks_are_graphs_recomputed_ones_too(one_process, graphs):
             weight = gradients[name.replace("k_proj.bias", "k_proj.weight")]
             close(ours[name], gradient, scale=weight.abs().max().item())
     assert made[0] == made[1] >= 2          # a block of either tower at least
+
+
+def test_two_processes_in_bf16_are_one_within_its_rounding(tmp_path):
+    """And groups of copies wait no longer for each other than all wait for all."""
+    command = HELPERS / "bf16_gradients.py"
+    one = json.loads(run(command, tmp_path / "one").stdout.splitlines()[-1])
+    two = json.loads(torchrun(2, command, tmp_path / "two").stdout.splitlines()[-1])
+    assert two[0] == pytest.approx(one[0], rel=2 ** -8) and two[1] == [77, 77]
+    expected, gradients = load_file(tmp_path / "one"), load_file(tmp_path / "two")
+    assert expected.keys() == gradients.keys()
+    for name, gradient in expected.items():
+        weight = expected[name.replace("k_proj.bias", "k_proj.weight")]
+        close(gradients[name], gradient, 2 ** -8, scale=weight.abs().max().item())
+
+
+def test_a_process_without_a_gpu_of_its_own_is_one_line(tmp_path):
+    """Two processes on a machine with one GPU, which this test invents."""
+    program = ("import os, torch; os.environ['LOCAL_RANK'] = '1'; "
+               "torch.cuda.is_available = lambda: True; torch.cuda.device_count = lambda: 1; "
+               "import train; train.run_main(train.main)")
+    [line] = run("-c", program, "--out", tmp_path, code=2).stderr.splitlines()
+    assert "process 2" in line and "it has 1" in line and "CUDA_VISIBLE_DEVICES=" in line
