@@ -142,15 +142,17 @@ def our_llama(args: argparse.Namespace, dtype: torch.dtype) -> Llama:
     """Still without what is fast: theirs is made of its tensors first."""
     if args.llm:
         return Llama.from_pretrained(args.llm, dtype, DEVICE).eval()
-    llm = Llama(preset(args).llm)
+    with DEVICE:                # a CPU takes a minute for random weights of 3 GB
+        llm = Llama(preset(args).llm)
     llm.init_weights()
-    return llm.to(DEVICE, dtype).eval()
+    return llm.to(dtype).eval()
 
 
 def random_vlm(args: argparse.Namespace, dtype: torch.dtype) -> AlignVLM:
-    model = AlignVLM(preset(args))
+    with DEVICE:
+        model = AlignVLM(preset(args))
     model.init_weights()
-    return model.to(DEVICE, dtype)
+    return model.to(dtype)
 
 
 def their_llama(ours: Llama) -> nn.Module:
@@ -395,7 +397,8 @@ def connector(args: argparse.Namespace) -> Iterator[dict]:
     config = ALIGNVLM_PRESETS[args.preset or "llama-3.2-1b"]
     dtype = BF16 if GPU else FP32
     d, D, V = config.vision.hidden_size, config.llm.hidden_size, config.llm.vocab_size
-    align = Align(d, D, V).to(DEVICE, dtype)
+    with DEVICE:
+        align = Align(d, D, V).to(dtype)
     E_text = nn.Parameter(torch.randn(V, D, device=DEVICE, dtype=dtype))
     E_text.data *= D ** -0.5
     align.init_weights(E_text)
