@@ -11,8 +11,8 @@ same.
   fast or faster and stays.
 - Attention on a CPU is in fp32: in bf16 PyTorch's takes longer there, for a token up to four
   times. With AMX it takes half the time, for a prompt without a prefix.
-- To answer, weights in bf16 on a CPU are laid out as oneDNN reads them, and on a GPU a step of
-  decoding becomes one CUDA graph.
+- To answer, weights in bf16 on a CPU are laid out as oneDNN reads them. What is fast on a GPU is in
+  plumbing/cuda.py.
 """
 import functools
 import platform
@@ -39,6 +39,8 @@ def use(model: nn.Module, inference: bool = False) -> None:
     copied, saved or loaded into. In bf16 on a CPU its matrices, all but E_text, cannot even be
     looked at, and a head that is tied to E_text becomes a copy of it.
     """
+    # cuDNN plans its attention anew for each length, for up to a second; training meets many.
+    torch.backends.cuda.enable_cudnn_sdp(False)
     for module in model.modules():
         if type(module) is nn.Linear:
             module.__class__ = Linear
@@ -166,6 +168,9 @@ def gate(g: Tensor, u: Tensor) -> Tensor:
 def attend(q: Tensor, k: Tensor, v: Tensor, attn_mask: Tensor | None = None,
            is_causal: bool = False, enable_gqa: bool = False) -> Tensor:
     """Scaled dot-product attention, on a CPU in fp32."""
+    if q.is_cuda and enable_gqa and attn_mask is not None:
+        from plumbing.cuda import attend_in_groups
+        return attend_in_groups(q, k, v, attn_mask)
     if q.is_cpu and not attends_faster_in_bf16(q, attn_mask):
         mask = attn_mask if attn_mask is None else attn_mask.float()
         y = nnf.scaled_dot_product_attention(q.float(), k.float(), v.float(), attn_mask=mask,
@@ -180,21 +185,9 @@ def attends_faster_in_bf16(q: Tensor, mask: Tensor | None) -> bool:
 
 
 def suitable_cache(new_cache, llm: nn.Module, batch: int, length: int, prefix=None):
-    """A decoder's cache: on a CPU in fp32, or attention would convert all of it for every token.
-
-    On a GPU, where one CUDA graph serves every step, its shape stays: it is rounded up, so that
-    prompts of about this length share the graph, and attention always reads all of it.
-    """
-    device = llm.embed_tokens.weight.device.type
-    if device == "cpu":
-        return new_cache(llm, batch, length, prefix, torch.float32)
-    if device != "cuda":
-        return new_cache(llm, batch, length, prefix)
-    cache = new_cache(llm, batch, 256 * -(-length // 256), prefix)
-    for x in (*cache.k, *cache.v):
-        torch._dynamo.mark_static_address(x, guard=False)       # a graph may write to it
-    cache.grow = lambda: setattr(cache, "reach", cache.length)
-    return cache
+    """A decoder's cache: on a CPU in fp32, or attention would convert all of it for every token."""
+    dtype = torch.float32 if llm.embed_tokens.weight.is_cpu else None
+    return new_cache(llm, batch, length, prefix, dtype)
 
 
 # ------------------------------------------------------------------------------------------------
@@ -202,14 +195,12 @@ def suitable_cache(new_cache, llm: nn.Module, batch: int, length: int, prefix=No
 
 
 def prepare_to_answer(llm: nn.Module) -> None:
-    """Lay a decoder's weights on a CPU out anew; let a step on a GPU be one CUDA graph.
-
-    On a CPU: those of every norm as it needs them, and matrices in bf16 as oneDNN reads them,
-    which is up to twice as fast.
-    """
+    """Lay a decoder's weights on a CPU out anew: those of every norm as it needs them, and matrices
+    in bf16 as oneDNN reads them, which is up to twice as fast. On a GPU a step becomes a graph."""
     E_text = llm.embed_tokens.weight
     if E_text.is_cuda:
-        llm.next_hidden = torch.compile(llm.next_hidden, mode="reduce-overhead")
+        from plumbing import cuda
+        cuda.prepare_to_answer(llm)
     if not E_text.is_cpu:
         return
     if reads_laid_out(E_text) and llm.config.tie_embeddings:

@@ -13,8 +13,8 @@ from torch.utils.checkpoint import checkpoint
 from conftest import close, randomise
 from connector import CONNECTORS, ConnectorConfig, new_connector
 from model import AlignVLM, AlignVLMConfig, Llama
-from plumbing import fast
-from small_models import (PROMPTS, SAMPLES, VISION, generated, gradients_of, row_of,
+from plumbing import cuda, fast
+from small_models import (PROMPTS, SAMPLES, STEPS, VISION, generated, gradients_of, row_of,
                           small_llama, small_vlm)
 from train import shard
 
@@ -401,6 +401,56 @@ def test_a_copy_decodes_with_its_own_weights(inference):
     assert vlm.llm.new_cache.args[-1] is vlm.llm
     assert generated(copied, PROMPTS) == others
     assert generated(vlm, PROMPTS) == expected
+
+
+# ------------------------------------------------------------------------------------------------
+# What is for a GPU, as far as a CPU can show it; the rest is in tests/gpu
+
+
+@pytest.mark.parametrize("B, heads, kv_heads, L, reach", [(1, 4, 2, 1, 9), (3, 6, 2, 1, 5),
+                                                          (2, 5, 1, 4, 7), (1, 3, 3, 2, 6)])
+def test_grouped_queries_as_rows(B, heads, kv_heads, L, reach):
+    """Each under the mask of its own place and row."""
+    q = torch.randn(B, heads, L, 6)
+    k, v = torch.randn(2, B, kv_heads, reach, 6)
+    seen = torch.rand(B, 1, L, reach) < 0.6
+    seen[..., 0] = True
+    mask = torch.zeros(B, 1, L, reach).masked_fill(~seen, -math.inf)
+    expected = nnf.scaled_dot_product_attention(q, k, v, attn_mask=mask, enable_gqa=True)
+    close(cuda.attend_in_groups(q, k, v, mask), expected)
+
+
+@pytest.mark.parametrize("can_record", [True, False])
+def test_steps_are_recorded_once_a_cache(can_record, monkeypatch):
+    """The first is taken as it is, the second recorded; where that fails, all are as they are."""
+    recorded, replayed = [], []
+
+    class Recording:
+        def __init__(self, *step):
+            if not can_record:
+                raise RuntimeError("no graph")
+            step, _, cache, _ = step
+            recorded.append(cache.length)
+            self.step = lambda ids, position: step(ids, cache, position)
+
+        def replay(self, ids, position):
+            replayed.append(position)
+            return self.step(ids, position)
+
+    monkeypatch.setattr(cuda, "Recording", Recording)
+    vlm = small_vlm(scale=3.0)
+    expected = generated(vlm, PROMPTS)
+    for _ in range(2):
+        cuda.prepare_to_answer(vlm.llm)
+    assert vlm.llm.next_hidden.step == Llama.next_hidden.__get__(vlm.llm)
+    if can_record:
+        assert generated(vlm, PROMPTS) == generated(vlm, PROMPTS) == expected
+    else:
+        with pytest.warns(UserWarning, match="no graph"):
+            assert generated(vlm, PROMPTS) == expected
+        assert generated(vlm, PROMPTS) == expected
+    times = 2 if can_record else 0
+    assert len(recorded) == times and len(replayed) == times * (STEPS - 2)
 
 
 # ------------------------------------------------------------------------------------------------
