@@ -25,9 +25,10 @@ from torch.utils.checkpoint import checkpoint
 
 from connector import CONNECTORS, ConnectorConfig, new_connector
 from plumbing import released
+from plumbing.devices import send
 from plumbing.examples import IMAGE        # -1: marks the place of a visual token among token ids
 from plumbing.settings import InputError, Settings, saved_config
-from plumbing.weights import Weights, load, read_safetensors, save
+from plumbing.weights import Weights, load, read_safetensors
 from vision import SIGLIP_PRESETS, SigLIP, SigLIPConfig, read_siglip
 
 IGNORE = -100           # marks a label that is not supervised, as in torch's cross_entropy
@@ -106,15 +107,16 @@ class AlignVLM(nn.Module):
     def embed(self, tokens: Tensor, pixels: Tensor) -> Tensor:
         """tokens (B, L) int64 with IMAGE at T * n places, pixels (T, 3, S, S) -> H (B, L, D).
 
-        H is H_input of the paper. tokens may be on the CPU: a GPU is not waited for then. Raises
-        ValueError where places and visual tokens differ in number.
+        H is H_input of the paper. tokens may be on the CPU, or an array: a GPU is not waited for
+        then. Raises ValueError where places and visual tokens differ in number.
         """
         E_text = self.llm.embed_tokens.weight                       # (V, D)
+        tokens = torch.as_tensor(tokens)                            # (B, L)
         is_image = tokens == IMAGE                                  # (B, L)
         n_visual = len(pixels) * self.config.tile_tokens            # T * n
         if is_image.sum() != n_visual:
             raise ValueError(f"{int(is_image.sum())} image positions for {n_visual} visual tokens")
-        text = tokens.masked_fill(is_image, 0).to(E_text.device, non_blocking=True)
+        text = send(tokens.masked_fill(is_image, 0), E_text.device)
         H = nnf.embedding(text, E_text)                             # (B, L, D), equation 3
         if n_visual == 0:       # every rank must come here, or none: else FSDP waits for ever
             return H
@@ -123,7 +125,7 @@ class AlignVLM(nn.Module):
         F_align = F_align.flatten(0, 1).to(H.dtype)                 # (T * n, D)
         # H_input = concat(F'_align, E_text(x)): each visual token stands where its image does.
         places = is_image.flatten().nonzero()[:, 0]                 # (T * n,), of B * L
-        places = places.to(E_text.device, non_blocking=True)
+        places = send(places, E_text.device)
         return H.flatten(0, 1).index_copy(0, places, F_align).view_as(H)
 
     def forward(self, tokens: Tensor, labels: Tensor, pixels: Tensor,
@@ -132,12 +134,14 @@ class AlignVLM(nn.Module):
 
         In nats. tokens (1, L) int64: samples of `lengths`, one after another. labels (1, L): at
         each position the token that should come next there, or IGNORE; data.encode_chat has
-        shifted them. pixels (T, 3, S, S): all samples' tiles. tokens and labels may be on the CPU.
+        shifted them. pixels (T, 3, S, S): all samples' tiles. tokens and labels may be on the CPU,
+        and arrays.
         """
+        labels = torch.as_tensor(labels)
         h = self.llm.hidden(self.embed(tokens, pixels), lengths)[0]         # (L, D)
         supervised = (labels[0] != IGNORE).nonzero()[:, 0]                  # (n,)
-        gold = labels[0, supervised].to(h.device, non_blocking=True)        # (n,)
-        h = h[supervised.to(h.device, non_blocking=True)]                   # (n, D)
+        gold = send(labels[0, supervised], h.device)                        # (n,)
+        h = h[send(supervised, h.device)]                                   # (n, D)
         most = max(1, LOGITS // self.config.llm.vocab_size)
         if len(gold) <= most:
             return self.token_loss(h, gold)
@@ -209,8 +213,9 @@ class AlignVLM(nn.Module):
         """Write config.json, safetensors and the tokenizer's file: all of them or none.
 
         Over shard_bytes the tensors go to several files. Of a model that is sharded among ranks
-        (FSDP2) every rank calls this. What may be replaced: see `save` in plumbing/weights.py.
+        (FSDP2) every rank calls this. What may be replaced: see plumbing/saving.py.
         """
+        from plumbing.saving import save
         config = {"model_type": "alignvlm", **asdict(self.config)}
         save(self, config, Path(folder), Path(tokenizer_file), dtype, shard_bytes)
 

@@ -40,6 +40,7 @@ from model import ALIGNVLM_PRESETS, IGNORE, IMAGE, AlignVLM, AlignVLMConfig, rea
 from paper.plan import step_flops
 from paper.recipes import RECIPES, Recipe, lr_share, positive, preset_for, recipe_for
 from plumbing import fast
+from plumbing.devices import send
 from plumbing.examples import Turn
 from plumbing.logs import Step, StepLog
 from plumbing.processes import (gather_model, name_stalled_rank, on_first_rank, run_main,
@@ -206,9 +207,9 @@ def count(rows: list[list[Sample]], blank: Sample) -> Counter:
 def row_loss(model: AlignVLM, row: list[Sample], device: torch.device) -> Tensor:
     """Forward: a row's samples -> the sum of its cross-entropies, in nats."""
     tokens, labels, pixels, lengths = pack_row(row)     # (1, L), (1, L), (T, 3, S, S)
-    if device.type == "cuda":
-        pixels = pixels.pin_memory()                    # else the copy would wait for the GPU
-    return model(tokens, labels, pixels.to(device, non_blocking=True), lengths)
+    # FSDP moves tensors to the GPU, and to find places in them there would wait for all work before
+    # it. Arrays stay.
+    return model(tokens.numpy(), labels.numpy(), send(pixels, device), lengths)
 
 
 def accumulate_gradients(model: AlignVLM, rows: list[list[Sample]],

@@ -20,9 +20,9 @@ from pathlib import Path
 from torch import nn
 
 from plumbing.files import write_text
+from plumbing.saving import why_not
 from plumbing.settings import InputError, read_json
 from plumbing.states import check_room, newest_state
-from plumbing.weights import why_not
 
 
 def claim(out: Path) -> None:
