@@ -4,10 +4,16 @@ Tests import what they share from here: commands from helpers/commands.py, rando
 measure of "equal" from helpers/tensors.py.
 """
 import json
+import os
 import sys
 from pathlib import Path
 
 import pytest
+
+# Tests and what they start run on the CPU, whatever the machine has. tests/gpu/checks.py does not.
+if os.environ.get("TEST_DEVICE") != "cuda":
+    os.environ["CUDA_VISIBLE_DEVICES"] = ""
+
 import torch
 
 sys.path[:0] = [str(Path(__file__).resolve().parents[1]), str(Path(__file__).parent / "helpers")]

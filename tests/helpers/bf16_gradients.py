@@ -1,4 +1,4 @@
-"""Started by test_shard.py, by itself or by torchrun: the gradients of one step, calculated in bf16.
+"""Started by test_shard.py, by itself or by torchrun: a step's gradients, calculated in bf16.
 
     torchrun --nproc_per_node N tests/helpers/bf16_gradients.py OUT.safetensors
 
