@@ -2,6 +2,7 @@
 
 F' is convex, W2 starts from the LM head, and E_text is the live input embedding.
 """
+import itertools
 from dataclasses import replace
 
 import pytest
@@ -242,11 +243,12 @@ def test_nothing_V_wide_is_kept_for_the_backward_pass(small_blocks):
 def test_blocks_cover_every_token_once_within_the_budget(monkeypatch):
     for bytes_per_token in (1, 3, 20, 100):
         monkeypatch.setattr(connector, "BLOCK_BYTES", 64 * bytes_per_token)
-        for N in range(300):
-            blocks = token_blocks(N, bytes_per_token)
+        for N, most in itertools.product(range(300), (64, 32)):
+            budget = () if most == 64 else (most * bytes_per_token,)
+            blocks = token_blocks(N, bytes_per_token, *budget)
             assert [i for block in blocks for i in range(N)[block]] == list(range(N))
             lengths = [block.stop - block.start for block in blocks]
-            assert N == 0 or all(0 < n <= min(64, lengths[0]) for n in lengths)
+            assert N == 0 or all(0 < n <= min(most, lengths[0]) for n in lengths)
 
 
 def test_align_compiles():
