@@ -29,7 +29,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
-from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+from torch.distributed.fsdp import (CPUOffloadPolicy, MixedPrecisionPolicy, OffloadPolicy,
+                                    fully_shard)
 from torch.utils.checkpoint import checkpoint
 from torch.utils.data import DataLoader, Dataset
 
@@ -76,27 +77,29 @@ def build(stage: int, start: Path | None, recipe: Recipe, connector: ConnectorCo
             # Stage 3 freezes the vision encoder: paper/recipes.py, LATE.
             module.requires_grad_(name in recipe.trainable)
         shard(model, device, args.shard_size, args.recompute, args.compile, recipe.bf16,
-              args.timeout)
+              args.offload, args.timeout)
 
+    home = torch.device("cpu") if args.offload else device      # of the weights
     torch.manual_seed(args.seed)
     if stage == 0:
         model = AlignVLM(ALIGNVLM_PRESETS["toy"])
         model.init_weights()
-        set_up(model.to(device))
+        set_up(model.to(home))
         return model
     if stage == 1 and args.llm:
-        return AlignVLM.from_backbones(args.vision, args.llm, torch.float32, device, set_up,
+        return AlignVLM.from_backbones(args.vision, args.llm, torch.float32, home, set_up,
                                        connector)
     new_connector = connector if stage == 1 else None       # later stages keep what the folder has
-    return AlignVLM.from_pretrained(start, torch.float32, device, set_up, new_connector)
+    return AlignVLM.from_pretrained(start, torch.float32, home, set_up, new_connector)
 
 
 def shard(model: AlignVLM, device: torch.device, shard_size: int | None = None,
           recompute: bool = False, compile: bool = False, bf16: bool = False,
-          timeout: timedelta = timedelta(minutes=10)) -> None:
+          offload: bool = False, timeout: timedelta = timedelta(minutes=10)) -> None:
     """FSDP2, in place: each block, the connector and the vision tower are gathered when they run.
     What is left, the token embedding foremost, stays gathered: connector, decoder and head share
-    it. On CUDA the computation is bf16, elsewhere if `bf16` says so.
+    it. On CUDA the computation is bf16, elsewhere if `bf16` says so. offload: weights, gradients
+    and the optimizer stay in the CPU's memory, where the model's weights must be by now.
 
     shard_size: ranks that hold one copy of the model between them; by default all (the paper's
     ZeRO-3). Groups of fewer, say of one node, are each other's replicas, and only gradients travel
@@ -115,8 +118,9 @@ def shard(model: AlignVLM, device: torch.device, shard_size: int | None = None,
             block.forward = functools.partial(checkpoint, block.forward, use_reentrant=False,
                                               preserve_rng_state=False)
     mesh = mesh_of(device, shard_size, timeout)
+    home = CPUOffloadPolicy(device.type == "cuda") if offload else OffloadPolicy()
     for module in [*blocks, model.vision, model.connector, model]:
-        fully_shard(module, mesh=mesh, mp_policy=policy)
+        fully_shard(module, mesh=mesh, mp_policy=policy, offload_policy=home)
 
 
 def mesh_of(device: torch.device, shard_size: int | None, timeout: timedelta) -> DeviceMesh:
@@ -252,11 +256,12 @@ def take_step(model: AlignVLM, optimizer: torch.optim.Optimizer, rows: list[list
     if loss is None:
         return None, None, counts
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
-    norm = torch.nn.utils.clip_grad_norm_(parameters, clip).full_tensor()
+    norm = torch.nn.utils.clip_grad_norm_(parameters, clip).full_tensor().to(device)
     for group in optimizer.param_groups:
         group["lr"] = lr * group["scale"]
     bad = ~(loss.isfinite() & norm.isfinite())
-    optimizer.found_inf = bad.float()       # as GradScaler does: a fused step then changes nothing
+    # As GradScaler does: a fused step then changes nothing.
+    optimizer.found_inf = bad.float().to(parameters[0].device)
     optimizer.step()
     optimizer.zero_grad()
     numbers = torch.stack([loss, norm, *losses]).to("cpu", non_blocking=True)
@@ -710,6 +715,8 @@ def add_run_flags(add) -> None:
     add("--recompute", action="store_true",
         help="compute activations twice instead of keeping them")
     add("--compile", action="store_true", help="torch.compile each block")
+    add("--offload", action="store_true", help="keep weights, gradients and optimizer in the CPU's "
+        "memory: for a GPU that is too small for them")
     add("--timeout", type=positive(float), default=600,
         help="seconds to wait for a stalled process (default: %(default)s)")
 

@@ -15,7 +15,7 @@ from pathlib import Path
 
 import torch
 
-from connector import BLOCK_BYTES, CACHE_BYTES, CONNECTORS
+from connector import BLOCK_BYTES, CACHE_BYTES, CONNECTORS, GPU_BLOCK_BYTES
 from model import ALIGNVLM_PRESETS, LOGITS, AlignVLM, AlignVLMConfig, read_llama
 from paper.recipes import RECIPES, Recipe, lr_share, positive, preset_for, recipe_for
 from plumbing.logs import PEAKS
@@ -102,24 +102,27 @@ def connector_products(config: AlignVLMConfig) -> tuple[float, float]:
 
 
 def memory(config: AlignVLMConfig, trainable: tuple[str, ...], ranks: int, tokens: int, tiles: int,
-           supervised: int, recompute: bool = False, size: int = 2) -> dict[str, float]:
+           supervised: int, recompute: bool = False, size: int = 2,
+           offload: bool = False) -> dict[str, float]:
     """Bytes of each part on one of `ranks` GPUs that hold a model between them, for the longest row
     of a step.
 
     tokens, tiles, supervised: what the row holds. size: bytes of a number in the computation: 2 in
-    bf16 (CUDA), 4 in fp32 (CPU).
+    bf16 (CUDA), 4 in fp32 (CPU). offload: what the optimizer works on is in the CPU's memory.
     """
     with torch.device("meta"):
         model = AlignVLM(config)
     n = {name: n_parameters(module) for name, module in model.named_children()}
     training = sum(n[name] for name in trainable)
     logits = min(supervised * config.llm.vocab_size, LOGITS)        # that are there at a time
+    on_gpu = not offload
     return {
-        "parameters": 4 * sum(n.values()) / ranks,
-        "gradients": 4 * training / ranks,
-        "optimizer": 8 * training / ranks,
+        "parameters": 4 * sum(n.values()) / ranks * on_gpu,
+        "gradients": 4 * training / ranks * on_gpu,
+        "optimizer": 8 * training / ranks * on_gpu,
         # One process alone, in fp32, computes on its own weights.
-        "gathered": gathered_bytes(model, trainable, size) if ranks > 1 or size == 2 else 0,
+        "gathered": gathered_bytes(model, trainable, size, offload) if ranks > 1 or size == 2
+                    else 0,
         "activations": activation_bytes(config, trainable, tokens, tiles, recompute, size),
         "connector": connector_bytes(config, tiles, size),
         "head": logits * (size + 8),        # they, in fp32, and their gradient
@@ -131,14 +134,15 @@ def n_parameters(module: torch.nn.Module) -> int:
     return sum(p.numel() for p in module.parameters())
 
 
-def gathered_bytes(model: AlignVLM, trainable: tuple[str, ...], size: int) -> float:
+def gathered_bytes(model: AlignVLM, trainable: tuple[str, ...], size: int,
+                   offload: bool) -> float:
     """What FSDP keeps whole. A unit is whole while it runs, and the next one is fetched; its
     gradient is whole until it is summed in fp32. The root (token embedding, head) stays whole, and
-    so does its gradient."""
+    so does its gradient. Offloaded, the next unit comes in fp32."""
     vision_block, llm_block = model.vision.encoder["layers"][0], model.llm.layers[0]
     unit = max(n_parameters(module) for module in (vision_block, llm_block, model.connector))
     root = n_parameters(model.llm) - len(model.llm.layers) * n_parameters(llm_block)
-    weights = size * root + 2 * size * unit
+    weights = size * root + 2 * size * unit + 4 * unit * offload
     gradients = (size + 4) * (root * ("llm" in trainable) + unit)
     return weights + gradients
 
@@ -160,8 +164,8 @@ def activation_bytes(config: AlignVLMConfig, trainable: tuple[str, ...], tokens:
 
 
 def connector_bytes(config: AlignVLMConfig, tiles: int, size: int) -> float:
-    """What the connector keeps; and of connector.Mixture's blocks two (n, V), and one or two fp32
-    copies of a few rows."""
+    """What the connector keeps; and of connector.Mixture's blocks two (n, V), and a few rows in
+    fp32: one or two times, or four times where the block is in bf16."""
     l, c = config.llm, config.connector
     D, visual = l.hidden_size, tiles * config.vision.n_patches
     keeps = visual * D * {"align": 3, "mlp": 3, "ovis": 1, "perceiver": 17 + 2 * c.depth}[c.kind]
@@ -169,9 +173,11 @@ def connector_bytes(config: AlignVLMConfig, tiles: int, size: int) -> float:
         latent = 12 * D + c.head_dim * (c.n_heads + c.n_kv_heads)
         keeps += 2 * c.depth * (visual * c.n_kv_heads * c.head_dim + tiles * c.n_latents * latent)
     wide = {"align": l.vocab_size, "ovis": c.table_size}.get(c.kind, 0)    # a row of Mixture's
-    block = min(BLOCK_BYTES, 2 * size * 16 * math.ceil(visual / 16) * wide)
-    rows = min(CACHE_BYTES if size > 2 else BLOCK_BYTES // 4, 4 * visual * wide)
-    return size * keeps + block + 1.5 * rows
+    most_block, most_rows, copies = BLOCK_BYTES, CACHE_BYTES, 1.5
+    if size == 2:
+        most_block, most_rows, copies = GPU_BLOCK_BYTES, BLOCK_BYTES // 4, 4
+    block = min(most_block, 2 * size * 16 * math.ceil(visual / 16) * wide)
+    return size * keeps + block + copies * min(most_rows, 4 * visual * wide)
 
 
 # --------------------------------------------------------------------------------------------------
@@ -207,15 +213,22 @@ def print_memory(recipe: Recipe, config: AlignVLMConfig, data: StageData, tiles:
     fits."""
     length = tiles * config.tile_tokens + data.text
     a_share = math.ceil(recipe.batch_size / args.gpus)          # of a step's samples
-    for flags, recompute, row_tokens in [("as asked", False, recipe.row_tokens),
-                                         ("--recompute", True, recipe.row_tokens),
-                                         (f"--recompute --row-tokens {length}", True, length)]:
+    a_page = f"--row-tokens {length}"
+    for flags, row_tokens in [("as asked", recipe.row_tokens),
+                              ("--recompute", recipe.row_tokens),
+                              (f"--recompute {a_page}", length),
+                              (f"--recompute {a_page} --offload", length)]:
+        recompute, offload = "--recompute" in flags, "--offload" in flags
         in_row = max(1, min(a_share, row_tokens // length))     # samples
         parts = memory(config, recipe.trainable, args.shard_size, in_row * length, in_row * tiles,
-                       in_row * data.supervised, recompute)
+                       in_row * data.supervised, recompute, offload=offload)
         total = sum(parts.values()) / 1e9
         fits = total <= 0.9 * args.gpu_memory       # the rest is for CUDA, NCCL and fragments
         verdict = "which fits" if fits else f"more than 90 % of {args.gpu_memory:g}"
+        if offload:
+            on_cpu = sum(memory(config, recipe.trainable, args.shard_size, 0, 0, 0)[name]
+                         for name in ("parameters", "gradients", "optimizer")) / 1e9
+            verdict += f", and {on_cpu:.3g} GB of the CPU's memory"
         print(f"  {flags}: {total:.3g} GB a GPU, {verdict}")
         print("    " + ", ".join(f"{name} {size / 1e9:.3g}" for name, size in parts.items()))
         if fits:

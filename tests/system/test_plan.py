@@ -24,7 +24,7 @@ def test_memory_is_what_a_real_step_has(preset):
 
 @pytest.mark.parametrize("preset, gpus, memory, answer", [
     ("llama-3.2-1b", 64, 80, "as asked: "), ("llama-3.1-8b", 64, 80, "--recompute"),
-    ("llama-3.1-8b", 1, 24, "nothing fits")])
+    ("llama-3.2-1b", 1, 24, "--offload"), ("llama-3.1-8b", 1, 24, "nothing fits")])
 def test_the_plan_says_what_fits(preset, gpus, memory, answer):
     done = plan("--preset", preset, "--stage", 2, "--gpus", gpus, "--gpu-memory", memory)
     fitting = [line for line in done.stdout.splitlines()

@@ -10,8 +10,10 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 from conftest import HELPERS, close, run, torchrun
-from small_models import SAMPLES, gradients_of, row_of, small_vlm
-from train import shard
+from data import Sample
+from paper.recipes import RECIPES
+from small_models import SAMPLES, gradients_of, labelled, row_of, small_vlm
+from train import optimizer_of, shard, take_step
 
 CPU = torch.device("cpu")
 
@@ -61,6 +63,20 @@ def test_compiled_blocks_are_graphs_recomputed_ones_too(one_process, graphs):
             weight = gradients[name.replace("k_proj.bias", "k_proj.weight")]
             close(ours[name], gradient, scale=weight.abs().max().item())
     assert made[0] == made[1] >= 2          # a block of either tower at least
+
+
+def test_offloaded_steps_are_the_same(one_process):
+    """On a CPU, where all is in its memory anyway: the way there and back changes nothing."""
+    found = []
+    for offload in (False, True):
+        vlm = small_vlm()
+        shard(vlm, CPU, offload=offload)
+        optimizer = optimizer_of(vlm, RECIPES["toy"][2])
+        rows = [[Sample(tokens, labelled(tokens), pixels, "")] for tokens, pixels in SAMPLES]
+        numbers = [take_step(vlm, optimizer, rows, 1e-2, 1.0, CPU)[0] for _ in range(3)]
+        found.append([*numbers, *(p.full_tensor().detach() for p in vlm.parameters())])
+    assert all(torch.equal(a, b) for a, b in zip(*found, strict=True))
+    assert not torch.equal(found[0][0], found[0][2])
 
 
 def test_two_processes_in_bf16_are_one_within_its_rounding(tmp_path):
