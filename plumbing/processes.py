@@ -53,11 +53,11 @@ def keep_files_open() -> None:
 
 def start_processes(timeout: timedelta = timedelta(minutes=10)) -> torch.device:
     """Join torchrun's processes, or be the only one; nccl on CUDA, gloo on a CPU. Returns this
-    one's device. Raises InputError if a machine has fewer GPUs than processes.
+    one's device.
 
     timeout: of waiting for another. Changes the process: its heap, its limit of open files, its
     default process group and, on CUDA, its device. Raises InputError where the processes do not
-    find each other.
+    find each other, or are more than the machine's GPUs.
     """
     is_one_of_many = check_variables(os.environ)
     keep_heap()
@@ -65,12 +65,12 @@ def start_processes(timeout: timedelta = timedelta(minutes=10)) -> torch.device:
     device = torch.device("cpu")
     backend = "gloo"
     if torch.cuda.is_available():
-        place, n_devices = int(os.environ.get("LOCAL_RANK", 0)), torch.cuda.device_count()
-        if place >= n_devices:
-            raise InputError(f"no GPU for process {place + 1} of this machine, it has {n_devices}: "
+        local, n_devices = int(os.environ.get("LOCAL_RANK", 0)), torch.cuda.device_count()
+        if local >= n_devices:
+            raise InputError(f"no GPU for process {local + 1} of this machine, it has {n_devices}: "
                              f"start {n_devices} at most, or set CUDA_VISIBLE_DEVICES= to nothing "
                              "and train on the CPU")
-        device = torch.device("cuda", place)
+        device = torch.device("cuda", local)
         torch.cuda.set_device(device)
         backend = "cpu:gloo,cuda:nccl"          # counts travel over gloo
     rank, world, store = 0, 1, None
