@@ -33,7 +33,8 @@ def last_line(done) -> str:
 def check_refused(process, out: Path) -> None:
     error = process.communicate(timeout=60)[1]
     assert process.returncode == 2, error
-    assert re.search(rf"train.py: {out}: process \d+ on \S+ is at work in this folder: ", error), error
+    line = rf"train.py: {out}: process \d+ on \S+ is at work in this folder: "
+    assert re.search(line, error), error
 
 
 def check_equal(folder: Path, alone: Path) -> None:
