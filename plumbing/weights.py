@@ -31,6 +31,17 @@ OWN_FILES = re.compile(r"(config|recipe|align_vocab|held_out)\.json|log\.jsonl"
                        r"|model\.safetensors\.index\.json")
 
 
+def model_folder(name: str | Path) -> Path:
+    """A folder or file of that name, or else the hub's model `owner/name@revision`, in its cache.
+
+    Raises InputError. A path that is neither comes back: who opens it will say what is missing.
+    """
+    if os.path.exists(name):
+        return Path(name)
+    from plumbing.hub import hub_folder
+    return hub_folder(str(name))
+
+
 @dataclass
 class Stored:
     """A tensor in a file: rows(start, stop) reads that part of it, and nothing is read before."""
