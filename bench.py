@@ -3,7 +3,7 @@
     pip install transformers
     python bench.py                                     # all of it
     python bench.py prefill decode --json               # some, a JSON line per row
-    python bench.py decode --llm Llama-3.2-1B           # released weights, not random SmolLM2-135M
+    python bench.py decode --llm meta-llama/Llama-3.2-1B    # released weights, not random ones
     python bench.py train --preset llama-3.2-1b --alone # on a GPU: packed 10-tile pages, ours alone
 
 Both sides do the same with the same weights, in turns, and the median counts: absolute times on a
@@ -578,8 +578,8 @@ def parse_args() -> argparse.Namespace:
     add("--preset", choices=ALIGNVLM_PRESETS, help="sizes (default: SigLIP so400m for vision, "
         "SmolLM2-135M for prefill, decode and load, SigLIP base with it for answer and train, "
         "Llama-3.2-1B for connector)")
-    add("--llm", help="folder with a released Llama for prefill, decode and load (default: random "
-        "weights)")
+    add("--llm", help="folder or name of a released Llama for prefill, decode and load (default: "
+        "random weights)")
     add("--alone", action="store_true", help="ours alone (vision, prefill, decode, connector, "
         "train)")
     add("--repeats", type=int, help="calls of each side (default: 3 to 20, as long as they take)")

@@ -23,6 +23,7 @@ from model import IGNORE, AlignVLM
 from plumbing.examples import IMAGE, BadSample, Example, Turn
 from plumbing.settings import CheckpointError
 from plumbing.tokenizers import BytePairs, TextError    # TextError: what Tokenizer.encode raises
+from plumbing.weights import model_folder
 from vision import SigLIPConfig, tile, tile_boxes
 
 # Asks for a page read aloud: in training, and when sample.py has no --prompt.
@@ -62,15 +63,15 @@ CHAT_FORMATS = {        # a tokenizer has the first whose special tokens it know
 class Tokenizer:
     """A byte-level BPE: Llama 3's tokenizer.model, or a tokenizer.json like SmolLM2's.
 
-    path: the file, or the folder that holds it. vocab_size: the model's, at least the tokenizer's:
-    rows of its embeddings beyond that are padding, which has no text.
+    path: the file, or the model's folder or name on the hub. vocab_size: the model's, at least the
+    tokenizer's: rows of its embeddings beyond that are padding, which has no text.
     Attributes: path (of the file), special (name -> id), chat (its ChatFormat, or None), stop (the
     ids after which an answer is over). Raises CheckpointError for a file that it cannot read, or
     that asks for something else (another model type, a normaliser, an unknown split of text).
     """
 
     def __init__(self, path: str | Path, vocab_size: int | None = None):
-        self.pairs = BytePairs(Path(path))
+        self.pairs = BytePairs(model_folder(path))
         self.path = self.pairs.path
         self.special = self.pairs.special
         if vocab_size is not None and vocab_size < len(self):

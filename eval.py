@@ -41,6 +41,7 @@ from plumbing.processes import name_stalled_rank, on_first_rank, run_main, start
 from plumbing.runs import claim
 from plumbing.settings import InputError, read_json
 from plumbing.texts import edit_distance
+from plumbing.weights import model_folder
 from sample import SHIPPED, answer, default_model
 from toy.looks import draw
 from toy.pages import KINDS, PAGES, held_out_documents
@@ -225,10 +226,11 @@ def parse_args() -> argparse.Namespace:
         "VLMEvalKit (TSV), DocDownstream (JSONL) or VCR-wiki (parquet) have them; drawn documents, "
         f"200 or as many as one likes: {', '.join(TOYS)}, toy=N; pages of print: "
         f"{', '.join(READERS)} (default: toy)")
-    add("--checkpoint", type=Path, help="model folder (default: the newest under out/, or else the "
-        "shipped one)")
+    add("--checkpoint", help="model folder, or a name on the hub, `owner/name` (default: the "
+        "newest under out/, or else the shipped one)")
     add("--out", type=Path, help="where predictions, table.md and scores.json go (default: "
-        "CHECKPOINT/eval, and out/shipped/eval for the shipped model)")
+        "CHECKPOINT/eval; out/owner/name/eval for a name on the hub, out/shipped/eval for the "
+        "shipped model)")
     add("--score", nargs="+", metavar="[NAME=]FILE", help="only score files of predictions again")
     add("--vocab", type=int, metavar="N", help="only average P_vocab over the first N samples' "
         "pages, into OUT/vocab.png and vocab.json (needs `pip install matplotlib`)")
@@ -256,8 +258,12 @@ def parse_args() -> argparse.Namespace:
     return args
 
 
-def default_out(folder: Path) -> Path:
-    """Where a model's scores go: into its folder, but nothing is written into the repository."""
+def default_out(model: str | Path) -> Path:
+    """Where a model's scores go: into its folder, but nothing is written into the repository, or
+    into the hub's cache."""
+    folder = Path(model)
+    if not folder.exists():
+        return Path("out", model, "eval")
     if folder.resolve().parent == SHIPPED.resolve().parent:
         return Path("out", "shipped", "eval")
     return folder / "eval"
@@ -308,8 +314,9 @@ def main() -> None:
     benchmarks = [open_benchmark(spec) for spec in args.benchmark]
     if len({benchmark.name for benchmark in benchmarks}) < len(benchmarks):
         raise InputError(f"--benchmark {' '.join(args.benchmark)}: one file for each benchmark")
-    folder = args.checkpoint or default_model()
-    args.out = args.out or default_out(folder)
+    name = default_model() if args.checkpoint is None else args.checkpoint
+    folder = model_folder(name)
+    args.out = args.out or default_out(name)
     refuse_benchmarks(benchmarks, args.out)
     device = start_processes(TIMEOUT)
     on_first_rank(lambda: claim(args.out))
@@ -320,7 +327,7 @@ def main() -> None:
     if args.vocab:
         report_vocab(model, tokenizer, benchmarks, args)
         return
-    results = {"model": str(folder), "weights": weights,
+    results = {"model": str(name), "weights": weights,
                **earlier_results(args.out / "scores.json", weights)}
     with name_stalled_rank(TIMEOUT):
         for benchmark in benchmarks:

@@ -3,7 +3,7 @@
     E_text(x) = [E_text(x_1), ..., E_text(x_M)]         equation 3
     H_input = concat(F'_align, E_text(x))               just above equation 3, without a number
 
-    model = AlignVLM.from_backbones("siglip-so400m-patch14-384", "Llama-3.2-1B")
+    model = AlignVLM.from_backbones("google/siglip-so400m-patch14-384", "meta-llama/Llama-3.2-1B")
     loss = model(*pack_row(samples))                    # data.py: one packed row of samples
     for ids in model.generate([sample.tokens], [sample.pixels], stop=tokenizer.stop):
         ...                                             # one more token of each prompt
@@ -28,7 +28,7 @@ from plumbing import released
 from plumbing.devices import send
 from plumbing.examples import IMAGE        # -1: marks the place of a visual token among token ids
 from plumbing.settings import InputError, Settings, saved_config
-from plumbing.weights import Weights, load, read_safetensors
+from plumbing.weights import Weights, load, model_folder, read_safetensors
 from vision import SIGLIP_PRESETS, SigLIP, SigLIPConfig, read_siglip
 
 IGNORE = -100           # marks a label that is not supervised, as in torch's cross_entropy
@@ -182,8 +182,8 @@ class AlignVLM(nn.Module):
         dtype None keeps the stored one (the wider of two). shard, and what is raised: see
         SigLIP.from_pretrained.
         """
-        vision_config, vision = read_siglip(Path(vision_folder))
-        llm_config, llm = read_llama(Path(llm_folder))
+        vision_config, vision = read_siglip(model_folder(vision_folder))
+        llm_config, llm = read_llama(model_folder(llm_folder))
         config = AlignVLMConfig(vision_config, llm_config, connector or ConnectorConfig())
         weights = {"vision": vision, "llm": llm}
         model = load(lambda: cls(config), weights, dtype, device, shard)
@@ -198,7 +198,8 @@ class AlignVLM(nn.Module):
 
         dtype, shard, and what is raised: see SigLIP.from_pretrained.
         """
-        config, weights = read_config(Path(folder)), read_safetensors(Path(folder))
+        folder = model_folder(folder)
+        config, weights = read_config(folder), read_safetensors(folder)
         if connector is None:
             return load(lambda: cls(config), {"": weights}, dtype, device, shard)
         config.connector = connector
@@ -355,7 +356,7 @@ class Llama(nn.Module):
 
         The rest is as in SigLIP.from_pretrained.
         """
-        config, weights = read_llama(Path(folder))
+        config, weights = read_llama(model_folder(folder))
         return load(lambda: cls(config), {"": weights}, dtype, device, shard)
 
     @torch.no_grad()

@@ -9,10 +9,11 @@
     python sample.py --image doc.png --interactive                  # reads it once; type questions
     python sample.py --image doc.png --prompt "what is TAX?" --explain page.html    # and see why
     python sample.py --image doc.png --align-vocab      # with the tokens of `paper.align_vocab`
-    python sample.py --llm Llama-3.2-1B-Instruct --prompt "What is the capital of France?"
+    python sample.py --llm meta-llama/Llama-3.2-1B-Instruct --prompt "What is the Moon?"
 
 Without --checkpoint the newest trained model under out/ answers, or else the shipped one in
-toy/stage3. --llm asks the bare LLM of a downloaded folder: the first thing to try on new weights.
+toy/stage3. --llm asks the bare LLM of a folder, or of a name on the hub: the first thing to try on
+new weights.
 """
 import argparse
 import json
@@ -271,8 +272,9 @@ def parse_args() -> argparse.Namespace:
     add("--answers", type=Path, metavar="JSONL", help="the same rows, each with a prediction")
     add("--align-vocab", action="store_true", help="mix only the tokens that `python -m "
         "paper.align_vocab` chose for this model")
-    add("--checkpoint", type=Path, help="model folder (default: the newest, or the shipped one)")
-    add("--llm", type=Path, help="folder with a released Llama: ask it --prompt, without an image")
+    add("--checkpoint", help="model folder, or a name on the hub, `owner/name` (default: the "
+        "newest, or the shipped one)")
+    add("--llm", help="folder or name of a released Llama: ask it --prompt, without an image")
     add("--max-new-tokens", type=int, default=256, help="longest answer (default: %(default)s)")
     add("--temperature", type=float, default=0.0, help="0 is greedy (default: %(default)s)")
     add("--seed", type=int, default=0, help="of the sampling (default: %(default)s)")
@@ -298,7 +300,7 @@ def impossible(args: argparse.Namespace) -> list[tuple[bool, str]]:
     return [
         (sources != 1 or (args.questions is None) != (args.answers is None),
          "give either --image, or --questions with --answers, or --llm with --prompt"),
-        (args.llm and (args.prompt is None or args.checkpoint or args.align_vocab),
+        (args.llm is not None and (args.prompt is None or args.checkpoint or args.align_vocab),
          "--llm needs a --prompt and goes without --checkpoint and --align-vocab"),
         (args.questions and args.prompt is not None,
          "--questions brings its own prompts: leave out --prompt"),
@@ -316,7 +318,7 @@ def impossible(args: argparse.Namespace) -> list[tuple[bool, str]]:
     ]
 
 
-def ask_llm(folder: Path, args: argparse.Namespace, **generation) -> None:
+def ask_llm(folder: str, args: argparse.Namespace, **generation) -> None:
     """--llm: the bare LLM's answer."""
     llm = Llama.from_pretrained(folder, device=args.device).eval()
     fast.use(llm, inference=True)
@@ -328,7 +330,7 @@ def ask_llm(folder: Path, args: argparse.Namespace, **generation) -> None:
     print_speed(llm, start, times)
 
 
-def ask_model(folder: Path, args: argparse.Namespace, **generation) -> None:
+def ask_model(folder: str | Path, args: argparse.Namespace, **generation) -> None:
     """--questions or --image: a file of answers, a picture, a conversation, or an answer."""
     if args.answers or args.explain:
         from plumbing.files import refuse_inputs
@@ -371,10 +373,11 @@ def main() -> None:
     generation = {"max_new_tokens": args.max_new_tokens, "temperature": args.temperature,
                   "seed": args.seed}
     try:
-        if args.llm:
+        if args.llm is not None:
             ask_llm(args.llm, args, **generation)
         else:
-            ask_model(args.checkpoint or default_model(), args, **generation)
+            folder = default_model() if args.checkpoint is None else args.checkpoint
+            ask_model(folder, args, **generation)
     except (InputError, OSError) as error:
         print(f"sample.py: {error}", file=sys.stderr)
         sys.exit(2)

@@ -3,7 +3,7 @@
     python train.py                         # the toy: all stages, on a laptop, in ten minutes
     python train.py --stage 1               # one of them; it starts from the stage before's folder
     torchrun --nproc_per_node 8 train.py --stage 1 --data cc12m/ --out out/1b \\
-        --vision siglip-so400m-patch14-384 --llm Llama-3.2-1B   # 8 GPUs, two released models
+        --vision google/siglip-so400m-patch14-384 --llm meta-llama/Llama-3.2-1B    # 8 GPUs
 
 Stage 0 stands for what a released LLM brings along: the toy's own LLM learns to read pages as plain
 text, before it meets an image (the shipped one, toy/stage0, has done so already). Every stage
@@ -52,6 +52,7 @@ from plumbing.signals import stop_on_signal
 from plumbing.states import States, drop_states, newest_state
 from plumbing.streams import (BAD_KINDS, Documents, Position, agree_on_position, check_bad_share,
                               check_same_files, check_usable, deal, full_spec, keep_good, steps_of)
+from plumbing.weights import model_folder
 from plumbing.workers import loaded, start_worker
 from reader.join import make_stage0
 from reader.lessons import ReaderDocuments
@@ -576,6 +577,8 @@ def record_of(stage: int, recipe: Recipe, connector: ConnectorConfig,
 
 def main() -> None:
     args = parse_args()
+    if args.llm is not None:
+        args.vision, args.llm = model_folder(args.vision), model_folder(args.llm)
     args.preset = args.preset or choose_preset(args)
     args.out = args.out or Path("out") / args.preset
     stages = stages_of(args)
@@ -660,10 +663,10 @@ def add_recipe_flags(add) -> None:
     add("--preset", choices=list(RECIPES), help="recipe (default: by the size of --llm or of the "
         "model in --out, that of llama-3.2-1b for a size that is none of these; without either the "
         "toy's)")
-    add("--vision", type=Path,
-        help="folder with a released SigLIP, for stage 1 (default: the toy's own)")
-    add("--llm", type=Path,
-        help="folder with a released Llama and its tokenizer, for stage 1 (default: the toy's own)")
+    add("--vision",
+        help="folder with a released SigLIP, or its name on the hub, `owner/name@revision`, for "
+        "stage 1 (default: the toy's own)")
+    add("--llm", help="the same of a released Llama with its tokenizer (default: the toy's own)")
     add("--connector", choices=CONNECTORS,
         help="between the two, new in stage 1, kept from then on (default: align)")
     add("--stage", type=int, choices=[0, 1, 2, 3],

@@ -6,7 +6,7 @@ features of size d, one for each patch.
 
     config = SIGLIP_PRESETS["so400m-patch14-384"]
     pixels = tile(Image.open("page.png"), config)                       # (T, 3, 384, 384)
-    F = SigLIP.from_pretrained("siglip-so400m-patch14-384")(pixels)     # (T, 729, 1152)
+    F = SigLIP.from_pretrained("google/siglip-so400m-patch14-384")(pixels)  # (T, 729, 1152)
 
 Parameters are named as in the released checkpoints (transformers' SiglipVisionModel), without a
 prefix.
@@ -22,7 +22,7 @@ from PIL import Image
 from torch import Tensor, nn
 
 from plumbing import released
-from plumbing.weights import Weights, load
+from plumbing.weights import Weights, load, model_folder
 
 # ------------------------------------------------------------------------------------------------
 # Page -> tiles
@@ -190,12 +190,12 @@ class SigLIP(nn.Module):
     @classmethod
     def from_pretrained(cls, folder: str | Path, dtype: torch.dtype | None = None, device="cpu",
                         shard: Callable[[nn.Module], None] | None = None) -> "SigLIP":
-        """The vision tower of a folder in hub format; dtype None keeps the stored one.
+        """The vision tower of a folder in hub format, or of a name on the hub, `owner/name`.
 
-        shard: see `load` in plumbing/weights.py. Raises CheckpointError, one line that names the
-        file and the key.
+        dtype None keeps the stored one. shard: see `load` in plumbing/weights.py. Raises
+        CheckpointError, one line that names the file and the key, or InputError for a name.
         """
-        config, weights = read_siglip(Path(folder))
+        config, weights = read_siglip(model_folder(folder))
         return load(lambda: cls(config), {"": weights}, dtype, device, shard)
 
     @torch.no_grad()

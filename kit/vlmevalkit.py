@@ -41,7 +41,7 @@ class KitModel(BaseModel):
 
     INTERLEAVE = False              # the images of a question stand before its texts
 
-    def __init__(self, folder: Path, max_new_tokens: int = 256, max_tiles: int = 9):
+    def __init__(self, folder: str | Path, max_new_tokens: int = 256, max_tiles: int = 9):
         super().__init__()
         device = "cuda" if torch.cuda.is_available() else "cpu"
         self.model = AlignVLM.from_pretrained(folder, device=device).eval()
@@ -72,8 +72,8 @@ class KitModel(BaseModel):
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--checkpoint", type=Path, help="model folder (default: the newest under "
-                        "out/, or else the shipped one)")
+    parser.add_argument("--checkpoint", help="model folder, or a name on the hub, `owner/name` "
+                        "(default: the newest under out/, or else the shipped one)")
     parser.add_argument("--data", nargs="+", required=True, metavar="NAME", help="VLMEvalKit's "
                         "names of benchmarks; NAME.tsv lies in the folder that the environment "
                         "variable LMUData names, or is downloaded")

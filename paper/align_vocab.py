@@ -20,6 +20,7 @@ from plumbing.files import write_text
 from plumbing.images import read_pages
 from plumbing.processes import run_main
 from plumbing.settings import CheckpointError, InputError, Settings
+from plumbing.weights import model_folder
 from vision import tile
 
 ALIGN_VOCAB = "align_vocab.json"        # in a model's folder
@@ -79,12 +80,13 @@ def choose_align_vocab(model: AlignVLM, folder: Path, pixels: list[Tensor], K: i
     return deviation
 
 
-def use_align_vocab(model: AlignVLM, folder: Path) -> None:
+def use_align_vocab(model: AlignVLM, folder: str | Path) -> None:
     """From here on the connector mixes only the tokens that were chosen: for inference.
 
     Replaces model.connector. Raises InputError for a connector that mixes no tokens, and
     CheckpointError if the folder holds none, or no ids of this vocabulary.
     """
+    folder = model_folder(folder)
     check_align(model, folder)
     if not (folder / ALIGN_VOCAB).exists():
         raise CheckpointError(f"{folder / ALIGN_VOCAB}: no such file: choose this model's tokens "
@@ -112,12 +114,14 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
-    add("checkpoint", type=Path, help="model folder")
+    add("checkpoint", help="model folder, or a name on the hub, whose copy in the cache it becomes "
+        "part of")
     add("K", type=int, help="tokens to keep")
     add("images", nargs="+", metavar="image", help="pages that say which")
     add("--max-tiles", type=int, default=9, help="tiles a page is cut into at most (default: "
         "%(default)s)")
     args = parser.parse_args()
+    args.checkpoint = model_folder(args.checkpoint)
     if args.max_tiles < 1:
         parser.error("--max-tiles is at least 1")
     device = "cuda" if torch.cuda.is_available() else "cpu"

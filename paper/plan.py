@@ -2,7 +2,8 @@
 days.
 
     python -m paper.plan --preset llama-3.2-1b --stage 2 --gpus 8 --gpu-memory 24
-    python -m paper.plan --vision siglip-base-patch16-224 --llm SmolLM2-135M --gpus 1
+    python -m paper.plan --vision google/siglip-base-patch16-224 \\
+        --llm HuggingFaceTB/SmolLM2-135M --gpus 1
 
 The recipes are train.py's (paper/recipes.py), and so are the flags that change them. Memory is that
 of the longest row of a step; train.py logs what a step really takes.
@@ -11,7 +12,6 @@ import argparse
 import math
 from collections import Counter
 from dataclasses import dataclass, replace
-from pathlib import Path
 
 import torch
 
@@ -20,6 +20,7 @@ from model import ALIGNVLM_PRESETS, LOGITS, AlignVLM, AlignVLMConfig, read_llama
 from paper.recipes import RECIPES, Recipe, lr_share, positive, preset_for, recipe_for
 from plumbing.logs import PEAKS
 from plumbing.processes import run_main
+from plumbing.weights import model_folder
 from vision import read_siglip
 
 
@@ -249,8 +250,9 @@ def parse_args() -> argparse.Namespace:
     add("--gpu-memory", type=positive(float), default=80, help="GB of each (default: %(default)s)")
     add("--mfu", type=positive(float), default=0.4,
         help="share of an H100's 989 TFLOP/s that is reached (default: %(default)s)")
-    add("--vision", type=Path, help="folder with a released SigLIP (default: the preset's sizes)")
-    add("--llm", type=Path, help="folder with a released Llama (default: the preset's sizes)")
+    add("--vision", help="folder with a released SigLIP, or its name on the hub, `owner/name` "
+        "(default: the preset's sizes)")
+    add("--llm", help="the same of a released Llama (default: the preset's sizes)")
     same = parser.add_argument_group("as in train.py").add_argument
     same("--connector", choices=CONNECTORS, default="align", help="(default: %(default)s)")
     same("--batch-size", type=positive(int),
@@ -275,8 +277,9 @@ def parse_args() -> argparse.Namespace:
 
 def main() -> None:
     args = parse_args()
-    if args.llm:
-        config = AlignVLMConfig(read_siglip(args.vision)[0], read_llama(args.llm)[0])
+    if args.llm is not None:
+        vision, llm = model_folder(args.vision), model_folder(args.llm)
+        config = AlignVLMConfig(read_siglip(vision)[0], read_llama(llm)[0])
         args.preset = args.preset or preset_for(config.llm)
     else:
         args.preset = args.preset or "llama-3.2-1b"

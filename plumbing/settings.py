@@ -55,6 +55,13 @@ class Settings:
             raise self.error(key, f"is {json.dumps(value)}: not implemented{only}")
         return value
 
+    def model_type(self, *implemented: str) -> str:
+        """What a config.json says that the model is, which must be an implemented one."""
+        if str(self.values.get("model_type")).startswith("siglip2"):
+            raise self.error("model_type", "is SigLIP 2's NaFlex, with any number of patches: not "
+                             "implemented; SigLIP 2 of a fixed resolution says siglip")
+        return self.only("model_type", *implemented)
+
     def section(self, key: str) -> "Settings":
         """A section, which is empty where it is absent."""
         values = self.values.get(key)

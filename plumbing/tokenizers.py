@@ -177,10 +177,13 @@ def read_tokenizer_json(path: Path) -> Vocabulary:
     """A byte-level BPE of the tokenizers library."""
     top = Settings(path)
     model = top.section("model")
-    top.only("normalizer", None)
     model.only("type", "BPE")
-    for key in ("dropout", "continuing_subword_prefix", "end_of_word_suffix", "byte_fallback"):
+    if model.values.get("byte_fallback"):
+        raise top.error("model.byte_fallback", "is true: this is SentencePiece's vocabulary, as in "
+                        "Llama 2 and TinyLlama: not implemented, only byte-level BPE is")
+    for key in ("dropout", "continuing_subword_prefix", "end_of_word_suffix"):
         model.only(key, None, False, "")
+    top.only("normalizer", None)
     try:
         special = {token["content"]: token["id"] for token in top.values.get("added_tokens", [])}
         vocabulary = model.values["vocab"]

@@ -21,6 +21,17 @@ BLOCK_BYTES = 32 * 2 ** 20      # what is copied at a time
 FLOATS = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 
 
+def model_folder(name: str | Path) -> Path:
+    """A folder or file of that name, or else the hub's model `owner/name@revision`, in its cache.
+
+    Raises InputError. A path that is neither comes back: who opens it will say what is missing.
+    """
+    if os.path.exists(name):
+        return Path(name)
+    from plumbing.hub import hub_folder
+    return hub_folder(str(name))
+
+
 @dataclass
 class Stored:
     """A tensor in a file: rows(start, stop) reads that part of it, and nothing is read before."""

@@ -66,7 +66,8 @@ def test_text_that_tiktoken_cannot_split_is_refused(toy):
 @pytest.mark.parametrize("changes, named", [
     ({"model__type": "Unigram"}, "model.type"), ({"normalizer": {"type": "NFC"}}, "normalizer"),
     ({"pre_tokenizer": {"type": "Whitespace"}}, "pre_tokenizer"),
-    ({"model__byte_fallback": True}, "model.byte_fallback"),
+    ({"model__byte_fallback": True, "normalizer": {"type": "Prepend", "prepend": "▁"}},
+     "SentencePiece's vocabulary, as in Llama 2 and TinyLlama: not implemented"),
     ({"model__vocab": {"a": 0, "b": 1, "木": 2}}, "vocabulary"),
     ({"model__merges": [["ab", "c"], ["a", "b"]]}, "model.merges"),
     ({"model__vocab": []}, "vocabulary"), ({"model__merges": 3}, "vocabulary"),

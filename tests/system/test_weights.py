@@ -737,3 +737,111 @@ def test_so400m_equals_transformers(tmp_path, all_threads):
     with torch.no_grad():
         close(ours(pixels), theirs(pixels).last_hidden_state, 1e-4)
     assert len(list(theirs.parameters())) == len(state)
+
+
+# What the released config.json files say, with defaults for what they leave out: base's sizes.
+# SigLIP 2 of a fixed resolution has SigLIP's vision tower; its text tower has 256,000 tokens.
+LARGE = {"hidden_size": 1024, "num_hidden_layers": 24, "num_attention_heads": 16,
+         "intermediate_size": 4096}
+SO400M = {"hidden_size": 1152, "num_hidden_layers": 27, "num_attention_heads": 16,
+          "intermediate_size": 4304}
+GIANT = {"hidden_size": 1536, "num_hidden_layers": 40, "num_attention_heads": 16,
+         "intermediate_size": 6144}
+SIGLIPS_2 = {
+    "base-patch16-224": {}, "base-patch16-512": {"image_size": 512},
+    "base-patch32-256": {"image_size": 256, "patch_size": 32},
+    "large-patch16-384": {**LARGE, "image_size": 384},
+    "so400m-patch14-384": {**SO400M, "image_size": 384, "patch_size": 14},
+    "so400m-patch16-512": {**SO400M, "image_size": 512},
+    "giant-opt-patch16-384": {**GIANT, "image_size": 384}}
+N_PATCHES = {"base-patch16-224": 196, "base-patch16-512": 1024, "base-patch32-256": 64,
+             "large-patch16-384": 576, "so400m-patch14-384": 729, "so400m-patch16-512": 1024,
+             "giant-opt-patch16-384": 576}
+
+
+def write_siglip_2(folder: Path, changes: dict) -> None:
+    """The released files' names and shapes: both towers, nothing written of the tensors."""
+    text = {"model_type": "siglip_text_model", "vocab_size": 256_000}
+    vision = {"model_type": "siglip_vision_model", **changes}
+    config = {"model_type": "siglip", "text_config": text, "vision_config": vision}
+    (folder / "config.json").write_text(json.dumps(config))
+    with torch.device("meta"):
+        whole = SiglipModel(SiglipConfig(text_config=text, vision_config=vision)).bfloat16()
+    write_safetensors_of_holes(whole.state_dict(), folder / HUB, {"format": "pt"})
+
+
+@pytest.mark.parametrize("name", SIGLIPS_2)
+def test_siglip_2_of_a_fixed_resolution(name, tmp_path):
+    """Each tensor of the vision tower is found, and has the shape; the others are ignored."""
+    write_siglip_2(tmp_path, SIGLIPS_2[name])
+    config, weights = read_siglip(tmp_path)
+    assert weights.tensors["text_model.embeddings.token_embedding.weight"].shape[0] == 256_000
+    with torch.device("meta"):
+        ours = SigLIP(config)
+    assert set(weights.check(ours)) == {torch.bfloat16}
+    assert config.n_patches == N_PATCHES[name]
+
+
+@pytest.mark.parametrize("name", ["base-patch16-512", "so400m-patch16-512"])
+def test_siglip_2_equals_transformers(name, tmp_path, all_threads):
+    """Of its layers one."""
+    config = SiglipVisionConfig(**{**SIGLIPS_2[name], "num_hidden_layers": 1})
+    randomise(SiglipVisionModel(config)).save_pretrained(tmp_path)
+    ours = SigLIP.from_pretrained(tmp_path, torch.float32).eval()
+    theirs = SiglipVisionModel.from_pretrained(tmp_path).eval()
+    pixels = torch.rand(1, 3, 512, 512, generator=torch.Generator().manual_seed(0)) * 2 - 1
+    with torch.no_grad():
+        close(ours(pixels), theirs(pixels).last_hidden_state, 1e-4)
+
+
+@pytest.mark.parametrize("kind", ["siglip2", "siglip2_vision_model"])
+def test_siglip_2_naflex_is_refused_by_name(kind, tmp_path):
+    sizes = {"num_patches": 256, "patch_size": 16}      # instead of an image's size
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": kind, "vision_config": sizes}))
+    with pytest.raises(CheckpointError, match=r"config.json: model_type is SigLIP 2's NaFlex"):
+        SigLIP.from_pretrained(tmp_path)
+
+
+# As released; the parameters are their numbers.
+SMALL_LLAMAS = {
+    "SmolLM2-360M": (dict(vocab_size=49_152, hidden_size=960, num_hidden_layers=32,
+                          num_attention_heads=15, num_key_value_heads=5, intermediate_size=2560,
+                          rope_theta=100_000.0, tie_word_embeddings=True), 361_821_120),
+    "SmolLM2-1.7B": (dict(vocab_size=49_152, hidden_size=2048, num_hidden_layers=24,
+                          num_attention_heads=32, num_key_value_heads=32, intermediate_size=8192,
+                          rope_theta=130_000.0, tie_word_embeddings=True), 1_711_376_384),
+    "TinyLlama-1.1B": (dict(vocab_size=32_000, hidden_size=2048, num_hidden_layers=22,
+                            num_attention_heads=32, num_key_value_heads=4, intermediate_size=5632,
+                            rope_theta=10_000.0, tie_word_embeddings=False), 1_100_048_384)}
+
+
+@pytest.mark.parametrize("name", SMALL_LLAMAS)
+def test_small_llamas_at_their_released_shapes(name, tmp_path):
+    """All layers by name and shape; the number of parameters is the published one."""
+    sizes, n = SMALL_LLAMAS[name]
+    values = {"model_type": "llama", "rms_norm_eps": 1e-5, "rope_scaling": None,
+              "rope_interleaved": False, **sizes}
+    (tmp_path / "config.json").write_text(json.dumps(values))
+    with torch.device("meta"):
+        theirs = LlamaForCausalLM(TheirConfig(**values)).bfloat16()
+    write_safetensors_of_holes(dict(theirs.named_parameters()), tmp_path / HUB, {"format": "pt"})
+    config, weights = read_llama(tmp_path)
+    with torch.device("meta"):
+        ours = Llama(config)
+    assert set(weights.check(ours)) == {torch.bfloat16}
+    assert sum(p.numel() for p in ours.parameters()) == n
+    assert (config.rope_theta, config.rope_factor) == (sizes["rope_theta"], 1.0)
+
+
+@pytest.mark.parametrize("name", SMALL_LLAMAS)
+def test_small_llamas_equal_transformers(name, tmp_path, all_threads):
+    """Of their layers one."""
+    sizes, _ = SMALL_LLAMAS[name]
+    config = TheirConfig(**{**sizes, "num_hidden_layers": 1, "rms_norm_eps": 1e-5})
+    theirs = randomise(LlamaForCausalLM(config)).eval()
+    theirs.save_pretrained(tmp_path)
+    ours = Llama.from_pretrained(tmp_path).eval()
+    tokens = torch.randint(0, 32_000, (1, 12), generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        close(ours(tokens), theirs(tokens).logits, 1e-4)
+    shutil.rmtree(tmp_path)
