@@ -4,6 +4,7 @@ A tensor is a `Stored`, of which nothing is read before it is asked for. `load` 
 without memory and reads into place, of a sharded one only this rank's rows.
 """
 import math
+import os
 import pickle
 import re
 from collections.abc import Callable
