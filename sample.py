@@ -334,7 +334,7 @@ def ask_model(folder: str | Path, args: argparse.Namespace, **generation) -> Non
     """--questions or --image: a file of answers, a picture, a conversation, or an answer."""
     if args.answers or args.explain:
         from plumbing.files import refuse_inputs
-        inputs = [*folder.glob("*"), *map(Path, args.image or [args.questions])]
+        inputs = [*Path(folder).glob("*"), *map(Path, args.image or [args.questions])]
         refuse_inputs(args.answers or args.explain, inputs)
     model = AlignVLM.from_pretrained(folder, device=args.device).eval()
     tokenizer = Tokenizer(folder, model.config.llm.vocab_size)
