@@ -35,6 +35,7 @@ from plumbing import fast
 from plumbing.examples import IMAGE, Turn
 from plumbing.images import read_pages
 from plumbing.settings import InputError
+from plumbing.weights import model_folder
 
 SHIPPED = Path(__file__).parent / "toy" / "stage3"      # the model that comes with this repository
 BATCH = 16                      # pages that are asked about together
@@ -334,7 +335,7 @@ def ask_model(folder: str | Path, args: argparse.Namespace, **generation) -> Non
     """--questions or --image: a file of answers, a picture, a conversation, or an answer."""
     if args.answers or args.explain:
         from plumbing.files import refuse_inputs
-        inputs = [*Path(folder).glob("*"), *map(Path, args.image or [args.questions])]
+        inputs = [*model_folder(folder).glob("*"), *map(Path, args.image or [args.questions])]
         refuse_inputs(args.answers or args.explain, inputs)
     model = AlignVLM.from_pretrained(folder, device=args.device).eval()
     tokenizer = Tokenizer(folder, model.config.llm.vocab_size)

@@ -95,6 +95,10 @@ def test_our_own_model_by_its_name_and_revision(hub, tmp_path):
     run(ROOT / "eval.py", "--checkpoint", "us/toy", "--benchmark", "toy=2", cwd=Path.cwd())
     scores = json.loads(Path("out/us/toy/eval/scores.json").read_text())
     assert scores["model"] == "us/toy"
+    assert "open it in a browser" in ask("us/toy", "--explain", "page.html").stdout
+    Path("link.html").hardlink_to((snapshots / COMMIT / WEIGHTS).resolve())
+    done = ask("us/toy", "--explain", "link.html", code=2)
+    assert "would be written over" in done.stderr.splitlines()[-1]
     run("-m", "paper.align_vocab", "us/toy", 100, ASK_TOY[1])      # becomes part of the copy
     assert ask("us/toy", "--align-vocab").stdout == "9DZC\n"
 
