@@ -45,7 +45,9 @@ def page_numbers(chosen: str | None, n: int) -> list[int]:
             raise ImageError(f"--pages {chosen[:50]!r}: say 2, 2-3 or 2,5-7")
         first = int(found[1])
         last = int(found[2] or first)
-        if not 1 <= first <= last <= n:
+        if not 1 <= first <= last:
+            raise ImageError(f"--pages {chosen[:50]}: pages count from 1, the smaller number first")
+        if last > n:
             has = "one page" if n == 1 else f"{n:,} pages"
             raise ImageError(f"--pages {chosen[:50]}: it has {has}")
         numbers |= {*range(first, last + 1)}

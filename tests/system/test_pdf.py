@@ -141,7 +141,9 @@ def test_page_numbers(chosen, numbers):
 def test_page_numbers_that_make_no_sense(chosen):
     with pytest.raises(ImageError) as error:
         pdf.page_numbers(chosen, 5)
-    assert re.fullmatch("--pages .{,60}: (it has 5 pages|say 2, 2-3 or 2,5-7)", str(error.value))
+    says = "pages count from 1, the smaller number first" if chosen in ("0", "3-2") else (
+        "(it has 5 pages|say 2, 2-3 or 2,5-7)")
+    assert re.fullmatch(f"--pages .{{,60}}: {says}", str(error.value))
 
 
 @pytest.mark.parametrize("kind", ["PDF", "TIFF"])
@@ -259,6 +261,8 @@ def test_sample_says_what_is_wrong(tmp_path, toys):
     ask = "--checkpoint", "toy/stage3", "--prompt", "?"
     said = sample("--image", toys, "--pages", 9, *ask, code=2).stderr
     assert said.endswith("toys.pdf: --pages 9: it has 3 pages\n")
+    said = sample("--image", toys, "--pages", "", *ask, code=2).stderr
+    assert said.splitlines()[-1] == "sample.py: error: --pages is empty: say 2, 2-3 or 2,5-7"
     said = sample("--llm", tmp_path, "--prompt", "?", "--pages", 2, code=2).stderr
     assert "--pages needs an --image" in said
 
