@@ -51,8 +51,9 @@ class Watch:
     head go through functions of this class for as long. Nothing is calculated twice: of attention,
     the row of the step's own position is made again, beside PyTorch's kernel, which shows none.
 
-    Afterwards: features F (T, N, d), of the only pass of the encoder; steps, likeliest,
-    on_patches: see `end_layer` and `logits`.
+    Of each step the layers come first, then the LM head: `end_layer` and `logits` note them. Then
+    generate yields the token, and P tells who asks how likely that was. Afterwards: features F
+    (T, N, d), of the only pass of the encoder; steps, likeliest and on_patches of all steps.
     """
 
     def __init__(self, model: AlignVLM, places: Tensor):
@@ -201,7 +202,9 @@ def page_names(file: Path, n: int, chosen: str | None) -> list[str]:
     """What the n pages that were read of a file are called."""
     if n == 1 and not chosen:
         return [file.name]
-    numbers = page_numbers(chosen, 10 ** 9) if chosen else range(1, n + 1)
+    numbers = range(1, n + 1)
+    if chosen:                                  # they were read: none is beyond the file's last one
+        numbers = page_numbers(chosen, 10 ** 9)
     return [f"{file.name}, page {number}" for number in numbers]
 
 
