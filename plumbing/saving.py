@@ -65,19 +65,21 @@ def why_not(folder: Path, partial: Path, tokenizer_file: Path | None = None) -> 
     for path in (folder, partial):
         if path.exists() and not path.is_dir():
             return f"{path}: a file, where a model's folder should be: take another name"
-        if path.is_dir() and any(path.iterdir()) and not is_own(path):
+        if path.is_dir() and any(path.iterdir()) and not is_own(path, unfinished=path == partial):
             return (f"{path}: holds something, and is not a model's folder of ours: take another "
                     "name, or empty it")
     return None
 
 
-def is_own(folder: Path) -> bool:
-    """Whether train.py or `save` made a folder: what they wrote last, or first, is there."""
+def is_own(folder: Path, unfinished: bool) -> bool:
+    """Whether train.py or `save` made a folder: its config.json is ours. `save` writes that last,
+    so an unfinished folder may lack it, and then holds nothing but files of our names."""
     try:
         if (folder / "config.json").exists():
             return read_json(folder / "config.json").get("model_type") == "alignvlm"
-        return all(OWN_FILES.fullmatch(path.name) or path.name.startswith("step-")
-                   for path in folder.iterdir())
+        return unfinished and all(
+            OWN_FILES.fullmatch(path.name) or path.name.startswith("step-")
+            for path in folder.iterdir())
     except CheckpointError:
         return False
 

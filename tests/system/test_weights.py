@@ -281,7 +281,10 @@ def test_a_folder_of_somebody_else_is_not_replaced(backbones, tmp_path):
     """Nor one's own file in a model's folder, which stays beside the next model."""
     tokenizer = backbones[1] / "tokenizer.model"
     model = AlignVLM.from_backbones(*backbones)
-    for name, content in [("notes.txt", "mine"), ("config.json", '{"model_type": "llama"}')]:
+    # A file alone has a name of ours, too, if the user's weights or tokenizer lie without a config.
+    for name, content in [("notes.txt", "mine"), ("config.json", '{"model_type": "llama"}'),
+                          ("model.safetensors", "weights"), ("tokenizer.json", "mine"),
+                          ("log.jsonl", "mine"), ("step-1", "mine")]:
         folder = tmp_path / name.split(".")[0]
         folder.mkdir()
         (folder / name).write_text(content)
@@ -293,14 +296,15 @@ def test_a_folder_of_somebody_else_is_not_replaced(backbones, tmp_path):
         model.save_pretrained(tmp_path / "file", tokenizer)
     with pytest.raises(InputError, match="the tokenizer's file is no such file"):
         model.save_pretrained(tmp_path / "new", backbones[1])
-    assert names_in(tmp_path) == ["config", "file", "notes"]
+    theirs = ["config", "file", "log", "model", "notes", "step-1", "tokenizer"]
+    assert names_in(tmp_path) == theirs
     for _ in range(2):
         model.save_pretrained(tmp_path / "own", tokenizer)
         (tmp_path / "own" / "notes.txt").write_text("mine")
         (tmp_path / "own" / "log.jsonl").write_text("of the older model")
     model.save_pretrained(tmp_path / "own", tokenizer)
     assert names_in(tmp_path / "own") == sorted([*OURS, "notes.txt"])
-    assert names_in(tmp_path) == ["config", "file", "notes", "own"]
+    assert names_in(tmp_path) == sorted([*theirs, "own"])
 
 
 def test_two_ranks_load_and_save_what_one_does(backbones, tmp_path):
