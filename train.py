@@ -292,7 +292,7 @@ class Progress:
     bad: Counter = field(default_factory=Counter)           # samples by kind, and all "seen"
     learnt: int = 0                                         # steps: with something to learn from
     skipped: int = 0                                        # of them: loss or gradient not finite
-    files: dict = field(default_factory=dict)               # of --data: path -> bytes
+    files: dict = field(default_factory=dict)               # of --data, by path
 
     def record(self) -> dict:
         """As JSON."""
@@ -383,7 +383,7 @@ def begin_or_resume(documents: Dataset, states: States, state: Path | None) -> P
     """The start of a stage, or how far it had come in the training state at `state`, whose weights
     and moments the model and optimizer of `states` take over. Raises InputError, also where files
     of --data are no longer what they were."""
-    files = documents.file_sizes() if isinstance(documents, Documents) else {}
+    files = on_first_rank(documents.file_marks) if isinstance(documents, Documents) else {}
     if state is None:
         return Progress(files=files)
     progress = Progress.of(states.load(state), state)

@@ -45,6 +45,7 @@ BAD_KINDS = ["unreadable file", "broken record", "missing field", "empty answer"
              "not implemented"]
 GROUP = 8192            # samples that are shuffled together, at least
 BLOCK = 2 ** 20         # bytes of a JSON file that make a shard
+MARKED = 2 ** 16        # bytes, in three places, by which a file is known again
 PARQUET_SHARDS = 16     # shards of a parquet file
 
 Sample = TypeVar("Sample")              # what `prepare` makes of an Example: a data.Sample
@@ -301,10 +302,11 @@ class Documents(Dataset):
                 yield None, Position(epoch, list(taken), list(places))
             # else: it has been through less often than the one that makes the epochs, and goes on
 
-    def file_sizes(self) -> dict[str, int]:
-        """path -> bytes of all files, on which the order of the samples depends."""
+    def file_marks(self) -> dict[str, list[int]]:
+        """path -> [bytes, checksum of some of them] of all files: the order of the samples depends
+        on what lies in them."""
         files = [file for data_set in self.sets for _, file, kind in data_set.files if kind]
-        return {os.path.realpath(file): file.stat().st_size for file in files}
+        return {os.path.realpath(file): file_mark(file) for file in files}
 
     def epoch_samples(self) -> int:
         """About how many samples an epoch has."""
@@ -405,14 +407,28 @@ def check_usable(documents: Documents, n: int) -> None:
                      f"the first {len(references)} samples: none can be used")
 
 
-def check_same_files(before: dict[str, int], now: dict[str, int]) -> None:
+def file_mark(path: Path) -> list[int]:
+    """A file's size, and a checksum of its first, middle and last MARKED bytes: of a terabyte of
+    tars all would be too many."""
+    size = path.stat().st_size
+    checksum = 0
+    with path.open("rb") as file:
+        for start in (0, (size - MARKED) // 2, size - MARKED):
+            file.seek(max(0, start))
+            checksum = zlib.crc32(file.read(MARKED), checksum)
+    return [size, checksum]
+
+
+def check_same_files(before: dict[str, list[int]], now: dict[str, list[int]]) -> None:
     """Raise InputError if the files of --data are not those of `before`: the samples would go on
-    in another order, some twice and some never. Both: Documents.file_sizes's."""
+    in another order, some twice and some never. Both: Documents.file_marks's."""
     for path in sorted(before.keys() | now.keys()):
         if before.get(path) == now.get(path):
             continue
-        was, has = (f"{sizes[path]:,} bytes" if path in sizes else "no such file"
-                    for sizes in (before, now))
+        was, has = (f"{marks[path][0]:,} bytes" if path in marks else "no such file"
+                    for marks in (before, now))
+        if was == has:
+            has = "other bytes"
         raise InputError(f"{path}: {has} now, and {was} when the training state was written: put "
                          "back what was there, or begin the stage anew in another --out")
 

@@ -107,6 +107,11 @@ def shrunken(path: Path) -> None:
     path.write_text(path.read_text()[:-20])
 
 
+def edited(path: Path) -> None:
+    """Of the same size."""
+    path.write_text(path.read_text().replace("say 3", "sag 3"))
+
+
 def gone(path: Path) -> None:
     path.unlink()
 
@@ -116,7 +121,8 @@ def joined(path: Path) -> None:
 
 
 @pytest.mark.parametrize("change, named", [
-    (grown, "a.jsonl"), (shrunken, "a.jsonl"), (gone, "a.jsonl"), (joined, "more.jsonl")])
+    (grown, "a.jsonl"), (shrunken, "a.jsonl"), (edited, "a.jsonl"), (gone, "a.jsonl"),
+    (joined, "more.jsonl")])
 def test_data_that_changed_under_a_stopped_stage_is_named(out, tmp_path, change, named):
     """Put back, the stage goes on."""
     data = tmp_path / "data"
