@@ -5,6 +5,7 @@ measure of "equal" from helpers/tensors.py.
 """
 import json
 import os
+import signal
 import sys
 from pathlib import Path
 
@@ -24,6 +25,8 @@ from tensors import close, n_parameters, randomise, shapes  # noqa: F401
 
 # The tensors are tiny: on a busy machine threads that wait for each other cost 10 times more.
 torch.set_num_threads(1)
+# What a script starts in the background ignores Ctrl-C, and so would all that the tests start.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 def rows(folder: Path) -> list[dict]:
