@@ -1,6 +1,7 @@
 """Loading processes: how they start, and what is said when one of them, or a sample, is lost."""
 import ctypes
 import errno
+import multiprocessing.connection
 import multiprocessing.queues
 import os
 import signal
@@ -16,6 +17,7 @@ from plumbing.signals import ENDING
 
 SHARED_MEMORY = ("the shared memory /dev/shm is full: start Docker with --shm-size 8g or --ipc "
                  "host, or load without processes: --workers 0")
+PATIENCE = 2            # seconds that a loading process may take to end
 # Why a loading process ended, by its exit status: see end_with_reason. A negative one is a signal.
 REASONS = {
     errno.ENOSPC: SHARED_MEMORY,
@@ -83,6 +85,9 @@ def why_lost(items: Iterator, error: Exception) -> str | None:
         if isinstance(error, InputError):
             return text.splitlines()[-1].partition(": ")[2]
         return None
+    is_cut_off = isinstance(error, (ConnectionError, EOFError))
+    if is_cut_off:                      # by a process that is ending, but has not yet
+        multiprocessing.connection.wait([worker.sentinel for worker in items._workers], PATIENCE)
     ended = [worker for worker in items._workers if worker.exitcode]
     if ended:
         status = ended[0].exitcode
@@ -91,6 +96,6 @@ def why_lost(items: Iterator, error: Exception) -> str | None:
     for reason in REASONS:
         if reason > 0 and os.strerror(reason) in text:
             return f"a sample is lost on its way from a loading process: {REASONS[reason]}"
-    if isinstance(error, (ConnectionError, EOFError)) or "ancdata" in text:
+    if is_cut_off or "ancdata" in text:
         return f"a sample is lost on its way from a loading process: {text or 'its end'}"
     return None
