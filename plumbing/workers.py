@@ -87,7 +87,11 @@ def why_lost(items: Iterator, error: Exception) -> str | None:
         return None
     is_cut_off = isinstance(error, (ConnectionError, EOFError))
     if is_cut_off:                      # by a process that is ending, but has not yet
-        multiprocessing.connection.wait([worker.sentinel for worker in items._workers], PATIENCE)
+        sentinels = [worker.sentinel for worker in items._workers]
+        ending = multiprocessing.connection.wait(sentinels, PATIENCE)
+        for worker in items._workers:
+            if worker.sentinel in ending:
+                worker.join(PATIENCE)
     ended = [worker for worker in items._workers if worker.exitcode]
     if ended:
         status = ended[0].exitcode
