@@ -13,6 +13,8 @@ from torch import nn
 
 from plumbing.settings import CheckpointError, InputError, read_json
 
+MARK = "config.json.partial"    # what `save` writes first, and names config.json at its end
+BEGUN = (MARK, "recipe.json", "recipe.json.partial")    # in an unfinished folder, by train.py too
 # What `save` and train.py write into a model's folder; all else that lies there is the user's.
 OWN_FILES = re.compile(r"(config|recipe|align_vocab|held_out)\.json|log\.jsonl"
                        r"|tokenizer\.(model|json)|model(-\d{5}-of-\d{5})?\.safetensors"
@@ -32,6 +34,7 @@ def save(model: nn.Module, config: dict, folder: Path, tokenizer_file: Path, dty
     """
     writes = not dist.is_initialized() or dist.get_rank() == 0
     partial = folder.with_name(folder.name + ".partial")
+    mark = partial / MARK
     refusal = [why_not(folder, partial, tokenizer_file) if writes else None]
     if dist.is_initialized():
         dist.broadcast_object_list(refusal)
@@ -39,6 +42,7 @@ def save(model: nn.Module, config: dict, folder: Path, tokenizer_file: Path, dty
         raise InputError(refusal[0])
     if writes:
         partial.mkdir(parents=True, exist_ok=True)
+        mark.write_text(json.dumps(config, indent=2) + "\n")
         for old in partial.glob("model*.safetensors*"):
             old.unlink()
     places = write_tensors(model, partial, dtype, shard_bytes, writes)
@@ -50,7 +54,7 @@ def save(model: nn.Module, config: dict, folder: Path, tokenizer_file: Path, dty
             index_file.write_text(json.dumps(index, indent=2) + "\n")
         if tokenizer_file.parent != partial:
             shutil.copyfile(tokenizer_file, partial / tokenizer_file.name)
-        (partial / "config.json").write_text(json.dumps(config, indent=2) + "\n")
+        os.replace(mark, partial / "config.json")
         for file in set(places.values()):       # save_file lets nobody but its owner read them
             shutil.copymode(partial / "config.json", partial / file)
         put_in_place(partial, folder)
@@ -72,16 +76,14 @@ def why_not(folder: Path, partial: Path, tokenizer_file: Path | None = None) -> 
 
 
 def is_own(folder: Path, unfinished: bool) -> bool:
-    """Whether train.py or `save` made a folder: its config.json is ours. `save` writes that last,
-    so an unfinished folder may lack it, and then holds nothing but files of our names."""
-    try:
-        if (folder / "config.json").exists():
+    """Whether train.py or `save` made a folder: its config.json is ours. An unfinished one may lack
+    that: then it has what was written there first, perhaps not to its end."""
+    if (folder / "config.json").exists():
+        try:
             return read_json(folder / "config.json").get("model_type") == "alignvlm"
-        return unfinished and all(
-            OWN_FILES.fullmatch(path.name) or path.name.startswith("step-")
-            for path in folder.iterdir())
-    except CheckpointError:
-        return False
+        except CheckpointError:
+            return False
+    return unfinished and any((folder / name).exists() for name in BEGUN)
 
 
 @torch.no_grad()

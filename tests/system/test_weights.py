@@ -291,6 +291,12 @@ def test_a_folder_of_somebody_else_is_not_replaced(backbones, tmp_path):
         with pytest.raises(InputError, match="holds something, and is not a model's folder"):
             model.save_pretrained(folder, tokenizer)
         assert names_in(folder) == [name] and (folder / name).read_text() == content
+    (tmp_path / "new.partial").mkdir()          # by way of which it would be written
+    (tmp_path / "new.partial" / "model.safetensors").write_text("weights")
+    with pytest.raises(InputError, match="new.partial: holds something"):
+        model.save_pretrained(tmp_path / "new", tokenizer)
+    assert (tmp_path / "new.partial" / "model.safetensors").read_text() == "weights"
+    shutil.rmtree(tmp_path / "new.partial")
     (tmp_path / "file").write_text("mine")
     with pytest.raises(InputError, match="a file, where a model's folder should be"):
         model.save_pretrained(tmp_path / "file", tokenizer)
