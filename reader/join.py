@@ -39,7 +39,12 @@ def join(out: Path, seed: int = 0) -> tuple[AlignVLM, Tokenizer]:
 
 
 def teach_align(model: AlignVLM, tokenizer: Tokenizer, args: argparse.Namespace) -> None:
-    """Train the connector alone on tiles of print, until args.steps. Changes it."""
+    """Train the connector alone on tiles of print, until args.steps. Changes it.
+
+    From its start: what an earlier lesson has left in args.out was for other features F.
+    """
+    for name in ("state.safetensors", "log.jsonl"):
+        (args.out / name).unlink(missing_ok=True)
     token_of = torch.from_numpy(class_tokens(tokenizer))                        # (N_CLASSES,)
     model.requires_grad_(False)
     model.connector.requires_grad_(True)
