@@ -319,8 +319,8 @@ def main() -> None:
     args.out = args.out or default_out(name)
     refuse_benchmarks(benchmarks, args.out)
     device = start_processes(TIMEOUT)
-    on_first_rank(lambda: claim(args.out))
     model = AlignVLM.from_pretrained(folder, device=device).eval()
+    on_first_rank(lambda: claim(args.out))
     weights = fingerprint(model)            # before they are laid out anew
     fast.use(model, inference=True)
     tokenizer = Tokenizer(folder, model.config.llm.vocab_size)

@@ -33,7 +33,8 @@ CELL = 2048     # `multiply` makes so many rows and columns at a time: they stay
 
 
 def use(model: nn.Module, inference: bool = False) -> None:
-    """Let a model use what is fast on this machine. Call it before the model is sharded.
+    """Let a model use what is fast on this machine. Call it before the model is sharded. For the
+    whole process it turns cuDNN's attention off.
 
     inference: nothing but answers will follow. The decoder can then no longer be trained, moved,
     copied, saved or loaded into. In bf16 on a CPU its matrices, all but E_text, cannot even be

@@ -183,8 +183,8 @@ def name_stalled_rank(timeout: timedelta) -> Iterator[None]:
 
 
 def on_first_rank(work: Callable[[], T]) -> T:
-    """What `work` returns on the first rank, on every rank: others may see an older disk. It can be
-    pickled. Every rank calls this.
+    """What `work` returns on the first rank, on every rank: others may see an older disk. What it
+    returns must be picklable. Every rank calls this.
 
     Raises InputError on all ranks where `work` raises it, or OSError.
     """

@@ -36,4 +36,3 @@ def read_question(line: str, folder: Path, where: str) -> dict:
         raise InputError(f"{where}: no file {str(folder / image)[:200]!r}")
     read_pages(folder / image)
     return row
-

@@ -2,7 +2,6 @@
 
     OUT/stage2              is complete: a model folder, its log and recipe
     OUT/stage2.partial      holds one that is not, and its training states (plumbing/states.py)
-
     OUT/.lock               is held by the run that is at work in OUT
 
 recipe.json holds what a stage was trained with, an id of that training, and the id of the one it

@@ -409,13 +409,17 @@ def check_usable(documents: Documents, n: int) -> None:
 
 def file_mark(path: Path) -> list[int]:
     """A file's size, and a checksum of its first, middle and last MARKED bytes: of a terabyte of
-    tars all would be too many."""
-    size = path.stat().st_size
+    tars all would be too many. Of a file that cannot be read both are 0: its samples are bad ones.
+    """
     checksum = 0
-    with path.open("rb") as file:
-        for start in (0, (size - MARKED) // 2, size - MARKED):
-            file.seek(max(0, start))
-            checksum = zlib.crc32(file.read(MARKED), checksum)
+    try:
+        size = path.stat().st_size
+        with path.open("rb") as file:
+            for start in (0, (size - MARKED) // 2, size - MARKED):
+                file.seek(max(0, start))
+                checksum = zlib.crc32(file.read(MARKED), checksum)
+    except OSError:
+        return [0, 0]
     return [size, checksum]
 
 

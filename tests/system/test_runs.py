@@ -11,6 +11,7 @@ import torch
 from safetensors.torch import load_file
 
 from conftest import losses, run, start, torchrun
+from plumbing.streams import file_mark
 
 
 def train(out: Path, *more) -> list:
@@ -163,3 +164,30 @@ def test_held_out_data_that_measures_nothing_is_said_before_the_first_step(out, 
                          code=2))
     assert "held.jsonl" in line and "all of the first 8 samples" in line
     assert not (out / "stage2.partial" / "log.jsonl").exists()
+
+
+def test_a_folder_that_is_read_may_be_the_runs_own(out, tmp_path):
+    """Its files stay as they are: the stage's folder and the lock stand beside them."""
+    for name in ("data.jsonl", "notes.txt"):
+        (out / name).write_text(lines_of(8))
+    before = {path: path.read_bytes() for path in out.iterdir() if path.is_file()}
+    run(*train(out, "--data", out / "data.jsonl", "--steps", 1))
+    assert before == {path: path.read_bytes() for path in before}
+    assert {path.name for path in out.iterdir()} == {
+        ".lock", "data.jsonl", "notes.txt", "stage1", "stage2"}
+
+
+def test_an_unreadable_file_is_bad_samples_and_can_be_gone_on_from(tmp_path):
+    assert file_mark(tmp_path / "gone") == [0, 0]
+    (tmp_path / "empty").write_bytes(b"")
+    (tmp_path / "short").write_bytes(b"ab")
+    assert file_mark(tmp_path / "empty") == [0, 0] and file_mark(tmp_path / "short")[0] == 2
+
+
+@pytest.mark.parametrize("command", [
+    ["eval.py", "--benchmark", "toy=1", "--checkpoint"],
+    ["sample.py", "--image", "assets/0005-invoice.png", "--checkpoint"]])
+def test_a_model_that_is_not_there_leaves_nothing(tmp_path, command):
+    folder = tmp_path / "no" / "such" / "model"
+    done = run(*command, folder, code=2)
+    assert str(folder) in done.stderr.splitlines()[-1] and not any(tmp_path.iterdir())

@@ -5,7 +5,6 @@ that torch raises there.
 """
 import json
 import os
-import shutil
 import signal
 import socket
 import time
@@ -152,6 +151,28 @@ def test_held_out_pages_at_the_end_are_left_at_the_first(out, number):
     error = process.communicate()[1]
     assert process.returncode in (128 + number, -number) and "Traceback" not in error
     assert (out / "stage3" / "model.safetensors").exists()
+
+
+@pytest.mark.parametrize("number", BOTH)
+def test_a_model_that_is_written_for_ever(out, number):
+    """The disk hangs at the export. What was trained is there: the same command writes it."""
+    code = """if True:
+        import runpy, sys, time
+        import plumbing.saving
+        def hang(*args, **options):
+            print("saving", file=sys.stderr, flush=True)
+            time.sleep(600)
+        plumbing.saving.save_file = hang
+        runpy.run_path("train.py", run_name="__main__")
+    """
+    command = train(out, "--steps", 2)
+    process = start("-c", code, *command[1:])
+    until(lambda: "saving" in said(process), process)
+    end_by_two(process, number)
+    assert not (out / "stage3").exists()
+    run(*command)
+    log = (out / "stage3" / "log.jsonl").read_text()
+    assert log.count('"loss"') == 2 and (out / "stage3" / "config.json").exists()
 
 
 @pytest.mark.parametrize("number", BOTH)
