@@ -90,7 +90,9 @@ def build(stage: int, start: Path | None, recipe: Recipe, connector: ConnectorCo
     if stage == 1 and args.llm:
         return AlignVLM.from_backbones(args.vision, args.llm, torch.float32, home, set_up,
                                        connector)
-    new_connector = connector if stage == 1 else None       # later stages keep what the folder has
+    # Later stages keep what the folder has, and so does the reader, whose Align has had a lesson.
+    taught = args.preset == "reader" and connector.kind == "align"
+    new_connector = connector if stage == 1 and not taught else None
     return AlignVLM.from_pretrained(start, torch.float32, home, set_up, new_connector)
 
 

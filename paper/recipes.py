@@ -44,7 +44,7 @@ LATE = ("connector", "llm")             # stage 3 freezes the vision encoder
 # never an answer, for one, and W2 starts from that head. An eps of 1e-5 holds them back.
 TOY = Recipe(ALL, batch_size=16, row_tokens=8192, warmup=0.03, final_lr=0.1, eps=1e-5)
 
-READER = replace(TOY, row_tokens=12_288, bf16=True)
+READER = replace(TOY, row_tokens=12_288, bf16=True, eps=1e-6)
 
 RECIPES = {
     "toy": {

@@ -163,9 +163,8 @@ class ReaderDocuments(Dataset):
         rng = random.Random(f"{self.seed}/{self.split}/{self.stage}/{index}")
         progress = index / self.n if self.split == "train" else 1.0
         single = self.stage == 1 or rng.random() < 0.4
-        lines = 1 + round(20 * progress) if self.stage == 1 else 10 ** 6
         tiles = min(9, round(2 + 20 * progress))
-        page = lesson_page(rng, self.split, self.config, single, lines, tiles)
+        page = lesson_page(rng, self.split, self.config, single, most_tiles=tiles)
         read, ask = (0.35, 0.3) if self.stage == 3 else (1.0, 0.0)
         turns = turns_about(rng, page, read, ask)
         example = Example([page.draw()], turns, f"reader/{self.stage}/{index}")
