@@ -87,9 +87,11 @@ def phrased(rng: random.Random, prompt: str) -> str:
 
 def lesson_page(rng: random.Random, split: str, config: SigLIPConfig, single: bool,
                 lines: int = 10 ** 6, most_tiles: int = 9, characters: int = 1200) -> Page:
-    """A page of any kind."""
+    """A page of any kind. The more tiles, the rarer: nine cost as much as nine times one."""
     kind = rng.choice([*KINDS, "notes"])
-    grids = [(1, 1)] if single else [g for g in GRIDS if 1 < g[0] * g[1] <= most_tiles]
+    grids = [(1, 1)]
+    if not single:
+        grids = [(r, c) for r, c in GRIDS for _ in range(9 // (r * c)) if 1 < r * c <= most_tiles]
     return write_page(rng, kind, split, config, grids, characters, lines)
 
 

@@ -132,13 +132,16 @@ class Sheet:
 
 
 def fit_one_tile(sheet: Sheet, side: int) -> None:
-    """Make the page as large as a tile: a larger one is cut into several."""
-    page = sheet.page
+    """Make the page about as large as a tile: a larger one is cut into several, and a smaller one
+    is scaled up to it, as people's screenshots are."""
+    page, rng = sheet.page, sheet.rng
+    unit = rng.choice([1.0, 1.0, rng.uniform(0.6, 1.0), rng.uniform(1.0, 1.05)])
+    unit = max(unit, min(1.0, 9 * sheet.unit / sheet.size))         # no type of less than 9 pixels
     for name in ("size", "margin", "left", "y"):
-        setattr(sheet, name, getattr(sheet, name) / sheet.unit)
-    page.width = page.height = side
-    sheet.right, sheet.unit = page.width - sheet.margin, 1.0
-    page.oversample = sheet.rng.choice([1, 2, 3])
+        setattr(sheet, name, getattr(sheet, name) / sheet.unit * unit)
+    page.width = page.height = round(side * unit)
+    sheet.right, sheet.unit = page.width - sheet.margin, unit
+    page.oversample = rng.choice([1, 2, 3])
 
 
 def bold_of(face: Face) -> Face:

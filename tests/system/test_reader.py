@@ -3,13 +3,16 @@ import random
 
 import numpy as np
 import pytest
+import torch
 
 from data import READ, Tokenizer
 from paper.benchmarks import folder_pages, open_benchmark
 from paper.metrics import METRICS
 from plumbing.settings import InputError
+from model import AlignVLM, AlignVLMConfig, LlamaConfig
 from reader import words
 from reader.drawing import CHARACTERS, CLASS, SMUDGE, Page
+from reader.enlarge import POSITIONS, enlarge
 from reader.fonts import HELD_OUT, NEVER, face_paths, faces
 from reader.lessons import WEIGHTS, class_tokens, mixtures, write_tokenizer
 from reader.pages import KINDS, write_page
@@ -60,6 +63,29 @@ def test_a_mixture_tells_its_characters_and_their_order():
     of_l = (weights * (ids == CLASS["l"])).sum(-1)
     np.testing.assert_allclose(of_l, [0.52, 0.78, 0], atol=1e-6)
     np.testing.assert_allclose(weights.sum(-1), 1, atol=1e-6)
+
+
+def test_larger_tiles_keep_where_a_patch_is(tmp_path):
+    """A position that is its row, or its column, is still that, in the new patches' measure."""
+    write_tokenizer(tmp_path / "tokenizer.model")
+    small = SigLIPConfig(hidden_size=16, n_layers=1, n_heads=2, intermediate_size=32, image_size=84)
+    llm = LlamaConfig(vocab_size=300, hidden_size=16, n_layers=1, n_heads=1, n_kv_heads=1,
+                      head_dim=16, intermediate_size=32)
+    model = AlignVLM(AlignVLMConfig(small, llm))
+    model.init_weights()
+    places = torch.arange(36)
+    model.state_dict()[POSITIONS][:, 0] = places // 6
+    model.state_dict()[POSITIONS][:, 1] = places % 6
+    model.save_pretrained(tmp_path / "small", tmp_path / "tokenizer.model", torch.float32)
+    enlarge(tmp_path / "small", tmp_path / "large", 140)
+    larger = AlignVLM.from_pretrained(tmp_path / "large")
+    assert larger.config.vision.image_size == 140
+    positions = larger.state_dict()[POSITIONS][:, :2].view(10, 10, 2)
+    middle = (torch.arange(10) + 0.5) * 6 / 10 - 0.5        # the centre of a new patch, in old ones
+    torch.testing.assert_close(positions[3:7, 0, 0], middle[3:7])
+    torch.testing.assert_close(positions[0, 3:7, 1], middle[3:7])
+    before, after = model.state_dict(), larger.state_dict()
+    assert all(torch.equal(before[name], after[name]) for name in before if name != POSITIONS)
 
 
 @needs_fonts
