@@ -4,12 +4,12 @@
     python -m reader.join out/reader --now  # joins the newest states as they are
 
 W2 is a copy of the LLM's head and W1 is random, as the paper has it, and the encoder's readout is
-left behind. Then Align has a short lesson of its own, with both halves frozen: P_vocab of a patch
-shall be the mixture of its characters that the LLM has learnt to read. The paper leaves that to
-stage 1, which has millions of captions; ours has a few thousand pages. train.py's stage 1 starts
-from OUT/stage0.
+left behind. Then encoder and Align have a lesson without the LLM: P_vocab of a patch shall be the
+mixture of its characters that the LLM has learnt to read. The paper leaves that to stage 1, which
+has millions of captions; ours has a few thousand pages. train.py's stage 1 starts from OUT/stage0.
 """
 import argparse
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -21,8 +21,10 @@ from plumbing.processes import run_main
 from reader import encoder, llm, training
 from reader.drawing import BLANK, N_CLASSES, SLOTS
 from reader.lessons import WEIGHTS, class_tokens
+from reader.quick import quicken
 
 BLANK_WEIGHT = 0.15         # of a patch without print in Align's lesson: most of them are
+STEPS = 1500                # of that lesson
 
 
 def join(out: Path, seed: int = 0) -> tuple[AlignVLM, Tokenizer]:
@@ -39,15 +41,14 @@ def join(out: Path, seed: int = 0) -> tuple[AlignVLM, Tokenizer]:
 
 
 def teach_align(model: AlignVLM, tokenizer: Tokenizer, args: argparse.Namespace) -> None:
-    """Train the connector alone on tiles of print, until args.steps. Changes it.
+    """Train encoder and connector on tiles of print, until args.steps. Changes both.
 
-    From its start: what an earlier lesson has left in args.out was for other features F.
+    From its start: what an earlier lesson has left in args.out began with another encoder.
     """
     for name in ("state.safetensors", "log.jsonl"):
         (args.out / name).unlink(missing_ok=True)
     token_of = torch.from_numpy(class_tokens(tokenizer))                        # (N_CLASSES,)
-    model.requires_grad_(False)
-    model.connector.requires_grad_(True)
+    quicken(model.vision)
 
     def loss(pixels: Tensor, classes: Tensor) -> Tensor:
         """pixels (B, S, S, 3), classes (B, N, SLOTS) -> the cross-entropy of P_vocab, in nats."""
@@ -61,8 +62,22 @@ def teach_align(model: AlignVLM, tokenizer: Tokenizer, args: argparse.Namespace)
 
     scraps = encoder.Scraps(args.seed + 1, "train", encoder.CONFIG, 16)
     held_out = encoder.Scraps(args.seed, "held-out", encoder.CONFIG, 32)[0]
-    training.train(nn.ModuleDict({"connector": model.connector}), scraps, loss,
-                   lambda: {"held_out": loss(*held_out).item()}, (0.9, 0.95), 0.1, args)
+    modules = nn.ModuleDict({"vision": model.vision, "connector": model.connector})
+    training.train(modules, scraps, loss, lambda: scores_on(model, held_out, token_of, loss),
+                   (0.9, 0.95), 0.1, args)
+
+
+@torch.no_grad()
+def scores_on(model: AlignVLM, held_out: tuple[Tensor, Tensor], token_of: Tensor,
+              loss: Callable[..., Tensor]) -> dict[str, float]:
+    """The loss on held-out tiles, and the share of patches with print whose likeliest token, but
+    for the blank one, is their first character's."""
+    pixels, classes = held_out
+    P_vocab = model.connector.p_vocab(model.vision(encoder.normalise(pixels, encoder.CONFIG)))
+    P_vocab[..., token_of[BLANK]] = 0
+    likeliest, printed = P_vocab.argmax(-1), classes[..., 0] != BLANK               # (B, N) both
+    first = (likeliest == token_of[classes[..., 0]])[printed].float().mean().item()
+    return {"held_out": loss(pixels, classes).item(), "first": first}
 
 
 def target(classes: Tensor, token_of: Tensor) -> tuple[Tensor, Tensor]:
@@ -80,9 +95,9 @@ def make_stage0(out: Path, seed: int = 0, now: bool = False) -> Path:
         llm.train(llm.parse_args(["--out", f"{out}/llm", "--seed", str(seed)]))
     model, tokenizer = join(out, seed)
     flags = argparse.ArgumentParser()
-    training.add_flags(flags, "", 600)
+    training.add_flags(flags, "", STEPS)
     teach_align(model, tokenizer,
-                flags.parse_args(["--out", f"{out}/connector", "--seed", str(seed)]))
+                flags.parse_args(["--out", f"{out}/connector", "--lr", "1e-3", "--seed", str(seed)]))
     model.save_pretrained(out / "stage0", tokenizer.path, torch.float32)
     return out / "stage0"
 

@@ -27,7 +27,8 @@ class Sheet:
         self.left, self.right = self.margin, self.page.width - self.margin
         self.leading = rng.uniform(1.15, 1.7)
         self.most_lines = 10 ** 6
-        self.plenty = 1 if room < 1.3 else rng.choice([1, 1, 2, 3])     # a large page may hold more
+        # How many times as much as on a small page may stand on it.
+        self.plenty = min(4, max(1, round(room * rng.choice([0.4, 0.7, 1.0]))))
         self.y = self.margin + self.size
 
     @property
@@ -124,8 +125,8 @@ class Sheet:
     def finish(self) -> Page:
         """The page, cut below its last line now and then, as screenshots and receipts are."""
         page, end = self.page, round(self.y - self.size + self.margin)
-        if end < page.height and self.rng.random() < 0.7:
-            page.height = max(end, page.height // 3)
+        if end < page.height and self.rng.random() < 0.8:
+            page.height = max(end, page.height // 5)
         page.degrees = self.rng.uniform(-1.5, 1.5) if self.rng.random() < 0.12 else 0.0
         page.wear = wear(self.rng, 0.35, self.unit)
         return page
