@@ -3,12 +3,13 @@
     tokenizer = Tokenizer("toy/stage3")
     example = Example([read_image("page.png")], [Turn("user", [IMAGE, "what is TAX?"])], "page.png")
     sample = prepare(example, tokenizer, SIGLIP_PRESETS["toy"])
-    tokens, labels, pixels, lengths = pack_row([sample])
+    tokens, labels, pixels, lengths = pack_row([sample], SIGLIP_PRESETS["toy"])
 
 A sample is one sequence of tokens: begin-of-text, the user's header, IMAGE at the place of every
 visual token, the prompt, the assistant's header, the answer. pack_row() joins several into a row.
-Only answers and their end-of-turn token are supervised. The toy's examples come from toy/, those of
---data from plumbing/streams.py.
+Pixels stay bytes until they are on the device: a quarter of what the encoder takes. Only answers
+and their end-of-turn token are supervised. The toy's examples come from toy/, those of --data from
+plumbing/streams.py.
 """
 import math
 from collections.abc import Iterator
@@ -20,14 +21,16 @@ from PIL import Image
 from torch import Tensor
 
 from model import IGNORE, AlignVLM
+from plumbing.devices import send
 from plumbing.examples import IMAGE, BadSample, Example, Turn
 from plumbing.settings import CheckpointError
 from plumbing.tokenizers import BytePairs, TextError    # TextError: what Tokenizer.encode raises
 from plumbing.weights import model_folder
-from vision import SigLIPConfig, tile, tile_boxes
+from vision import Area, SigLIPConfig, cut, normalise, tile_boxes
 
 # Asks for a page read aloud: in training, and when sample.py has no --prompt.
 READ = "read the page"
+CPU = torch.device("cpu")
 
 
 # --------------------------------------------------------------------------------------------------
@@ -176,7 +179,8 @@ class Sample:
     """An example ready for the model."""
     tokens: Tensor          # (L,) int64, IMAGE at the place of a visual token
     labels: Tensor          # (L,) int64, IGNORE where nothing is learnt
-    pixels: Tensor          # (T, 3, S, S) fp32, the tiles of all of its images
+    pixels: Tensor          # (T, 3, S, S) uint8, the tiles of all of its images
+    areas: list[Area]       # T of them: what of a tile shows the page
     key: str                # the example's name
     n_images: int = 0
 
@@ -206,31 +210,41 @@ def prepare(example: Example, tokenizer: Tokenizer, config: SigLIPConfig, max_ti
                                     "text: no answer is left")
 
     # Only now, as it costs the most: the tiles' pixels, an empty tensor for text alone.
-    no_tiles = torch.empty(0, 3, config.image_size, config.image_size)
-    tiles = [tile(image, config, max_tiles) for image in example.images]    # (T_i, 3, S, S) each
-    pixels = torch.cat([no_tiles, *tiles])                                  # (T, 3, S, S)
-    return Sample(tokens[kept], labels[kept], pixels, example.key, len(tiles))
+    tiles = [torch.empty(0, 3, config.image_size, config.image_size, dtype=torch.uint8)]
+    areas = []
+    for image in example.images:
+        its_tiles, its_areas = cut(image, config, max_tiles)                # (T_i, 3, S, S)
+        tiles.append(its_tiles)
+        areas += its_areas
+    pixels = torch.cat(tiles)                                               # (T, 3, S, S)
+    return Sample(tokens[kept], labels[kept], pixels, areas, example.key, len(example.images))
 
 
 def prepare_question(model: AlignVLM, tokenizer: Tokenizer, pages: list[Image.Image], prompt: str,
-                     max_tiles: int) -> Sample:
-    """A user's turn, the pages and then the prompt, as tokens and tiles for the model."""
+                     max_tiles: int) -> tuple[Tensor, Tensor]:
+    """A user's turn, the pages and then the prompt: tokens (L,) and pixels (T, 3, S, S) for the
+    model."""
     parts = [IMAGE] * len(pages)
     if prompt:
         parts.append(prompt)
     example = Example(pages, [Turn("user", parts)], "")
-    return prepare(example, tokenizer, model.config.vision, max_tiles,
-                   tile_tokens=model.config.tile_tokens)
+    config = model.config
+    sample = prepare(example, tokenizer, config.vision, max_tiles, tile_tokens=config.tile_tokens)
+    return sample.tokens, normalise(sample.pixels, sample.areas, config.vision)
 
 
-def pack_row(samples: list[Sample]) -> tuple[Tensor, Tensor, Tensor, list[int]]:
+def pack_row(samples: list[Sample], config: SigLIPConfig,
+             device: torch.device = CPU) -> tuple[Tensor, Tensor, Tensor, list[int]]:
     """Samples -> one row: tokens (1, L), labels (1, L), pixels (T, 3, S, S), the samples' lengths.
 
     The lengths keep them apart: none sees another, and each one's positions begin at 0 (model.py).
+    The pixels are normalised, fp32, on the device; the rest stays on the CPU.
     """
     tokens = torch.cat([sample.tokens for sample in samples])[None]         # (1, L)
     labels = torch.cat([sample.labels for sample in samples])[None]         # (1, L)
-    pixels = torch.cat([sample.pixels for sample in samples])               # (T, 3, S, S)
+    pixels = torch.cat([sample.pixels for sample in samples])               # (T, 3, S, S) uint8
+    areas = [area for sample in samples for area in sample.areas]           # T of them
+    pixels = normalise(send(pixels, device), areas, config)                 # (T, 3, S, S) fp32
     lengths = [len(sample.tokens) for sample in samples]                    # they add up to L
     return tokens, labels, pixels, lengths
 

@@ -4,8 +4,8 @@
     H_input = concat(F'_align, E_text(x))               just above equation 3, without a number
 
     model = AlignVLM.from_backbones("google/siglip-so400m-patch14-384", "meta-llama/Llama-3.2-1B")
-    loss = model(*pack_row(samples))                    # data.py: one packed row of samples
-    for ids in model.generate([sample.tokens], [sample.pixels], stop=tokenizer.stop):
+    loss = model(*pack_row(samples, model.config.vision))   # data.py: one packed row of samples
+    for ids in model.generate([tokens], [pixels], stop=tokenizer.stop):     # of prepare_question
         ...                                             # one more token of each prompt
     model.save_pretrained("folder", tokenizer_file)     # AlignVLM.from_pretrained reads it
 

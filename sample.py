@@ -59,8 +59,7 @@ def answer(model: AlignVLM, tokenizer: Tokenizer, images: list[Image.Image | lis
         if not isinstance(pages, list):
             pages = [pages]
         questions.append(prepare_question(model, tokenizer, pages, prompt, max_tiles))
-    tokens = [question.tokens for question in questions]        # (L_b,) of each
-    pixels = [question.pixels for question in questions]        # (T_b, 3, S, S) of each
+    tokens, pixels = zip(*questions)                            # (L_b,), (T_b, 3, S, S) of each
 
     answers: list[list[int]] = [[] for _ in questions]
     for step in model.generate(tokens, pixels, tokenizer.stop, **generation):
@@ -93,11 +92,11 @@ class Conversation:
         self.model = model
         self.tokenizer = tokenizer
         self.n_images = len(images)
-        sample = prepare_question(model, tokenizer, images, "", max_tiles)
-        tokens = sample.tokens[:after_images(sample.tokens)]        # (P,), those of every question
+        tokens, pixels = prepare_question(model, tokenizer, images, "", max_tiles)
+        tokens = tokens[:after_images(tokens)]          # (P,), those of every question
         with torch.inference_mode():
             E_text = model.llm.embed_tokens.weight
-            x = model.embed(tokens[None], sample.pixels.to(E_text))             # (1, P, D)
+            x = model.embed(tokens[None], pixels.to(E_text))                # (1, P, D)
             self.read = model.llm.new_cache(1, len(tokens))
             self.read.reach = len(tokens)               # it may have more room than that
             model.llm.hidden(x, cache=self.read)

@@ -41,7 +41,6 @@ from model import ALIGNVLM_PRESETS, IGNORE, IMAGE, AlignVLM, AlignVLMConfig, rea
 from paper.plan import step_flops
 from paper.recipes import RECIPES, Recipe, lr_share, positive, preset_for, recipe_for
 from plumbing import fast
-from plumbing.devices import send
 from plumbing.examples import Turn
 from plumbing.logs import Step, StepLog
 from plumbing.processes import (gather_model, name_stalled_rank, on_first_rank, run_main,
@@ -191,9 +190,10 @@ def blank_sample(config: AlignVLMConfig, n_tiles: int) -> Sample:
     """A sample that teaches nothing: one tile, or where there shall be none, one token of text."""
     n = config.tile_tokens if n_tiles else 1
     side = config.vision.image_size
+    pixels = torch.zeros(n_tiles, 3, side, side, dtype=torch.uint8)
     tokens = torch.full((n,), IMAGE if n_tiles else 0)
     labels = torch.full((n,), IGNORE)
-    return Sample(tokens, labels, torch.zeros(n_tiles, 3, side, side), "blank")
+    return Sample(tokens, labels, pixels, [(0, 0, 0, 0)] * n_tiles, "blank")
 
 
 def count(rows: list[list[Sample]], blank: Sample) -> Counter:
@@ -214,10 +214,11 @@ def count(rows: list[list[Sample]], blank: Sample) -> Counter:
 
 def row_loss(model: AlignVLM, row: list[Sample], device: torch.device) -> Tensor:
     """Forward: a row's samples -> the sum of its cross-entropies, in nats."""
-    tokens, labels, pixels, lengths = pack_row(row)     # (1, L), (1, L), (T, 3, S, S)
+    # (1, L) both, (T, 3, S, S) on the device
+    tokens, labels, pixels, lengths = pack_row(row, model.config.vision, device)
     # FSDP moves tensors to the GPU, and to find places in them there would wait for all work before
     # it. Arrays stay.
-    return model(tokens.numpy(), labels.numpy(), send(pixels, device), lengths)
+    return model(tokens.numpy(), labels.numpy(), pixels, lengths)
 
 
 def accumulate_gradients(model: AlignVLM, rows: list[list[Sample]],

@@ -22,10 +22,13 @@ from PIL import Image
 from torch import Tensor, nn
 
 from plumbing import released
+from plumbing.devices import send
 from plumbing.weights import Weights, load, model_folder
 
 # ------------------------------------------------------------------------------------------------
 # Page -> tiles
+
+Area = tuple[int, int, int, int]        # what of a tile shows the page: left, top, width, height
 
 
 @dataclass
@@ -114,8 +117,8 @@ def tile_boxes(width: int, height: int, config: SigLIPConfig,
     return boxes if len(boxes) == 1 else [(0, 0, width, height)] + boxes
 
 
-def on_canvas(w: int, h: int, side: int) -> tuple[int, int, int, int]:
-    """Where a box of w x h page pixels lies on its canvas: (left, top, width, height) there.
+def on_canvas(w: int, h: int, side: int) -> Area:
+    """Where a box of w x h page pixels lies on its canvas.
 
     It keeps its aspect ratio, its long side becomes `side`, and it is centred.
     """
@@ -129,8 +132,16 @@ def on_canvas(w: int, h: int, side: int) -> tuple[int, int, int, int]:
 def tile(image: Image.Image, config: SigLIPConfig, max_tiles: int = 9) -> Tensor:
     """A page -> its tiles: pixels (T, 3, S, S), float32, normalised; T <= max_tiles + 1.
 
-    Each box is resized (bicubic) onto a canvas of zeros, which are mid-grey for the released
-    encoders. Raises ValueError if max_tiles < 1.
+    Raises ValueError if max_tiles < 1.
+    """
+    return normalise(*cut(image, config, max_tiles), config)
+
+
+def cut(image: Image.Image, config: SigLIPConfig,
+        max_tiles: int = 9) -> tuple[Tensor, list[Area]]:
+    """A page -> its tiles as bytes (T, 3, S, S), uint8, and their T areas.
+
+    Each box is resized (bicubic) onto a canvas. Raises ValueError if max_tiles < 1.
     """
     if max_tiles < 1:
         raise ValueError(f"max_tiles is {max_tiles}; a page needs at least one tile")
@@ -138,16 +149,31 @@ def tile(image: Image.Image, config: SigLIPConfig, max_tiles: int = 9) -> Tensor
         image = image.convert("RGB")
     boxes = tile_boxes(*image.size, config, max_tiles)
     side = config.image_size
-    pixels = np.zeros((len(boxes), side, side, 3), dtype=np.float32)        # (T, S, S, 3)
-    for canvas, box in zip(pixels, boxes):
-        left, top, right, bottom = box
-        x, y, width, height = on_canvas(right - left, bottom - top, side)
+    areas = [on_canvas(right - left, bottom - top, side) for left, top, right, bottom in boxes]
+    pixels = np.zeros((len(boxes), side, side, 3), dtype=np.uint8)          # (T, S, S, 3)
+    for canvas, box, (x, y, width, height) in zip(pixels, boxes, areas):
         crop = image.crop(box)
         if crop.size != (width, height):
             crop = crop.resize((width, height), Image.Resampling.BICUBIC)
-        values = np.asarray(crop, np.float32) / 255                         # (height, width, 3)
-        canvas[y:y + height, x:x + width] = (values - config.image_mean) / config.image_std
-    return torch.from_numpy(pixels).permute(0, 3, 1, 2).contiguous()        # (T, 3, S, S)
+        canvas[y:y + height, x:x + width] = np.asarray(crop)                # (height, width, 3)
+    return torch.from_numpy(pixels).permute(0, 3, 1, 2).contiguous(), areas
+
+
+def normalise(pixels: Tensor, areas: list[Area], config: SigLIPConfig) -> Tensor:
+    """What `cut` returns -> pixels for the encoder (T, 3, S, S), float32, on the same device.
+
+    Beside its area a tile is 0, which is mid-grey for the released encoders.
+    """
+    # The CPU normalises the 256 values of a byte: so all devices have the same, to the bit.
+    every_byte = torch.arange(256, dtype=torch.float32)                     # (256,)
+    values = (every_byte / 255 - config.image_mean) / config.image_std      # (256,)
+    values = send(values, pixels.device)
+    normalised = torch.zeros_like(pixels, dtype=torch.float32)              # (T, 3, S, S)
+    for canvas, tile_bytes, (x, y, width, height) in zip(normalised, pixels, areas):
+        page = tile_bytes[:, y:y + height, x:x + width].int()               # (3, height, width)
+        page = values.index_select(0, page.flatten()).view_as(page)         # float32
+        canvas[:, y:y + height, x:x + width] = page
+    return normalised
 
 
 # ------------------------------------------------------------------------------------------------

@@ -219,12 +219,11 @@ def explore(model: AlignVLM, tokenizer: Tokenizer, pages: list[Image.Image], nam
     """
     if not out.parent.is_dir():
         raise InputError(f"{out}: there is no folder {out.parent}")
-    question = prepare_question(model, tokenizer, pages, prompt, max_tiles)
-    places = (question.tokens == IMAGE).nonzero()[:, 0]                     # (n,)
+    tokens, pixels = prepare_question(model, tokenizer, pages, prompt, max_tiles)
+    places = (tokens == IMAGE).nonzero()[:, 0]                              # (n,)
     ids, p = [], []
     with Watch(model, places) as watch:
-        for [token] in model.generate([question.tokens], [question.pixels], tokenizer.stop,
-                                      **generation):
+        for [token] in model.generate([tokens], [pixels], tokenizer.stop, **generation):
             ids.append(token)
             p.append(watch.P[token].item())
     steps = ids.copy()

@@ -127,7 +127,7 @@ def memory(config: AlignVLMConfig, trainable: tuple[str, ...], ranks: int, token
         "activations": activation_bytes(config, trainable, tokens, tiles, recompute, size),
         "connector": connector_bytes(config, tiles, size),
         "head": logits * (size + 8),        # they, in fp32, and their gradient
-        "data": tiles * 3 * config.vision.image_size ** 2 * 4,
+        "data": tiles * 3 * config.vision.image_size ** 2 * 4,      # pixels in fp32
     }
 
 

@@ -25,9 +25,9 @@ from model import ALIGNVLM_PRESETS, IGNORE, IMAGE, AlignVLM, Llama, LlamaConfig
 from paper.recipes import RECIPES
 from plumbing import cuda, fast
 from plumbing.processes import start_processes
-from small_models import PROMPTS, SAMPLES, STEPS, generated, row_of, small_vlm
+from small_models import PROMPTS, SAMPLES, STEPS, generated, in_bytes, row_of, small_vlm
 from train import optimizer_of, shard, take_step
-from vision import SigLIP, SigLIPConfig
+from vision import SIGLIP_PRESETS, SigLIP, SigLIPConfig, normalise
 
 DEVICE = torch.device(os.environ["TEST_DEVICE"])
 ON_GPU = DEVICE.type == "cuda"
@@ -108,6 +108,17 @@ def test_a_part_is_as_near_to_the_truth_as_on_a_cpu(name):
     ours = off(outcome(module, inputs, DEVICE, BF16), truth)
     theirs = off(outcome(module, inputs, cpu, BF16), truth)
     assert ours <= 2 * theirs + 2 ** -8, (ours, theirs)
+
+
+@pytest.mark.parametrize("name", SIGLIP_PRESETS)
+def test_tiles_are_normalised_to_a_cpus_bits(name):
+    """All bytes, and a canvas around them."""
+    pixels = torch.arange(256, dtype=torch.uint8).expand(2, 3, 256, 256)
+    areas = [(0, 0, 256, 256), (0, 50, 256, 156)]
+    config = SIGLIP_PRESETS[name]
+    ours = normalise(pixels.to(DEVICE), areas, config)
+    assert ours.device.type == DEVICE.type
+    assert torch.equal(ours.cpu(), normalise(pixels, areas, config))
 
 
 # ------------------------------------------------------------------------------------------------
@@ -245,7 +256,7 @@ def toy_row(config, *texts: int) -> list[Sample]:
         visual = torch.full((config.tile_tokens,), IMAGE)
         tokens = torch.cat([visual, torch.arange(n_text) + 5])
         labels = torch.cat([torch.full_like(visual, IGNORE), torch.arange(n_text) + 6])
-        samples.append(Sample(tokens, labels, torch.rand(1, 3, 112, 112), "", 1))
+        samples.append(Sample(tokens, labels, *in_bytes(torch.randn(1, 3, 112, 112)), "", 1))
     return samples
 
 

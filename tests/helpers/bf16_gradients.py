@@ -17,7 +17,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from data import Sample
 from plumbing.processes import start_processes
-from small_models import SAMPLES, labelled, small_vlm
+from small_models import SAMPLES, in_bytes, labelled, small_vlm
 from train import accumulate_gradients, mesh_of, shard
 
 
@@ -26,7 +26,8 @@ def main() -> None:
     rank, world = dist.get_rank(), dist.get_world_size()
     model = small_vlm()
     shard(model, device, bf16=True)
-    rows = [[Sample(tokens, labelled(tokens), pixels, "")] for tokens, pixels in SAMPLES[:4]]
+    rows = [[Sample(tokens, labelled(tokens), *in_bytes(pixels), "")]
+            for tokens, pixels in SAMPLES[:4]]
     loss, _, _ = accumulate_gradients(model, rows[rank::world], device)
     gradients = {name: p.grad.full_tensor() for name, p in model.named_parameters()}
     waits = []

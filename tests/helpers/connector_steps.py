@@ -21,7 +21,7 @@ from data import Sample
 from model import IMAGE, AlignVLM, AlignVLMConfig
 from paper.recipes import RECIPES
 from plumbing.processes import start_processes
-from small_models import CONNECTOR, LLM, TILES
+from small_models import CONNECTOR, LLM, TILES, in_bytes
 from train import optimizer_of, shard, take_step
 
 
@@ -38,7 +38,7 @@ def losses_of(kind: str, device: torch.device) -> list[float]:
         image = torch.full((model.config.tile_tokens,), IMAGE)
         tokens = torch.cat([image, torch.arange(i, i + 6)])
         labels = tokens.roll(-1).clamp(min=0)
-        samples.append(Sample(tokens, labels, torch.randn(1, 3, 12, 12), str(i)))
+        samples.append(Sample(tokens, labels, *in_bytes(torch.randn(1, 3, 12, 12)), str(i)))
     rows = [[sample] for sample in samples[dist.get_rank()::dist.get_world_size()]]
     optimizer = optimizer_of(model, RECIPES["toy"][2])
     losses = []

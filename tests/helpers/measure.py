@@ -22,6 +22,7 @@ from model import ALIGNVLM_PRESETS, IMAGE, AlignVLM, AlignVLMConfig
 from paper.plan import memory
 from paper.recipes import RECIPES
 from plumbing.processes import start_processes
+from small_models import in_bytes
 from train import optimizer_of, shard, take_step
 
 SHORT = AlignVLMConfig(replace(MID.vision, n_layers=3), replace(MID.llm, n_layers=3))
@@ -67,7 +68,7 @@ def main() -> None:
     v = config.vision
     tokens = torch.cat([torch.full((v.n_patches,), IMAGE), torch.arange(8)])   # (L,)
     pixels = torch.randn(1, 3, v.image_size, v.image_size)
-    row = [Sample(tokens, tokens.roll(-1).clamp(min=0), pixels, "one")]
+    row = [Sample(tokens, tokens.roll(-1).clamp(min=0), *in_bytes(pixels), "one")]
 
     def measure_gradients(*_) -> None:
         sizes["gradients"] = sum(p.grad.to_local().nbytes for p in model.parameters())

@@ -8,7 +8,7 @@ from torch import Tensor
 from connector import ConnectorConfig
 from model import IGNORE, IMAGE, AlignVLM, AlignVLMConfig, LlamaConfig
 from tensors import close, randomise
-from vision import SigLIPConfig
+from vision import Area, SigLIPConfig
 
 VISION = SigLIPConfig(hidden_size=12, n_layers=1, n_heads=2, intermediate_size=20, image_size=9,
                       patch_size=4)         # N = 4
@@ -119,6 +119,12 @@ def prompt(seed: int, tiles: int, n_text: int) -> tuple[Tensor, Tensor]:
     side = VISION.image_size
     pixels = torch.randn(tiles, 3, side, side, generator=generator)
     return torch.cat([text[:1], image, text[1:]]), pixels
+
+
+def in_bytes(pixels: Tensor) -> tuple[Tensor, list[Area]]:
+    """Pixels (T, 3, S, S) about 0 -> a Sample's: bytes, and the areas of pages that fill a tile."""
+    side = pixels.shape[-1]
+    return (60 * pixels + 128).clamp(0, 255).byte(), [(0, 0, side, side)] * len(pixels)
 
 
 def labelled(tokens: Tensor) -> Tensor:

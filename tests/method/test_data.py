@@ -11,8 +11,9 @@ from data import Sample, Tokenizer, encode_chat, fill_rows, pack_row, prepare
 from model import ALIGNVLM_PRESETS, IGNORE, AlignVLM
 from plumbing.examples import IMAGE, BadSample, Example, Turn
 from small_tokenizers import tokenizer  # noqa: F401: a fixture
-from vision import SIGLIP_PRESETS
+from vision import SIGLIP_PRESETS, tile
 
+SO400M = SIGLIP_PRESETS["so400m-patch14-384"]
 TOY = SIGLIP_PRESETS["toy"]
 
 
@@ -66,9 +67,21 @@ def test_prepare_gives_every_tile_its_positions(tokenizer):
     assert sample.pixels.shape == (4, 3, 112, 112) and (sample.tokens == IMAGE).sum() == 4 * 64
     assert (prepare(example, tokenizer, TOY, tile_tokens=16).tokens == IMAGE).sum() == 4 * 16
     text = prepare(Example([], [Turn("user", ["?"])], "k"), tokenizer, TOY)
-    tokens, labels, pixels, lengths = pack_row([sample, text])
+    tokens, labels, pixels, lengths = pack_row([sample, text], TOY)
     assert tokens.shape == labels.shape == (1, sum(lengths))
     assert pixels.shape[0] == 4 and len(lengths) == 2
+
+
+def test_pixels_are_bytes_until_a_row_is_packed(tokenizer):
+    """Ten tiles of 384 pixels take 4.4 MB; the row's are those of `tile`, in their order."""
+    samples = []
+    for images in ([noise(850, 1100)], [], [noise(50, 90), noise(333, 257)]):
+        turns = [Turn("user", [IMAGE] * len(images) + ["?"])]
+        samples.append((images, prepare(Example(images, turns, ""), tokenizer, SO400M)))
+    assert [s.pixels.nbytes for _, s in samples] == [4_423_680, 0, 884_736]
+    _, _, pixels, _ = pack_row([s for _, s in samples], SO400M)
+    expected = torch.cat([tile(image, SO400M) for images, _ in samples for image in images])
+    assert torch.equal(pixels, expected)
 
 
 def test_a_long_sample_loses_text_and_never_an_image(tokenizer):
@@ -141,7 +154,7 @@ def mixed_samples(tokenizer: Tokenizer, word: str = "K7Q2", seed: int = 0) -> li
 
 def logits_of(model: AlignVLM, samples: list[Sample]) -> tuple[torch.Tensor, ...]:
     """(L_i, V) of each sample, all of them in one row."""
-    tokens, _, pixels, lengths = pack_row(samples)
+    tokens, _, pixels, lengths = pack_row(samples, TOY)
     h = model.llm.hidden(model.embed(tokens, pixels), lengths)          # (1, L, D)
     return model.llm.logits(h)[0].split(lengths)
 
@@ -149,7 +162,7 @@ def logits_of(model: AlignVLM, samples: list[Sample]) -> tuple[torch.Tensor, ...
 def gradients_of_rows(model: AlignVLM, rows: list[list[Sample]]) -> tuple[float, dict]:
     """The loss of all rows together, and its gradients by parameter."""
     model.zero_grad()
-    loss = sum(model(*pack_row(row)) for row in rows)
+    loss = sum(model(*pack_row(row, TOY)) for row in rows)
     loss.backward()
     return loss.item(), {name: p.grad.clone() for name, p in model.named_parameters()}
 
@@ -185,7 +198,7 @@ def test_rows_hold_every_sample_and_no_more_than_their_budget():
     filled = []
     for _ in range(20):
         lengths = [729 * rng.randint(1, 10) + rng.randint(20, 400) for _ in range(64)]
-        samples = [Sample(torch.zeros(n), None, None, str(i)) for i, n in enumerate(lengths)]
+        samples = [Sample(torch.zeros(n), None, None, None, str(i)) for i, n in enumerate(lengths)]
         rows = fill_rows(samples, 16_384)
         used = [sum(len(s.tokens) for s in row) for row in rows]
         assert max(used) <= 16_384

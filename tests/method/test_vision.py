@@ -10,9 +10,9 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from conftest import close, randomise
+from conftest import ROOT, close, randomise
 from small_models import FEATURES, SIGLIPS, close_gradients, gradients_of
-from vision import SIGLIP_PRESETS, SigLIP, SigLIPConfig, choose_grid, tile, tile_boxes
+from vision import SIGLIP_PRESETS, SigLIP, SigLIPConfig, choose_grid, cut, tile, tile_boxes
 
 SO400M = SIGLIP_PRESETS["so400m-patch14-384"]
 TOY = SIGLIP_PRESETS["toy"]
@@ -215,11 +215,11 @@ def noise(width: int, height: int) -> Image.Image:
 
 
 def naive_canvas(box: Image.Image, config: SigLIPConfig) -> np.ndarray:
-    """A box of the page -> its tile (3, S, S)."""
+    """A box of the page -> its tile (3, S, S), in fp32 from the start."""
     S, long = config.image_size, max(box.size)
     width, height = [S if n == long else max(1, int(n / long * S)) for n in box.size]
-    small = np.asarray(box.resize((width, height), Image.Resampling.BICUBIC)).astype(np.float64)
-    canvas = np.zeros((3, S, S))
+    small = np.asarray(box.resize((width, height), Image.Resampling.BICUBIC)).astype(np.float32)
+    canvas = np.zeros((3, S, S), np.float32)
     for c in range(3):
         for y in range(height):
             row = canvas[c, (S - height) // 2 + y, (S - width) // 2:]
@@ -237,7 +237,7 @@ def naive_tile(image: Image.Image, config: SigLIPConfig) -> Tensor:
     for left, top, right, bottom in boxes:
         box = Image.fromarray(page[top:bottom, left:right].copy())
         tiles.append(naive_canvas(box, config))
-    return torch.from_numpy(np.stack(tiles)).float()
+    return torch.from_numpy(np.stack(tiles))
 
 
 ODD = SigLIPConfig(image_size=31, patch_size=7, image_mean=0.3, image_std=0.2)
@@ -247,10 +247,26 @@ ODD = SigLIPConfig(image_size=31, patch_size=7, image_mean=0.3, image_std=0.2)
 @pytest.mark.parametrize("size", [(112, 112), (400, 400), (300, 411), (225, 113), (64, 43), (1, 1),
                                   (3, 800), (800, 3)])
 def test_tile_equals_the_naive_version(config, size):
-    image = noise(*size)
+    check_tiles(noise(*size), config)
+
+
+@pytest.mark.parametrize("config", [TOY, SO400M, ODD], ids=["toy", "so400m", "odd"])
+@pytest.mark.parametrize("name, size", [("0000-invoice", None), ("0005-invoice", None),
+                                        ("explorer", (701, 333)), ("explain", (257, 401))])
+def test_tiles_of_a_file_equal_the_naive_version(config, name, size):
+    """Drawn pages, and odd parts of pictures."""
+    image = Image.open(ROOT / "assets" / f"{name}.png").convert("RGB")
+    check_tiles(image.crop((0, 0, *size)) if size else image, config)
+
+
+def check_tiles(image: Image.Image, config: SigLIPConfig) -> None:
+    """To the bit. On their way they are bytes, a quarter of it."""
     pixels, expected = tile(image, config), naive_tile(image, config)
     assert pixels.dtype == torch.float32 and pixels.is_contiguous()
-    close(pixels, expected, 1e-6)
+    assert torch.equal(pixels.view(torch.int32), expected.view(torch.int32))
+    on_the_way, areas = cut(image, config)
+    assert on_the_way.dtype == torch.uint8 and 4 * on_the_way.nbytes == pixels.nbytes
+    assert len(areas) == len(pixels)
 
 
 @pytest.mark.parametrize("max_tiles", range(1, 10))

@@ -110,15 +110,15 @@ def read(path) -> SimpleNamespace:
 def expected_of(model: AlignVLM, tokenizer, pages, prompt, ids) -> tuple:
     """By transformers, from one pass over the prompt and the answer, without a cache:
     P over all tokens (steps, V), attention (steps, layers, n) of a mean head to the patches."""
-    question = prepare_question(model, tokenizer, pages, prompt, 9)
-    tokens = torch.cat([question.tokens, torch.tensor(ids, dtype=torch.int64)])
-    x = model.embed(tokens[None], question.pixels)
+    asked, pixels = prepare_question(model, tokenizer, pages, prompt, 9)
+    tokens = torch.cat([asked, torch.tensor(ids, dtype=torch.int64)])
+    x = model.embed(tokens[None], pixels)
     theirs = LlamaForCausalLM(their_config(model.config.llm)).eval()
     theirs.load_state_dict({name if name == "lm_head.weight" else f"model.{name}": p
                             for name, p in model.llm.state_dict().items()})
     out = theirs(inputs_embeds=x, output_attentions=True)
-    first = len(question.tokens) - 1                            # chooses the first token
-    places = (question.tokens == IMAGE).nonzero()[:, 0]
+    first = len(asked) - 1                            # chooses the first token
+    places = (asked == IMAGE).nonzero()[:, 0]
     attention = torch.stack([weights[0].mean(0) for weights in out.attentions], 1)
     return out.logits[0, first:].softmax(-1), attention[first:, :, places]
 
@@ -146,10 +146,10 @@ def close_weights(numbers, expected) -> None:
 def test_numbers_are_the_models(tokenizer, tmp_path, files, is_fast):
     model, pages = vlm(), [read_image(file) for file in files]
     *_, [said] = answer(model, tokenizer, [pages], ["what is NO?"], max_new_tokens=6)
-    question = prepare_question(model, tokenizer, pages, "what is NO?", 9)
+    tokens, pixels = prepare_question(model, tokenizer, pages, "what is NO?", 9)
     with torch.no_grad():
-        P = model.connector.p_vocab(model.vision(question.pixels)).flatten(0, 1)    # (n, V)
-    ids = [i for [i] in model.generate([question.tokens], [question.pixels], tokenizer.stop, 6)]
+        P = model.connector.p_vocab(model.vision(pixels)).flatten(0, 1)     # (n, V)
+    ids = [i for [i] in model.generate([tokens], [pixels], tokenizer.stop, 6)]
     P_next, attention = expected_of(model, tokenizer, pages, "what is NO?", ids[:-1])
     if is_fast:
         fast.use(model, inference=True)
@@ -178,8 +178,8 @@ def test_numbers_are_the_models(tokenizer, tmp_path, files, is_fast):
 
 def test_of_a_long_answer_the_strongest_patches_are_kept(tokenizer, tmp_path, monkeypatch):
     model, pages = vlm(), [read_image(NINE)]
-    question = prepare_question(model, tokenizer, pages, "", 9)
-    ids = [i for [i] in model.generate([question.tokens], [question.pixels], set(), 6)]
+    tokens, pixels = prepare_question(model, tokenizer, pages, "", 9)
+    ids = [i for [i] in model.generate([tokens], [pixels], set(), 6)]
     monkeypatch.setattr(tokenizer, "stop", set())
     _, attention = expected_of(model, tokenizer, pages, "", ids[:-1])
     monkeypatch.setattr(explorer, "STRONGEST", 40)

@@ -12,7 +12,7 @@ from torch.distributed.tensor import DTensor
 from conftest import HELPERS, close, run, torchrun
 from data import Sample
 from paper.recipes import RECIPES
-from small_models import SAMPLES, gradients_of, labelled, row_of, small_vlm
+from small_models import SAMPLES, gradients_of, in_bytes, labelled, row_of, small_vlm
 from train import optimizer_of, shard, take_step
 
 CPU = torch.device("cpu")
@@ -72,7 +72,8 @@ def test_offloaded_steps_are_the_same(one_process):
         vlm = small_vlm()
         shard(vlm, CPU, offload=offload)
         optimizer = optimizer_of(vlm, RECIPES["toy"][2])
-        rows = [[Sample(tokens, labelled(tokens), pixels, "")] for tokens, pixels in SAMPLES]
+        rows = [[Sample(tokens, labelled(tokens), *in_bytes(pixels), "")]
+                for tokens, pixels in SAMPLES]
         numbers = [take_step(vlm, optimizer, rows, 1e-2, 1.0, CPU)[0] for _ in range(3)]
         found.append([*numbers, *(p.full_tensor().detach() for p in vlm.parameters())])
     assert all(torch.equal(a, b) for a, b in zip(*found, strict=True))
