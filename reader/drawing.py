@@ -25,10 +25,10 @@ N_CLASSES = 2 + len(CHARACTERS)
 MIDDLE = 0.3            # of the type's size: the middle of a line of print above its baseline
 
 
-@functools.cache
-def advance(face: Face, character: str) -> float:
-    """How wide a character is, in ems."""
-    return font(face, 128).getlength(character) / 128
+@functools.lru_cache(100_000)
+def advance(face: Face, size: float, character: str) -> float:
+    """How wide a character is in a size, both in pixels, without kerning."""
+    return font(face, size).getlength(character)
 
 
 @dataclass
@@ -68,11 +68,10 @@ class Page:
 
     def set(self, text: str, face: Face, size: float) -> tuple[str, np.ndarray]:
         """A text as the face can spell it, and its characters' edges in pixels."""
-        text = face.spell(text)
-        edges = np.cumsum([0.0, *(advance(face, c) for c in text)])
-        if text:        # hinting and kerning
-            length = font(face, size * self.oversample).getlength(text) / self.oversample
-            edges *= length / edges[-1]
+        text, n = face.spell(text), self.oversample
+        edges = np.cumsum([0.0, *(advance(face, size * n, c) for c in text)]) / n
+        if text:        # kerning is spread over the whole text
+            edges *= font(face, size * n).getlength(text) / n / edges[-1]
         return text, edges
 
     def put(self, text: str, x: float, y: float, face: Face, size: float,
