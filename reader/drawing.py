@@ -112,10 +112,12 @@ class Page:
         cos, sin = math.cos(math.radians(self.degrees)), math.sin(math.radians(self.degrees))
         return self.width / 2 + x * cos + y * sin, self.height / 2 - x * sin + y * cos
 
-    def classes(self, box: tuple[int, int, int, int], side: int, patch: int) -> np.ndarray:
+    def classes(self, box: tuple[int, int, int, int], side: int, patch: int,
+                shift: tuple[float, float] = (0, 0)) -> np.ndarray:
         """Which characters have their centre in which patch of the tile that shows `box`.
 
-        Returns classes (N, SLOTS) int64, in reading order, BLANK after a patch's last one.
+        shift: by which the patches are moved to the left and up, in pixels of the tile. Returns
+        classes (N, SLOTS) int64, in reading order, BLANK after a patch's last one.
         """
         left, top, right, bottom = box
         x0, y0, width, height = on_canvas(right - left, bottom - top, side)
@@ -125,24 +127,26 @@ class Page:
             middles = run.x + (run.edges[1:] + run.edges[:-1]) / 2
             x, y = self.turned(middles, run.y - MIDDLE * run.size)
             inside = (x >= left) & (x < right) & (y >= top) & (y < bottom)
-            column = ((x0 + (x - left) * scale) // patch).astype(int)
-            row = ((y0 + (y - top) * scale) // patch).astype(int)
+            column = ((x0 + (x - left) * scale + shift[0]) // patch).astype(int)
+            row = ((y0 + (y - top) * scale + shift[1]) // patch).astype(int)
             small = run.size * scale < SMALLEST
-            for i in np.nonzero(inside & (column < n) & (row < n))[0]:
-                shown = SMUDGE if small else CLASS[run.text[i]]
-                found.setdefault(int(row[i] * n + column[i]), []).append(shown)
+            shown = (column >= 0) & (column < n) & (row >= 0) & (row < n)
+            for i in np.nonzero(inside & shown)[0]:
+                seen = SMUDGE if small else CLASS[run.text[i]]
+                found.setdefault(int(row[i] * n + column[i]), []).append(seen)
         classes = np.zeros((n * n, SLOTS), np.int64)
-        for place, shown in found.items():
-            if all(c == SMUDGE for c in shown):
-                shown = [SMUDGE]
-            shown = [c for c in shown if c != SMUDGE or len(shown) == 1][:SLOTS]
-            classes[place, :len(shown)] = shown
+        for place, seen in found.items():
+            if all(c == SMUDGE for c in seen):
+                seen = [SMUDGE]
+            seen = [c for c in seen if c != SMUDGE or len(seen) == 1][:SLOTS]
+            classes[place, :len(seen)] = seen
         return classes
 
-    def all_classes(self, config: SigLIPConfig, max_tiles: int = 9) -> np.ndarray:
+    def all_classes(self, config: SigLIPConfig, shift: tuple[float, float] = (0, 0)) -> np.ndarray:
         """`classes` of all tiles into which the page is cut: (T, N, SLOTS)."""
-        boxes = tile_boxes(self.width, self.height, config, max_tiles)
-        return np.stack([self.classes(b, config.image_size, config.patch_size) for b in boxes])
+        boxes = tile_boxes(self.width, self.height, config)
+        return np.stack([self.classes(box, config.image_size, config.patch_size, shift)
+                         for box in boxes])
 
 
 def worn(image: Image.Image, what: str, how_much: float) -> Image.Image:

@@ -49,14 +49,15 @@ def normalise(pixels: Tensor, config: SigLIPConfig) -> Tensor:
 
 def named(modules: nn.ModuleDict, pixels: Tensor) -> Tensor:
     """pixels (B, 3, S, S) -> scores (B, N, SLOTS, N_CLASSES), calculated in bf16."""
-    with torch.autocast("cpu", torch.bfloat16):
+    with training.in_bf16():
         scores = modules["readout"](modules["vision"](pixels))      # (B, N, SLOTS * N_CLASSES)
     return scores.float().unflatten(-1, (SLOTS, N_CLASSES))
 
 
 def loss_of(scores: Tensor, classes: Tensor) -> Tensor:
     """The weighted mean cross-entropy of all slots, in nats."""
-    weights = torch.where(classes > 0, 1.0, BLANK_WEIGHTS)          # (B, N, SLOTS)
+    blank = BLANK_WEIGHTS.to(classes.device)                        # (SLOTS,)
+    weights = torch.where(classes > 0, 1.0, blank)                  # (B, N, SLOTS)
     losses = nnf.cross_entropy(scores.flatten(0, 2), classes.flatten(), reduction="none")
     return (losses * weights.flatten()).sum() / weights.sum()
 
@@ -82,7 +83,7 @@ def train(args: argparse.Namespace) -> None:
     quicken(vision)
     readout = nn.Linear(CONFIG.hidden_size, SLOTS * N_CLASSES)
     modules = nn.ModuleDict({"vision": vision, "readout": readout})
-    held_out = Scraps(args.seed, "held-out", CONFIG, 96)[0]
+    held_out = training.on_device(Scraps(args.seed, "held-out", CONFIG, 96)[0])
 
     def loss(pixels: Tensor, classes: Tensor) -> Tensor:
         return loss_of(named(modules, normalise(pixels, CONFIG)), classes)

@@ -47,12 +47,12 @@ def teach_align(model: AlignVLM, tokenizer: Tokenizer, args: argparse.Namespace)
     """
     for name in ("state.safetensors", "log.jsonl"):
         (args.out / name).unlink(missing_ok=True)
-    token_of = torch.from_numpy(class_tokens(tokenizer))                        # (N_CLASSES,)
+    token_of = torch.from_numpy(class_tokens(tokenizer)).to(training.DEVICE)    # (N_CLASSES,)
     quicken(model.vision)
 
     def loss(pixels: Tensor, classes: Tensor) -> Tensor:
         """pixels (B, S, S, 3), classes (B, N, SLOTS) -> the cross-entropy of P_vocab, in nats."""
-        with torch.autocast("cpu", torch.bfloat16):
+        with training.in_bf16():
             F = model.vision(encoder.normalise(pixels, encoder.CONFIG)).float()         # (B, N, d)
         P_vocab = model.connector.p_vocab(F)                                            # (B, N, V)
         tokens, weights = target(classes, token_of)                             # (B, N, SLOTS) both
@@ -61,7 +61,7 @@ def teach_align(model: AlignVLM, tokenizer: Tokenizer, args: argparse.Namespace)
         return (nats * counts).sum() / counts.sum()
 
     scraps = encoder.Scraps(args.seed + 1, "train", encoder.CONFIG, 16)
-    held_out = encoder.Scraps(args.seed, "held-out", encoder.CONFIG, 32)[0]
+    held_out = training.on_device(encoder.Scraps(args.seed, "held-out", encoder.CONFIG, 32)[0])
     modules = nn.ModuleDict({"vision": model.vision, "connector": model.connector})
     training.train(modules, scraps, loss, lambda: scores_on(model, held_out, token_of, loss),
                    (0.9, 0.95), 0.1, args)
@@ -83,7 +83,7 @@ def scores_on(model: AlignVLM, held_out: tuple[Tensor, Tensor], token_of: Tensor
 def target(classes: Tensor, token_of: Tensor) -> tuple[Tensor, Tensor]:
     """classes (B, N, SLOTS) -> the tokens of a patch's mixture and their weights, both
     (B, N, SLOTS), as the LLM's lesson has them: what a slot lacks goes to the blank token."""
-    weights = torch.tensor(WEIGHTS).expand(classes.shape)
+    weights = torch.tensor(WEIGHTS, device=classes.device).expand(classes.shape)
     return token_of[classes], weights
 
 
@@ -97,8 +97,9 @@ def make_stage0(out: Path, seed: int = 0, now: bool = False) -> Path:
     flags = argparse.ArgumentParser()
     training.add_flags(flags, "", STEPS)
     teach_align(model, tokenizer,
-                flags.parse_args(["--out", f"{out}/connector", "--lr", "1e-3", "--seed", str(seed)]))
-    model.save_pretrained(out / "stage0", tokenizer.path, torch.float32)
+                flags.parse_args(["--out", f"{out}/connector", "--lr", "1e-3", "--seed",
+                                  str(seed)]))
+    model.to("cpu").save_pretrained(out / "stage0", tokenizer.path, torch.float32)
     return out / "stage0"
 
 

@@ -47,14 +47,16 @@ def class_tokens(tokenizer: Tokenizer) -> np.ndarray:
 
 def mixtures(rng: random.Random, classes: np.ndarray, tokens: np.ndarray,
              doubt: float) -> tuple[np.ndarray, np.ndarray]:
-    """classes (..., SLOTS) -> token ids and weights (..., SLOTS + 1), which sum to one.
+    """classes (K, P, SLOTS), of one page as K others might see it -> token ids and weights
+    (P, K * SLOTS + 1). The weights sum to one.
 
     doubt: how far the weights are off, and how often another character is mixed in, as by an
     encoder that is not sure.
     """
     numbers = np.random.default_rng(rng.getrandbits(32))
-    ids = tokens[np.where(classes[..., :1] == BLANK, BLANK, classes)]
+    ids = tokens[np.where(classes[..., :1] == BLANK, BLANK, classes)]       # (K, P, SLOTS)
     weights = np.broadcast_to(np.array(WEIGHTS, np.float32), classes.shape)
+    classes, ids, weights = (np.concatenate(x, -1) for x in (classes, ids, weights))
     weights = weights * np.exp(0.6 * doubt * numbers.standard_normal(classes.shape))
     other = tokens[numbers.integers(0, len(tokens), (*classes.shape[:-1], 1))]
     share = numbers.random(other.shape) ** 4 * (numbers.random(other.shape) < doubt)
@@ -96,10 +98,11 @@ def lesson_page(rng: random.Random, split: str, config: SigLIPConfig, single: bo
 
 
 class LaidOut(Dataset):
-    """Stage 0's steps: a packed row of tokens (1, L), labels (1, L), ids (P, SLOTS + 1), weights
-    (P, SLOTS + 1), and the samples' lengths.
+    """Stage 0's steps: a packed row of tokens (1, L), labels (1, L), ids (P, n), weights (P, n),
+    and the samples' lengths.
 
-    P: the patches of all pages of the step, in the order of the IMAGE places in tokens. A step has
+    P: the patches of all pages of the step, in the order of the IMAGE places in tokens, each of n
+    tokens; where a page's patches have fewer, the others have no weight. A step has
     either pages of a single tile or of several, as many as make `budget` tokens. At first most
     single tiles are shown without their blank rows of patches: the less there is to look through,
     the sooner copying begins.
@@ -123,12 +126,16 @@ class LaidOut(Dataset):
         lines = 1 + step // 60 if step < 700 else 10 ** 6           # longer by and by
         tiles = 2 + (step - 1000) // 150                            # more of them by and by
         page = lesson_page(rng, self.split, self.config, single, lines, max(2, min(9, tiles)))
-        classes = page.all_classes(self.config)                                 # (T, N, SLOTS)
+        doubt = 0.0 if rng.random() < 0.3 else rng.random()
+        # An encoder is not sure to a pixel where a character is: it stands in two patches, partly.
+        shifts = [(rng.gauss(0, doubt), rng.gauss(0, doubt)) for _ in range(4 if doubt else 1)]
+        classes = np.stack([page.all_classes(self.config, shift) for shift in shifts])
+        K, T, N, _ = classes.shape                                          # (K, T, N, SLOTS)
         if single and rng.random() < (0.85 if step < 1000 else 0.2):
-            rows = classes.reshape(self.config.patches_per_side, -1, SLOTS)     # (16, 16, SLOTS)
-            classes = rows[(rows != BLANK).any((1, 2))]                         # (rows, 16, SLOTS)
-        doubt = 0.0 if rng.random() < 0.6 else 0.5 * rng.random()
-        ids, weights = mixtures(rng, classes.reshape(-1, SLOTS), self.tokens, doubt)
+            rows = classes.reshape(K, self.config.patches_per_side, -1, SLOTS)
+            classes = rows[:, (rows != BLANK).any((0, 2, 3))]               # (K, rows, 16, SLOTS)
+        classes = classes.reshape(K, -1, SLOTS)                             # (K, P, SLOTS)
+        ids, weights = mixtures(rng, classes, self.tokens, 0.5 * doubt)
         asking = 0.1 if step < 3000 else 0.3                        # first it learns to read
         turns = turns_about(rng, page, 1 - 2 * asking, asking)
         return (*encode_chat(turns, self.tokenizer, [len(ids)]), ids, weights)
@@ -137,6 +144,8 @@ class LaidOut(Dataset):
 def packed(samples: list[tuple]) -> tuple[Tensor, Tensor, Tensor, Tensor, list[int]]:
     """Samples one after another in a row, and their lengths."""
     tokens, labels, ids, weights = zip(*samples)
+    n = max(i.shape[1] for i in ids)
+    ids, weights = ([np.pad(x, ((0, 0), (0, n - x.shape[1]))) for x in xs] for xs in (ids, weights))
     return (torch.cat(tokens)[None], torch.cat(labels)[None],
             torch.from_numpy(np.concatenate(ids)), torch.from_numpy(np.concatenate(weights)),
             [len(t) for t in tokens])

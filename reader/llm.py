@@ -26,7 +26,7 @@ def llm_config(tokenizer: Tokenizer) -> LlamaConfig:
 
 
 def embed(llm: Llama, tokens: Tensor, ids: Tensor, weights: Tensor) -> Tensor:
-    """tokens (1, L), and the mixtures (P, SLOTS + 1) of its IMAGE places -> (1, L, D)."""
+    """tokens (1, L), and the mixtures (P, n) of its IMAGE places -> (1, L, D)."""
     E_text = llm.embed_tokens.weight                                            # (V, D)
     x = nnf.embedding(tokens.clamp(min=0), E_text)                              # (1, L, D)
     mixed = nnf.embedding_bag(ids, E_text, per_sample_weights=weights, mode="sum")      # (P, D)
@@ -37,7 +37,7 @@ def embed(llm: Llama, tokens: Tensor, ids: Tensor, weights: Tensor) -> Tensor:
 def answer_logits(llm: Llama, batch: tuple) -> tuple[Tensor, Tensor]:
     """The logits (n, V) of a step's supervised tokens, and which they should be (n,)."""
     tokens, labels, ids, weights, lengths = batch
-    with torch.autocast("cpu", torch.bfloat16):
+    with training.in_bf16():
         h = llm.hidden(embed(llm, tokens, ids, weights), lengths)               # (1, L, D)
         logits = h[labels != IGNORE] @ llm.head.T                               # (n, V)
     return logits.float(), labels[labels != IGNORE]
@@ -100,7 +100,7 @@ def train(args: argparse.Namespace) -> None:
 
 def held_out_steps(data: LaidOut, n: int = 2) -> dict[str, list]:
     """The first n steps of single tiles, and of several, as the lesson's last ones are."""
-    steps = [data[10_000 + i] for i in range(8 * n)]
+    steps = [training.on_device(data[10_000 + i]) for i in range(8 * n)]
     few = [step for step in steps if len(step[-1]) < 8]
     many = [step for step in steps if len(step[-1]) >= 8]
     return {"single": many[:n], "tiled": few[:n]}

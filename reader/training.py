@@ -13,12 +13,14 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
+from plumbing.devices import send
 from plumbing.processes import keep_heap
 from plumbing.runs import claim
 from plumbing.settings import InputError
 from plumbing.workers import loaded, start_worker
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
+DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
 def train(modules: nn.ModuleDict, data: Dataset, loss_of: Callable[..., Tensor],
@@ -27,11 +29,12 @@ def train(modules: nn.ModuleDict, data: Dataset, loss_of: Callable[..., Tensor],
     """Train until args.steps, from the state in args.out on, if there is one. Changes the modules.
 
     data[step]: a step's batch, which loss_of makes a loss of. scores: of held-out pages; it is
-    called every args.eval_every steps. args: add_flags's. Writes OUT/state.safetensors and
-    OUT/log.jsonl. Raises InputError.
+    called every args.eval_every steps. args: add_flags's. Modules and batches go to DEVICE. Writes
+    OUT/state.safetensors and OUT/log.jsonl. Raises InputError.
     """
     keep_heap()
     claim(args.out)
+    modules.to(DEVICE)
     parameters = list(modules.parameters())
     optimizer = torch.optim.AdamW(parameters, betas=betas, weight_decay=weight_decay, fused=True)
     state, step, minutes = args.out / "state.safetensors", 0, 0.0
@@ -45,7 +48,7 @@ def train(modules: nn.ModuleDict, data: Dataset, loss_of: Callable[..., Tensor],
     for batch in tqdm(loaded(loader), initial=step, total=args.steps, mininterval=60):
         for group in optimizer.param_groups:
             group["lr"] = learning_rate(step, args.steps, args.lr)
-        loss = loss_of(*batch)
+        loss = loss_of(*on_device(batch))
         loss.backward()
         nn.utils.clip_grad_norm_(parameters, 1.0)
         optimizer.step()
@@ -60,6 +63,16 @@ def train(modules: nn.ModuleDict, data: Dataset, loss_of: Callable[..., Tensor],
         if step % args.save_every == 0 or step == args.steps:
             save_state(state, modules, optimizer, {"step": step, "minutes": log.minutes,
                                                    "seed": args.seed, "steps": args.steps})
+
+
+def on_device(batch: tuple) -> tuple:
+    """A batch, whose tensors go to DEVICE."""
+    return tuple(send(x, DEVICE) if isinstance(x, Tensor) else x for x in batch)
+
+
+def in_bf16() -> torch.autocast:
+    """Calculates in bf16, with weights in fp32."""
+    return torch.autocast(DEVICE.type, torch.bfloat16)
 
 
 def add_flags(parser: argparse.ArgumentParser, out: str, steps: int) -> None:
@@ -108,8 +121,8 @@ def load_state(path: Path, modules: nn.ModuleDict, optimizer: torch.optim.Optimi
             record = json.loads(file.metadata()["record"])
         modules.load_state_dict({k: t for k, t in tensors.items() if "/" not in k})
         for name, p in modules.named_parameters() if optimizer else ():
-            optimizer.state[p] = {"step": torch.tensor(float(record["step"]))} | {
-                moment: tensors[f"{moment}/{name}"] for moment in MOMENTS}
+            optimizer.state[p] = {"step": torch.tensor(float(record["step"]), device=p.device)} | {
+                moment: tensors[f"{moment}/{name}"].to(p.device) for moment in MOMENTS}
     except (SafetensorError, OSError, KeyError, TypeError, ValueError, RuntimeError) as error:
         raise InputError(f"{path}: no state of this training ({str(error).splitlines()[0]})"
                          ) from None

@@ -59,7 +59,7 @@ def test_a_mixture_tells_its_characters_and_their_order():
     sums = {round(sum(w for i, w in enumerate(WEIGHTS) if n >> i & 1), 6) for n in range(16)}
     assert len(sums) == 16 and max(sums) == 1
     classes = np.array([[CLASS["l"], 0, 0, 0], [CLASS["l"], CLASS["l"], 0, 0], [0, 0, 0, 0]])
-    ids, weights = mixtures(random.Random(0), classes, np.arange(200), doubt=0.0)
+    ids, weights = mixtures(random.Random(0), classes[None], np.arange(200), doubt=0.0)
     of_l = (weights * (ids == CLASS["l"])).sum(-1)
     np.testing.assert_allclose(of_l, [0.52, 0.78, 0], atol=1e-6)
     np.testing.assert_allclose(weights.sum(-1), 1, atol=1e-6)
