@@ -1,6 +1,6 @@
 """Text and pages -> training samples: tokenizer, chat format, packed rows.
 
-    tokenizer = Tokenizer("toy/stage3")
+    tokenizer = Tokenizer("toy/stage0")
     example = Example([read_image("page.png")], [Turn("user", [IMAGE, "what is TAX?"])], "page.png")
     sample = prepare(example, tokenizer, SIGLIP_PRESETS["toy"])
     tokens, labels, pixels, lengths = pack_row([sample], SIGLIP_PRESETS["toy"])

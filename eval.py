@@ -1,6 +1,7 @@
 """Answer questions about documents, and score the answers: the paper's Tables 1, 2 and 3.
 
-    python eval.py                                      # the newest model reads 200 drawn documents
+    python eval.py                                      # the shipped model reads 200 drawn pages
+    python eval.py --checkpoint out/toy/stage3 --benchmark toy          # the toy, its own pages
     python eval.py --benchmark DocVQA=LMUData/DocVQA_VAL.tsv \\
         WTQ=DocDownstream-1.0/test/WikiTableQuestions_test.jsonl
     torchrun --nproc_per_node 8 eval.py --checkpoint out/1b/stage3 --benchmark ChartQA_TEST.tsv
@@ -28,7 +29,7 @@ from tqdm import tqdm
 
 from data import READ, Tokenizer
 from model import AlignVLM
-from paper.benchmarks import READERS, TOYS, Benchmark, open_benchmark
+from paper.benchmarks import READERS, Benchmark, open_benchmark
 from paper.metrics import METRICS
 from paper.noise import STD_PAGES, feature_std, noise_on
 from paper.patch_tokens import summary_line, vocab_report
@@ -42,9 +43,8 @@ from plumbing.runs import claim
 from plumbing.settings import InputError, read_json
 from plumbing.texts import edit_distance
 from plumbing.weights import model_folder
-from sample import SHIPPED, answer, default_model
-from toy.looks import draw
-from toy.pages import KINDS, PAGES, held_out_documents
+from sample import SHIPPED, answer
+from toy.pages import draw, held_out_documents
 from vision import tile, tile_boxes
 
 PAGES_AT_ONCE = 50
@@ -52,22 +52,20 @@ PAGES_AT_ONCE = 50
 TIMEOUT = timedelta(hours=2)
 
 # -------------------------------------------------------------------------------------------------
-# Drawn pages that no training has seen
+# The toy's pages that no training has seen
 
 
-def held_out_scores(model: AlignVLM, tokenizer: Tokenizer, n: int, seed: int,
-                    look: str) -> dict[str, dict]:
+def held_out_scores(model: AlignVLM, tokenizer: Tokenizer, n: int, seed: int) -> dict[str, dict]:
     """Read n held-out pages aloud and answer one question about each, greedily.
 
     Returns exact_match (of answers), cer (edit distance over reference characters) and n: of each
     kind of page, of pages of one and of several tiles, and last of all "held-out" ones.
     """
-    kinds = list(PAGES) if look == "hard" else KINDS        # what it has learnt
-    documents = held_out_documents(n, seed, kinds)
+    documents = held_out_documents(n, seed)
     right, errors, characters, count = Counter(), Counter(), Counter(), Counter()
     for first in tqdm(range(0, n, PAGES_AT_ONCE), desc="reading held-out pages"):
         some = documents[first:first + PAGES_AT_ONCE]
-        images = [draw(page, look) for page, _, _ in some]
+        images = [draw(page) for page, _, _ in some]
         prompts = [prompt for _, prompt, _ in some]
         *_, texts = answer(model, tokenizer, images, [READ] * len(some))
         *_, answers = answer(model, tokenizer, images, prompts)
@@ -84,12 +82,12 @@ def held_out_scores(model: AlignVLM, tokenizer: Tokenizer, n: int, seed: int,
             for group in groups}
 
 
-def report(folder: Path, n: int, seed: int, look: str, device: torch.device) -> None:
+def report(folder: Path, n: int, seed: int, device: torch.device) -> None:
     """Score a trained toy: held_out.json in its folder, and a line for each kind of page."""
     model = AlignVLM.from_pretrained(folder, device=device).eval()
     fast.use(model, inference=True)
     tokenizer = Tokenizer(folder, model.config.llm.vocab_size)
-    scores = held_out_scores(model, tokenizer, n, seed, look)
+    scores = held_out_scores(model, tokenizer, n, seed)
     write_text(folder / "held_out.json", json.dumps(scores, indent=2) + "\n")
     for group, s in scores.items():
         print(f"{group}: exact_match={s['exact_match']:.3f} cer={s['cer']:.3f} n={s['n']}")
@@ -222,12 +220,12 @@ def parse_args() -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
-    add("--benchmark", nargs="+", default=["toy"], metavar="[NAME=]PATH", help="benchmarks as "
-        "VLMEvalKit (TSV), DocDownstream (JSONL) or VCR-wiki (parquet) have them; drawn documents, "
-        f"200 or as many as one likes: {', '.join(TOYS)}, toy=N; pages of print: "
-        f"{', '.join(READERS)} (default: toy)")
-    add("--checkpoint", help="model folder, or a name on the hub, `owner/name` (default: the "
-        "newest under out/, or else the shipped one)")
+    add("--benchmark", nargs="+", default=["reader-drawn"], metavar="[NAME=]PATH",
+        help="benchmarks as VLMEvalKit (TSV), DocDownstream (JSONL) or VCR-wiki (parquet) have "
+        f"them; pages of print: {', '.join(READERS)}; the toy's pages, 200 or as many as one "
+        "likes: toy, toy=N (default: reader-drawn)")
+    add("--checkpoint", default=SHIPPED, help="model folder, or a name on the hub, `owner/name` "
+        "(default: the shipped model, reader/stage3)")
     add("--out", type=Path, help="where predictions, table.md and scores.json go (default: "
         "CHECKPOINT/eval; out/owner/name/eval for a name on the hub, out/shipped/eval for the "
         "shipped model)")
@@ -264,7 +262,7 @@ def default_out(model: str | Path) -> Path:
     folder = Path(model)
     if not folder.exists():
         return Path("out", model, "eval")
-    if folder.resolve().parent == SHIPPED.resolve().parent:
+    if folder.resolve() == SHIPPED.resolve():
         return Path("out", "shipped", "eval")
     return folder / "eval"
 
@@ -314,9 +312,8 @@ def main() -> None:
     benchmarks = [open_benchmark(spec) for spec in args.benchmark]
     if len({benchmark.name for benchmark in benchmarks}) < len(benchmarks):
         raise InputError(f"--benchmark {' '.join(args.benchmark)}: one file for each benchmark")
-    name = default_model() if args.checkpoint is None else args.checkpoint
-    folder = model_folder(name)
-    args.out = args.out or default_out(name)
+    folder = model_folder(args.checkpoint)
+    args.out = args.out or default_out(args.checkpoint)
     refuse_benchmarks(benchmarks, args.out)
     device = start_processes(TIMEOUT)
     model = AlignVLM.from_pretrained(folder, device=device).eval()
@@ -327,7 +324,7 @@ def main() -> None:
     if args.vocab:
         report_vocab(model, tokenizer, benchmarks, args)
         return
-    results = {"model": str(name), "weights": weights,
+    results = {"model": str(args.checkpoint), "weights": weights,
                **earlier_results(args.out / "scores.json", weights)}
     with name_stalled_rank(TIMEOUT):
         for benchmark in benchmarks:
@@ -337,8 +334,8 @@ def main() -> None:
             results["intervals"][benchmark.name] = intervals
             if noise:
                 runs = [*results["noise"].get(benchmark.name, []), *noise]
-                newest = {run["sigma"]: run for run in runs}
-                results["noise"][benchmark.name] = list(newest.values())
+                last = {run["sigma"]: run for run in runs}
+                results["noise"][benchmark.name] = list(last.values())
         if dist.get_rank() == 0:
             show(results, args.out)
         dist.barrier()

@@ -1,19 +1,19 @@
 """Ask a trained AlignVLM about a document.
 
     python sample.py --image doc.png                                # reads the page aloud
-    python sample.py --image doc.png --prompt "what is TAX?"
+    python sample.py --image doc.png --prompt "what is the total?"
     python sample.py --image page1.png page2.png --prompt "which is newer?"     # both in one prompt
     python sample.py --image doc.pdf --pages 2-3                    # some pages of a PDF or TIFF
-    python sample.py --image pages/ --prompt "what is TAX?"         # each of a folder by itself
+    python sample.py --image pages/ --prompt "what is the total?"   # each of a folder by itself
     python sample.py --questions pages/questions.jsonl --answers answers.jsonl
     python sample.py --image doc.png --interactive                  # reads it once; type questions
-    python sample.py --image doc.png --prompt "what is TAX?" --explain page.html    # and see why
-    python sample.py --image doc.png --align-vocab      # with the tokens of `paper.align_vocab`
+    python sample.py --image doc.png --prompt "who signed?" --explain page.html     # and see why
+    python sample.py --checkpoint out/toy/stage3 --image doc.png    # a model that you have trained
+    python sample.py --checkpoint out/toy/stage3 --image doc.png --align-vocab  # paper.align_vocab
     python sample.py --llm meta-llama/Llama-3.2-1B-Instruct --prompt "What is the Moon?"
 
-Without --checkpoint the newest trained model under out/ answers, or else the shipped one in
-toy/stage3. --llm asks the bare LLM of a folder, or of a name on the hub: the first thing to try on
-new weights.
+Without --checkpoint the shipped model answers, reader/stage3. --llm asks the bare LLM of a folder,
+or of a name on the hub: the first thing to try on new weights.
 """
 import argparse
 import json
@@ -37,7 +37,7 @@ from plumbing.images import read_pages
 from plumbing.settings import InputError
 from plumbing.weights import model_folder
 
-SHIPPED = Path(__file__).parent / "toy" / "stage3"      # the model that comes with this repository
+SHIPPED = Path(__file__).parent / "reader" / "stage3"   # the model that comes with this repository
 BATCH = 16                      # pages that are asked about together
 MAX_QUESTION = 4096             # tokens that --interactive takes in one question
 
@@ -233,27 +233,6 @@ def answer_folder(model: AlignVLM, tokenizer: Tokenizer, files: list[Path], prom
 # The command line
 
 
-def newest_checkpoint() -> Path | None:
-    """The highest stage of the run that was trained last, of the runs out/*/stageN."""
-    stages = [path.parent for path in Path("out").glob("*/stage[123]/config.json")]
-    if not stages:
-        return None
-    newest = max(stages, key=lambda folder: (folder / "config.json").stat().st_mtime)
-    return max(folder for folder in stages if folder.parent == newest.parent)
-
-
-def default_model() -> Path:
-    """The newest trained model, or else the shipped one. Raises InputError if there is neither."""
-    newest = newest_checkpoint()
-    if newest:
-        return newest
-    if not (SHIPPED / "config.json").exists():
-        raise InputError("no trained model under out/: run `python train.py` first, or name one "
-                         "with --checkpoint")
-    print("nothing is trained under out/: this is the shipped model", file=sys.stderr)
-    return SHIPPED
-
-
 def parse_args() -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -273,9 +252,10 @@ def parse_args() -> argparse.Namespace:
     add("--align-vocab", action="store_true", help="mix only the tokens that `python -m "
         "paper.align_vocab` chose for this model")
     add("--checkpoint", help="model folder, or a name on the hub, `owner/name` (default: the "
-        "newest, or the shipped one)")
+        "shipped model, reader/stage3)")
     add("--llm", help="folder or name of a released Llama: ask it --prompt, without an image")
-    add("--max-new-tokens", type=int, default=256, help="longest answer (default: %(default)s)")
+    add("--max-new-tokens", type=int, default=1500, help="longest answer; a token of the shipped "
+        "model is a character (default: %(default)s)")
     add("--temperature", type=float, default=0.0, help="0 is greedy (default: %(default)s)")
     add("--seed", type=int, default=0, help="of the sampling (default: %(default)s)")
     add("--max-tiles", type=int, default=9, help="of a page, at most (default: %(default)s)")
@@ -377,8 +357,7 @@ def main() -> None:
         if args.llm is not None:
             ask_llm(args.llm, args, **generation)
         else:
-            folder = default_model() if args.checkpoint is None else args.checkpoint
-            ask_model(folder, args, **generation)
+            ask_model(SHIPPED if args.checkpoint is None else args.checkpoint, args, **generation)
     except (InputError, OSError) as error:
         print(f"sample.py: {error}", file=sys.stderr)
         sys.exit(2)

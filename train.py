@@ -56,7 +56,6 @@ from plumbing.workers import loaded, start_worker
 from reader.enlarge import LARGE_SIDE, enlarge
 from reader.join import make_stage0
 from reader.lessons import ReaderDocuments
-from toy.looks import LOOKS
 from toy.pages import STAGE0, ToyDocuments, write_toy_tokenizer
 
 EVAL_SAMPLES = 64               # held-out samples of --eval-every
@@ -415,7 +414,7 @@ def open_documents(stage: int, recipe: Recipe, tokenizer: Tokenizer, config: Ali
             if args.preset == "reader":
                 return ReaderDocuments(stage, n, args.seed, tokenizer, config.vision, split)
             return ToyDocuments(stage, n, args.seed, tokenizer, config.vision, split,
-                                config.tile_tokens, args.look)
+                                config.tile_tokens)
 
         n = recipe.steps * recipe.batch_size
         return drawn(n, "train"), drawn(EVAL_SAMPLES, "held-out")
@@ -485,7 +484,7 @@ def evaluate_held_out(stage: int, model: AlignVLM, tokenizer: Tokenizer, held_ou
         whole = gather_model(model)
         fast.use(whole)
         n = min(50, args.held_out)
-        scores |= held_out_scores(whole, tokenizer, n, args.seed, args.look)["held-out"]
+        scores |= held_out_scores(whole, tokenizer, n, args.seed)["held-out"]
     return scores
 
 
@@ -547,7 +546,7 @@ def make_larger(folder: Path, out: Path) -> None:
 
 def start_of(stage: int, args: argparse.Namespace) -> Path | None:
     """The folder from which a stage starts, or would: the stage before's, for the reader's stage 2
-    with larger tiles; for stage 1 --llm, or the shipped LLM unless this run has its own. None for
+    with larger tiles; for stage 1 --llm, or toy/stage0 unless this run has its own. None for
     stage 0."""
     if stage == 0:
         return None
@@ -579,11 +578,10 @@ def connector_of(stage: int, folder: Path | None, args: argparse.Namespace) -> C
 def record_of(stage: int, recipe: Recipe, connector: ConnectorConfig,
               args: argparse.Namespace) -> dict:
     """What recipe.json says that a stage was trained with; as it is read again, from JSON."""
-    record = {"preset": args.preset, "seed": args.seed, "data": None, "look": "clean",
-              "max_tiles": args.max_tiles, "connector": connector.kind, **asdict(recipe)}
+    record = {"preset": args.preset, "seed": args.seed, "data": None, "max_tiles": args.max_tiles,
+              "connector": connector.kind, **asdict(recipe)}
     if stage > 0:
-        record |= {"data": args.data and [full_spec(spec) for spec in args.data],
-                   "look": args.look}
+        record["data"] = args.data and [full_spec(spec) for spec in args.data]
     return json.loads(json.dumps(record))
 
 
@@ -613,7 +611,7 @@ def main() -> None:
             print(f"ask it: python sample.py --checkpoint {last} --image PAGE.png", flush=True)
             is_toy = args.preset == "toy" and stages[-1] == 3
             if is_toy and args.held_out and not STOP.is_set():
-                report(last, args.held_out, args.seed, args.look, device)
+                report(last, args.held_out, args.seed, device)
         dist.barrier()
     dist.destroy_process_group()
 
@@ -708,8 +706,6 @@ def add_data_flags(add) -> None:
         "files or globs of tar (img2dataset), parquet (BigDocs, VCR-wiki), JSONL or JSON "
         "(DocDownstream, MS-Swift, LLaVA); with weights the data sets are mixed in that ratio "
         "(default: the toy's drawn pages)")
-    add("--look", choices=LOOKS, default="clean", help="how the toy's pages are drawn; hard ones "
-        "have reports of up to nine tiles among them in stage 3 (default: %(default)s)")
     add("--max-tiles", type=positive(int), help="tiles a page is cut into at most (default: 9)")
     add("--max-bad", type=float, default=0.01, help="share of bad samples above which training "
         "stops, judged from a thousand samples or an epoch on (default: %(default)s)")
@@ -748,7 +744,6 @@ def impossible(args: argparse.Namespace) -> list[tuple[bool, str]]:
          "--workers and --held-out are at least 0"),
         (not 0 <= args.seed < 2 ** 63, "--seed is from 0 to 2**63 - 1"),
         (not 0 <= args.max_bad <= 1, "--max-bad is from 0 to 1"),
-        (args.data and args.look != "clean", "--look is of the toy's pages, not of --data"),
         (not args.data and of_data, "--epochs, --max-length, --max-tiles and --eval-data are of "
          "--data: the toy's pages have --steps"),
         (args.data and not args.stage, "--data is for one stage: add --stage 1, 2 or 3"),

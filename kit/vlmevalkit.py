@@ -28,7 +28,7 @@ from plumbing import fast
 from plumbing.images import read_pages
 from plumbing.processes import run_main
 from plumbing.settings import InputError
-from sample import answer, default_model
+from sample import SHIPPED, answer
 
 NAME = "AlignVLM"       # in VLMEvalKit's list of models
 
@@ -72,13 +72,13 @@ class KitModel(BaseModel):
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--checkpoint", help="model folder, or a name on the hub, `owner/name` "
-                        "(default: the newest under out/, or else the shipped one)")
+    parser.add_argument("--checkpoint", default=SHIPPED, help="model folder, or a name on the hub, "
+                        "`owner/name` (default: the shipped model, reader/stage3)")
     parser.add_argument("--data", nargs="+", required=True, metavar="NAME", help="VLMEvalKit's "
                         "names of benchmarks; NAME.tsv lies in the folder that the environment "
                         "variable LMUData names, or is downloaded")
     args, others = parser.parse_known_args()
-    model = KitModel(args.checkpoint or default_model())
+    model = KitModel(args.checkpoint)
     supported_VLM[NAME] = lambda: model
     sys.argv[1:] = ["--model", NAME, "--data", *args.data, *others]
     vlmeval.run.main()

@@ -1,7 +1,7 @@
 """The few tokens that the Align connector can do with (the paper's second version).
 
-    python -m paper.align_vocab toy/stage3 100 pages/*.png      # choose 100, and store them there
-    python sample.py --checkpoint toy/stage3 --image doc.png --align-vocab      # with these alone
+    python -m paper.align_vocab out/toy/stage3 100 pages/*.png  # choose 100, and store them there
+    python sample.py --checkpoint out/toy/stage3 --image doc.png --align-vocab  # with these alone
 
 The K tokens that carry P_vocab on some pages are stored in the model's folder, in align_vocab.json.
 AlignTopK mixes only them.

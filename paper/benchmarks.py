@@ -6,11 +6,9 @@
                                     ChartQA of Table 1
     VCR-easy=VCR-wiki-en-easy/data  VCR-wiki's parquet files: a folder, of which those of the test
                                     split count
-    toy, toy-hard=1000, toy-reports     held-out drawn documents: clean, in another look of
-                                    toy/looks.py, or hard pages of four to nine tiles; 200, or as
-                                    many as one likes
     reader-pages, reader-drawn      pages of print, each read aloud and asked about: 25 that other
                                     programs set (reader/printed), and 200 held-out drawn ones
+    toy, toy=1000                   the toy's held-out documents, 200 or as many as one likes
 
 NAME= may be left out where the name of the file, or of a folder above it, tells. A benchmark is
 read whole or not at all: a damaged row is an error, since scores over what is left would be those
@@ -37,8 +35,7 @@ from plumbing.formats import (MAX_RECORD, VCR_PROMPT, parquet_example, read_parq
                               split_images)
 from plumbing.images import read_pages
 from plumbing.settings import ImageError, InputError
-from toy.looks import LOOKS, draw
-from toy.pages import KINDS, held_out_documents
+from toy.pages import draw, held_out_documents
 
 # In the order of Table 1, each with what its files are called, in lower-case letters and digits.
 FILE_NAMES = {
@@ -56,12 +53,10 @@ FILE_NAMES = {
 }
 SHORT = "\nAnswer the question using a single word or phrase."      # VLMEvalKit's, word for word
 TABLE_VQA_SPLITS = ["fintabnetqa", "vtabfact", "vwtq", "vwtq_syn"]
-# The toy's: how their pages look, and of which kinds they are.
-TOYS = {"toy" if look == "clean" else f"toy-{look}": (look, KINDS) for look in LOOKS}
-TOYS["toy-reports"] = ("hard", ["report"])
 # The reader's: folders of pages with a questions.jsonl.
 READER = Path(__file__).resolve().parents[1] / "reader"
 READERS = {"reader-pages": READER / "printed", "reader-drawn": READER / "held-out"}
+OURS = ["toy", *READERS]
 # An `image` cell that has no more characters is the index of the row whose image it shares.
 REFERENCE = 64
 # Said by a row whose file is scored by DUE (paper/metrics.py).
@@ -86,13 +81,13 @@ class Benchmark:
 
 
 def open_benchmark(spec: str) -> Benchmark:
-    """NAME=PATH, PATH, a name of TOYS, or TOY=N -> Benchmark, of which no image is read yet.
+    """NAME=PATH, PATH, toy, toy=N, or one of READERS -> Benchmark, of which no image is read yet.
 
     Raises InputError.
     """
     name, equals, rest = spec.partition("=")
-    if name in TOYS:
-        return toy_benchmark(name, rest if equals else "200")
+    if name == "toy":
+        return toy_benchmark(rest if equals else "200")
     if spec in READERS:
         return reader_benchmark(spec, READERS[spec])
     if Path(spec).exists() or not rest:
@@ -100,7 +95,7 @@ def open_benchmark(spec: str) -> Benchmark:
     elif name in FILE_NAMES:
         path = Path(rest)
     else:
-        known = ", ".join([*FILE_NAMES, *TOYS, *READERS])
+        known = ", ".join([*FILE_NAMES, *OURS])
         raise InputError(f"{spec}: no benchmark is called {name}; there are {known}")
     try:
         if path.suffix == ".tsv":
@@ -131,7 +126,7 @@ def name_of(path: str) -> str:
             if re.search(pattern, letters):
                 return name
     raise InputError(f"{path}: its name tells no benchmark: say NAME={path}, with one of "
-                     f"{', '.join(FILE_NAMES)}, or {', '.join([*TOYS, *READERS])}")
+                     f"{', '.join(FILE_NAMES)}, or {', '.join(OURS)}")
 
 
 def row_of(index, question: str, answers: list[str], split: str | None = None) -> dict:
@@ -472,21 +467,19 @@ def read_blanks(file: Path) -> list[list[str]]:
 # The toy
 
 
-def toy_benchmark(name: str, number: str) -> Benchmark:
+def toy_benchmark(number: str) -> Benchmark:
     """The held-out documents that train.py reads at its end, seed 0, with one question each."""
     if not number.isascii() or not number.isdigit() or not 0 < int(number[:9]) <= 1_000_000:
-        raise InputError(f"{name}={number}: {name}=N takes a number of documents, at most "
-                         "1,000,000")
-    look, kinds = TOYS[name]
-    documents = held_out_documents(int(number), seed=0, kinds=kinds)
+        raise InputError(f"toy={number}: toy=N takes a number of documents, at most 1,000,000")
+    documents = held_out_documents(int(number), seed=0)
     rows = [row_of(i, prompt, [gold], page.kind)
             for i, (page, prompt, gold) in enumerate(documents)]
 
     def images(i: int) -> list[Image.Image]:
         page, _, _ = documents[i]
-        return [draw(page, look)]
+        return [draw(page)]
 
-    return Benchmark(name, rows, [row["question"] for row in rows], images)
+    return Benchmark("toy", rows, [row["question"] for row in rows], images)
 
 
 # -------------------------------------------------------------------------------------------------

@@ -3,7 +3,7 @@
     python -m paper.connectors                              # three seeds of each
     python -m paper.connectors --connectors align mlp --seeds 1
 
-The paper starts from a released SigLIP and a released Llama. The toy's LLM is the shipped one. Its
+The paper starts from a released SigLIP and a released Llama. Here the LLM is toy/stage0's. Its
 encoder is first taught to name the character in every patch through a linear layer that is then
 thrown away (Align without LayerNorms, and so in its favour). After that each connector goes through
 the three stages of train.py. Then eval.py asks it about pages that it has not seen, without and
@@ -31,8 +31,7 @@ from plumbing.files import write_text
 from plumbing.logs import read_log
 from plumbing.processes import run_main
 from plumbing.settings import InputError
-from toy.looks import draw
-from toy.pages import KINDS, STAGE0, drawn_page, eye_chart, plain_text
+from toy.pages import KINDS, STAGE0, draw, drawn_page, eye_chart, plain_text
 from vision import tile
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -62,7 +61,7 @@ def patch_token_ids(rng: random.Random, model: AlignVLM,
 
 
 def make_backbones(folder: Path) -> None:
-    """The shipped LLM, and an encoder that can name what stands in its patches.
+    """The LLM of toy/stage0, and an encoder that can name what stands in its patches.
 
     They are saved in a folder like that of stage 0.
     """

@@ -1,7 +1,7 @@
 """Draw the logs of runs: loss, held-out loss and throughput by step; and thin them out.
 
     python -m paper.curves out/toy                              # into out/toy/plot.png
-    python -m paper.curves toy/curve.csv --out out/plot.png     # how the shipped model was trained
+    python -m paper.curves toy/curve.csv --out out/plot.png     # how toy/stage0 was trained
     python -m paper.curves out/a out/b --csv out/both.csv       # a table of means, instead of logs
 
 RUN is a log.jsonl, a folder with some below it, or a table that --csv has written. Needs

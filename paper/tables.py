@@ -8,7 +8,7 @@ import json
 import math
 from pathlib import Path
 
-from paper.benchmarks import READERS, TOYS
+from paper.benchmarks import OURS
 from paper.metrics import METRICS
 from paper.predictions import read_predictions
 from plumbing.files import refuse_inputs, write_text
@@ -81,10 +81,10 @@ def score_tables(scores: dict[str, float], model: str) -> str:
         rows = [[name, *values] for name, values in VCR.items()]
         header = ["Model", "VCR easy, exact match", "VCR hard, exact match"]
         tables.append(markdown(header, [*rows, [ours, *vcr]]))
-    toys = [name for name in [*TOYS, *READERS] if name in scores]
-    if toys:
-        row = [ours, *(scores[name] for name in toys)]
-        tables.append(markdown(["Model", *toys], [row]))
+    drawn = [name for name in OURS if name in scores]
+    if drawn:
+        row = [ours, *(scores[name] for name in drawn)]
+        tables.append(markdown(["Model", *drawn], [row]))
     return "\n".join(tables)
 
 

@@ -1,24 +1,26 @@
-"""The toy's documents and lessons: six kinds of page, one character a cell, every value random.
+"""The toy's documents and lessons: five kinds of page, one character a cell, every value random.
 
     python -m toy.pages --draw 20 --seed 1 pages/       # 20 held-out pages and questions.jsonl
     python -m toy.pages --draw 20 --train mine/         # and the same as train.jsonl
-    python -m toy.pages --sheet out/looks.png           # the same five pages in every look
 
-A page is drawn for the encoder (toy/looks.py). It can be written out as plain text too: so the
-toy's LLM learns to read in stage 0, before it meets an image.
+A page is drawn for the encoder. It can be written out as plain text too: so the toy's LLM learns to
+read in stage 0, before it meets an image.
 
 Every function that draws takes a random.Random. The order of its calls is part of the data: what
 toy/README.md measures holds for exactly these pages.
 """
 import argparse
 import base64
+import functools
 import io
 import json
 import random
 import zlib
 from collections.abc import Iterator
+from dataclasses import dataclass, field
 from pathlib import Path
 
+from PIL import Image, ImageDraw, ImageFont
 from torch.utils.data import Dataset
 
 from data import READ, Sample, Tokenizer, prepare
@@ -26,9 +28,7 @@ from model import IGNORE
 from plumbing.examples import IMAGE, Example, Turn
 from plumbing.files import OwnFiles
 from plumbing.processes import run_main
-from plumbing.settings import InputError
 from plumbing.streams import Position
-from toy.looks import CELL, LOOKS, Page, draw, sheet
 from vision import SigLIPConfig, tile_boxes
 
 # The toy's LLM has learnt to read plain text here: stage 1 starts from it.
@@ -52,12 +52,64 @@ def write_toy_tokenizer(path: Path) -> None:
 
 
 # --------------------------------------------------------------------------------------------------
-# The six kinds of page. All but reports fit 8 x 8 cells, one tile; large ones take several.
+# A page as text, and drawn
+
+CELL = 14                   # pixels a side: a character fills one patch of the toy's encoder
+TILE_CELLS = 8              # patches a side of the toy's tile
+
+
+@dataclass
+class Page:
+    """A document as text: what stands in which cell, what one reads aloud, and what one can ask."""
+    kind: str
+    columns: int
+    rows: int
+    words: list[tuple[int, int, str]] = field(default_factory=list)     # (row, column, word)
+    lines: list[str] = field(default_factory=list)                      # in reading order
+    questions: list[tuple[str, str]] = field(default_factory=list)      # (prompt, answer)
+
+    def write(self, row: int, *words: tuple[int, str]) -> None:
+        """One line of the page: (column, word) pairs."""
+        self.words += [(row, column, word) for column, word in words]
+        self.lines.append(" ".join(word for _, word in words))
+
+    @property
+    def text(self) -> str:
+        return "\n".join(self.lines)
+
+    @property
+    def large(self) -> bool:
+        """Whether it takes several tiles."""
+        return max(self.columns, self.rows) > TILE_CELLS
+
+
+@functools.cache
+def glyph(character: str) -> Image.Image:
+    """The inked mask (CELL x CELL, 8-bit grey) of one character in Pillow's built-in font, centred
+    in its cell."""
+    font = ImageFont.load_default(size=CELL - 1)
+    mask = Image.new("L", (CELL, CELL), 0)
+    left, _, right, _ = font.getbbox(character)
+    place = ((CELL - right - left) / 2, -1)
+    ImageDraw.Draw(mask).text(place, character, font=font, fill=255)
+    return mask
+
+
+def draw(page: Page) -> Image.Image:
+    """A page as an RGB image: each character centred in its cell, black on white."""
+    image = Image.new("L", (page.columns * CELL, page.rows * CELL), 255)
+    for row, column, word in page.words:
+        for i, character in enumerate(word):
+            image.paste(0, ((column + i) * CELL, row * CELL), glyph(character))
+    return image.convert("RGB")
+
+
+# --------------------------------------------------------------------------------------------------
+# The five kinds of page. Small ones fit 8 x 8 cells, one tile; large ones take several.
 
 SYMBOLS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ0123456789"
 LABELS = ["NO", "PO", "ID", "TO", "REF", "DUE", "TAX", "QTY", "TEL", "BOX", "DAY", "FOR", "VIA",
           "LOT", "ZIP"]
-REPORT_SIZES = [(16, 16), (24, 16), (24, 24)]       # columns and rows of four, six and nine tiles
 
 
 def code(rng: random.Random, low: int, high: int) -> str:
@@ -110,12 +162,11 @@ def write_fields(rng: random.Random, page: Page, rows: list[int], column: int = 
         page.questions.append((f"what is {label}?", gold))
 
 
-def write_grid(rng: random.Random, page: Page, top: int, header: list[str],
-               rows: list[int]) -> None:
-    """A line of names and, by a random key each, lines of values with their questions, onto the
-    page."""
+def write_grid(rng: random.Random, page: Page, header: list[str], rows: list[int]) -> None:
+    """A line of names at the top and, by a random key each, lines of values with their questions,
+    onto the page."""
     columns = [4 * (i + 1) for i in range(len(header))]         # after the keys', a gap between
-    page.write(top, (0, "KEY"), *zip(columns, header))
+    page.write(0, (0, "KEY"), *zip(columns, header))
     for row, key in zip(rows, distinct_codes(rng, len(rows))):
         values = [code(rng, 3, 3) for _ in header]
         page.write(row, (0, key), *zip(columns, values))
@@ -175,55 +226,12 @@ def table(rng: random.Random, large: bool) -> Page:
     names = [name for name in LABELS if len(name) == 3]
     header = rng.sample(names, 3 if large else 1)
     n = rng.randint(2, 3) if large else rng.randint(3, 4)
-    write_grid(rng, page, 0, header, some_rows(rng, 1, 8, n))
+    write_grid(rng, page, header, some_rows(rng, 1, 8, n))
     return page
 
 
-def report(rng: random.Random, large: bool) -> Page:
-    """Always four to nine tiles: a name, fields in free places and, in half of the reports, a table
-    below."""
-    page = Page("report", *rng.choice(REPORT_SIZES))
-    page.write(0, (8 * rng.randrange(page.columns // 8), code(rng, 4, 7)))
-    labels = rng.sample(LABELS, len(LABELS))
-    header: list[str] = []
-    n_table = 0         # lines of the table, its header too
-    if rng.random() < 0.5:
-        names = [name for name in labels if len(name) == 3]
-        header = names[:page.columns // 4 - 1]
-        labels = [label for label in labels if label not in header]
-        n_table = rng.randint(3, 4)
-    top = page.rows - n_table
-    n = rng.randint(3, 5)
-    for row in some_rows(rng, 1, top, n):
-        write_report_line(rng, page, row, labels)
-    if header:
-        write_grid(rng, page, top, header, list(range(top + 1, page.rows)))
-    return page
-
-
-def write_report_line(rng: random.Random, page: Page, row: int, labels: list[str]) -> None:
-    """One or two fields onto the page, each within a tile of its own; takes their labels from the
-    end of `labels`."""
-    words: list[tuple[int, str]] = []
-    n = rng.randint(1, 2)
-    lefts = sorted(rng.sample(range(0, page.columns, 8), n))
-    for left in lefts:
-        label = labels.pop()
-        is_followed = left + 8 in lefts
-        width = 7 if is_followed else 8             # a gap before the field that follows
-        gold = value(rng, 7 - len(label))
-        while len(label) + 1 + len(gold) > width:
-            gold = value(rng, 7 - len(label))
-        column = left + rng.randint(0, width - len(label) - 1 - len(gold))
-        words += [(column, label), (column + len(label) + 1, gold)]
-        page.questions.append((f"what is {label}?", gold))
-    page.write(row, *words)
-
-
-PAGES = {"invoice": invoice, "receipt": receipt, "letter": letter, "form": form, "table": table,
-         "report": report}
-# What every toy learns; reports come with hard pages only.
-KINDS = [kind for kind in PAGES if kind != "report"]
+PAGES = {"invoice": invoice, "receipt": receipt, "letter": letter, "form": form, "table": table}
+KINDS = list(PAGES)
 
 
 def drawn_page(rng: random.Random, kind: str, large: bool, split: str) -> Page:
@@ -236,14 +244,14 @@ def drawn_page(rng: random.Random, kind: str, large: bool, split: str) -> Page:
             return page
 
 
-def held_out_documents(n: int, seed: int, kinds: list[str] = KINDS) -> list[tuple[Page, str, str]]:
+def held_out_documents(n: int, seed: int) -> list[tuple[Page, str, str]]:
     """n pages that no training run draws, with one question each: (page, prompt, answer). The kinds
-    take turns, and a third of the pages have several tiles (of reports all)."""
+    take turns, and a third of the pages have several tiles."""
     documents = []
     for i in range(n):
         rng = random.Random(f"held-out/{seed}/{i}")
-        kind = kinds[i % len(kinds)]
-        large = i // len(kinds) % 3 == 0
+        kind = KINDS[i % len(KINDS)]
+        large = i // len(KINDS) % 3 == 0
         page = drawn_page(rng, kind, large, "held-out")
         prompt, gold = rng.choice(page.questions)
         documents.append((page, prompt, gold))
@@ -311,22 +319,6 @@ def eye_chart(rng: random.Random) -> Page:
         cells += " " if rng.random() < 0.25 else rng.choice(SYMBOLS + "./:")
     page.words = [(row, 0, cells[8 * row:8 * row + 8]) for row in range(8)]
     page.lines = [cells]
-    return page
-
-
-def scattered(rng: random.Random) -> Page:
-    """Short words all over four to nine tiles: where the next one stands is found in the image
-    alone, and a report asks that far less often."""
-    page = Page("scattered", *rng.choice(REPORT_SIZES))
-    share = rng.uniform(0.2, 0.7)
-    for row in range(page.rows):
-        words = {}          # by the column in which a tile begins
-        for left in range(0, page.columns, 8):
-            if rng.random() < share:
-                words[left] = code(rng, 1, 4)
-        if words:
-            placed = [(left + rng.randint(0, 7 - len(word)), word) for left, word in words.items()]
-            page.write(row, *placed)
     return page
 
 
@@ -419,22 +411,6 @@ def instruction_lesson(rng: random.Random, progress: float, split: str) -> Lesso
     return page, reading_and_questions(rng, page, read=0.35, ask=0.3, most=6)
 
 
-def hard_lesson(rng: random.Random, progress: float, split: str) -> Lesson:
-    """Stage 3 on hard pages: reports and tables most; for its first four fifths a third are
-    scattered pages.
-
-    A fifth of the others are asked about without being read aloud. Where a row and a column cross
-    has then to be found in the image: a page read aloud answers from its own text.
-    """
-    if rng.random() < 0.35 and progress < 0.8:
-        page = scattered(rng)
-        return page, [(READ, page.text)]
-    kind = rng.choice([*KINDS, *["table"] * 2, *["report"] * 5])
-    large = rng.random() < (0.9 if kind == "table" else 0.5)
-    page = drawn_page(rng, kind, large, split)
-    return page, reading_and_questions(rng, page, read=0.5, ask=0.2, most=9)
-
-
 LESSONS = [text_lesson, caption_lesson, document_lesson, instruction_lesson]        # by stage
 
 
@@ -443,11 +419,11 @@ class ToyDocuments(Dataset):
     worker.
 
     The split "held-out" has other pages, all as the stage's last ones. tile_tokens: as data.prepare
-    takes it. look: a name in toy/looks.py's LOOKS.
+    takes it.
     """
 
     def __init__(self, stage: int, n: int, seed: int, tokenizer: Tokenizer, config: SigLIPConfig,
-                 split: str = "train", tile_tokens: int | None = None, look: str = "clean"):
+                 split: str = "train", tile_tokens: int | None = None):
         self.stage = stage
         self.n = n
         self.seed = seed if split == "train" else f"{split}/{seed}"
@@ -455,8 +431,6 @@ class ToyDocuments(Dataset):
         self.config = config
         self.split = split
         self.tile_tokens = tile_tokens
-        self.look = look
-        self.lesson = hard_lesson if stage == 3 and look == "hard" else LESSONS[stage]
 
     def draws(self, start: Position) -> Iterator[tuple[int | None, Position]]:
         """As plumbing/streams.py's Documents.draws, for one epoch: the lessons in the order of
@@ -471,12 +445,12 @@ class ToyDocuments(Dataset):
             return index
         rng = random.Random(f"{self.seed}/{self.stage}/{index}")
         progress = index / self.n if self.split == "train" else 1.0
-        page, questions = self.lesson(rng, progress, self.split)
+        page, questions = LESSONS[self.stage](rng, progress, self.split)
         if self.stage == 0:
             images = []
             document = self.as_text(rng, page, progress)
         else:
-            images = [draw(page, self.look_of(rng, progress))]
+            images = [draw(page)]
             document = IMAGE
         turns = []
         for prompt, gold in questions:
@@ -488,12 +462,6 @@ class ToyDocuments(Dataset):
         if self.stage == 0 and page.kind == "chart" and rng.random() < 0.8:
             self.smudge(rng, sample)
         return sample
-
-    def look_of(self, rng: random.Random, progress: float) -> str:
-        """Stage 1 begins with clean pages; the others come in over its second quarter."""
-        if self.stage == 1 and rng.random() > 4 * progress - 1:
-            return "clean"
-        return self.look
 
     def as_text(self, rng: random.Random, page: Page, progress: float) -> str:
         """Stage 0's page in the image's place: ever more often laid out as the patches will be,
@@ -524,20 +492,20 @@ class ToyDocuments(Dataset):
 # The command
 
 
-def draw_pages(folder: Path, n: int, seed: int, kinds: list[str], look: str, train: bool) -> None:
+def draw_pages(folder: Path, n: int, seed: int, train: bool) -> None:
     """n held-out pages as PNGs, and questions.jsonl: image, prompt, answer and kind of each.
 
     train: train.jsonl beside it has the same as `train.py --data` takes it (MS-Swift's format).
     Raises InputError where the folder has files of these names that are not from here.
     """
-    documents = held_out_documents(n, seed, kinds)
+    documents = held_out_documents(n, seed)
     names = [f"{i:04}-{page.kind}.png" for i, (page, _, _) in enumerate(documents)]
     tables = ["questions.jsonl", "train.jsonl"] if train else ["questions.jsonl"]
     files = OwnFiles(folder, [*names, *tables])
     questions, samples = [], []
     for name, (page, prompt, gold) in zip(names, documents):
         image = io.BytesIO()
-        draw(page, look).save(image, "PNG")
+        draw(page).save(image, "PNG")
         files.write(name, image.getvalue())
         questions.append({"image": name, "prompt": prompt, "answer": gold, "kind": page.kind})
         turns = [{"role": "user", "content": "<image>" + prompt},
@@ -547,13 +515,6 @@ def draw_pages(folder: Path, n: int, seed: int, kinds: list[str], look: str, tra
         files.write(name, "".join(json.dumps(row) + "\n" for row in rows).encode())
 
 
-def draw_sheet(path: Path) -> None:
-    """The same five pages in every look, as one image: the large ones of the second turn."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    pages = [page for page, _, _ in held_out_documents(20, seed=0)]
-    sheet(pages[5:10]).save(path)
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(
         prog="python -m toy.pages", description=__doc__,
@@ -561,31 +522,18 @@ def main() -> None:
     parser.add_argument("--draw", type=int, default=20, metavar="N",
                         help="held-out pages (default: %(default)s)")
     parser.add_argument("--seed", type=int, default=0, help="which pages (default: %(default)s)")
-    parser.add_argument("--look", choices=LOOKS, default="clean",
-                        help="how they look (default: %(default)s)")
-    parser.add_argument("--kind", choices=PAGES,
-                        help="only these pages (default: in turn all kinds but reports)")
     parser.add_argument("--train", action="store_true",
                         help="write the questions as train.jsonl too, for `train.py --data`")
-    parser.add_argument("--sheet", action="store_true",
-                        help="instead of all this: one PNG, OUT, of five pages in every look")
     parser.add_argument("out", type=Path,
                         help="the folder for the PNGs and questions.jsonl; made if missing")
     args = parser.parse_args()
     if args.draw < 1:
         parser.error("--draw is at least 1")
     try:
-        if args.sheet:
-            draw_sheet(args.out)
-            print(args.out)
-        else:
-            kinds = [args.kind] if args.kind else KINDS
-            draw_pages(args.out, args.draw, args.seed, kinds, args.look, args.train)
-            print(f"{args.draw} pages and questions.jsonl in {args.out}")
-    except InputError:
-        raise
-    except (OSError, ValueError) as error:      # Pillow's ValueError: the suffix of no format
-        parser.error(f"{args.out}: {getattr(error, 'strerror', None) or error}")
+        draw_pages(args.out, args.draw, args.seed, args.train)
+    except OSError as error:
+        parser.error(f"{args.out}: {error.strerror or error}")
+    print(f"{args.draw} pages and questions.jsonl in {args.out}")
 
 
 if __name__ == "__main__":

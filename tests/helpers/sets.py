@@ -17,8 +17,7 @@ from plumbing.examples import IMAGE
 from plumbing.formats import VCR_PROMPT
 from plumbing.streams import BAD_KINDS, Bad, DataSet, Documents
 from small_tokenizers import tokenizer  # noqa: F401: a fixture
-from toy.looks import draw
-from toy.pages import held_out_documents
+from toy.pages import draw, held_out_documents
 from vision import SIGLIP_PRESETS
 
 TOY = SIGLIP_PRESETS["toy"]

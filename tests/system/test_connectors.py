@@ -28,8 +28,7 @@ from paper.plan import memory, step_flops
 from plumbing.settings import CheckpointError, InputError
 from sample import answer
 from small_models import CONNECTOR, LLM, TILES, small_llama
-from toy.looks import draw
-from toy.pages import eye_chart, write_toy_tokenizer
+from toy.pages import draw, eye_chart, write_toy_tokenizer
 from train import connector_of
 from vision import SigLIPConfig
 

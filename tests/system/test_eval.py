@@ -34,8 +34,8 @@ from plumbing import files
 from plumbing.examples import IMAGE, Turn
 from plumbing.formats import VCR_PROMPT
 from plumbing.settings import InputError
-from toy.looks import draw
-from toy.pages import held_out_documents, write_toy_tokenizer
+from shipped import CHECKPOINT
+from toy.pages import draw, held_out_documents, write_toy_tokenizer
 from vision import tile
 
 
@@ -300,20 +300,20 @@ def test_the_toys_documents_are_one_more_benchmark():
     assert [row["split"] for row in benchmark.rows[:2]] == ["invoice", "receipt"]
     page, _, _ = documents[6]
     assert same(benchmark.images(6)[0], draw(page))
-    assert same(open_benchmark("toy-scan=7").images(6)[0], draw(page, "scan"))
-    reports = open_benchmark("toy-reports=4")
-    assert {row["split"] for row in reports.rows} == {"report"}
-    assert min(reports.images(1)[0].size) > 112
-    report, _, _ = held_out_documents(4, 0, ["report"])[0]
-    assert same(reports.images(0)[0], draw(report, "hard"))
 
 
 def test_nothing_is_written_into_the_shipped_model(tmp_path):
-    shipped = ROOT / "toy" / "stage3"
-    run(ROOT / "eval.py", "--checkpoint", os.path.relpath(shipped, tmp_path), "--benchmark",
-        "toy=1", "--max-new-tokens", 2, cwd=tmp_path)
-    assert (tmp_path / "out" / "shipped" / "eval" / "toy.jsonl").exists()
-    assert not (shipped / "eval").exists()
+    """By whatever name: it is the default."""
+    for name in ([], ["--checkpoint", os.path.relpath(CHECKPOINT, tmp_path)]):
+        run(ROOT / "eval.py", *name, "--benchmark", "toy=1", "--max-new-tokens", 2, cwd=tmp_path)
+        (tmp_path / "out" / "shipped" / "eval" / "toy.jsonl").unlink()
+    assert not (CHECKPOINT / "eval").exists()
+
+
+def test_the_default_is_the_shipped_model_on_held_out_drawn_pages(monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["eval.py"])
+    args = evaluation.parse_args()
+    assert args.checkpoint == CHECKPOINT and args.benchmark == ["reader-drawn"]
 
 
 # -------------------------------------------------------------------------------------------------
@@ -690,7 +690,7 @@ def test_averages_are_over_what_was_measured():
     assert rows["MLP, Llama-3.2-3B"][-2:] == ["53.06", f"{(33.36 + 28.94) / 2:.2f}"]
     with_nan = {"WTQ": 50.0, "KLC": 30.0, "TableVQABench": math.nan}
     assert score_tables(with_nan, "ours") == text
-    others = {"VCR-hard": 1.0, "toy-photo": 9.0, "toy": 99.0}
+    others = {"VCR-hard": 1.0, "reader-pages": 9.0, "toy": 99.0}
     full = score_tables(dict.fromkeys(COLUMNS, 10.0) | others, "ours")
     for row in (" 10.00 |" * 11, " - | 1.00 |", " 99.00 | 9.00 |"):
         assert f"| **ours** |{row}\n" in full

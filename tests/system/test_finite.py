@@ -8,18 +8,18 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from conftest import ROOT, run, sample
+from conftest import run, sample
 from model import AlignVLM, Llama
 from plumbing.settings import CheckpointError, InputError
+from shipped import ASK, PAGE
 from small_models import small_llama
 from tensors import randomise
+from toy.pages import STAGE0
 
-QUESTION = ["--device", "cpu", "--image", "assets/0005-invoice.png", "--prompt", "what is NO?"]
 
-
-def struck(folder: Path, key: str, value: float, at: int = -1, dtype=torch.float32) -> Path:
-    """The shipped model with one number of one tensor exchanged."""
-    shutil.copytree(ROOT / "toy" / "stage3", folder)
+def struck(folder: Path, key: str, value: float, at: int | slice = -1, dtype=torch.float32) -> Path:
+    """A toy with one number of one tensor exchanged, or some."""
+    shutil.copytree(STAGE0, folder)
     file = folder / "model.safetensors"
     tensors = {name: tensor.to(dtype) for name, tensor in load_file(file).items()}
     tensors[key].view(-1)[at] = value
@@ -50,11 +50,11 @@ def test_weights_of_any_size_are_weights(tmp_path):
 
 
 def test_a_shard_is_named(tmp_path):
-    model = AlignVLM.from_pretrained(ROOT / "toy" / "stage3")
+    model = AlignVLM.from_pretrained(STAGE0)
     with torch.no_grad():
         model.llm.norm.weight[3] = math.nan
-    tokenizer = ROOT / "toy" / "stage3" / "tokenizer.model"
-    model.save_pretrained(tmp_path / "model", tokenizer, torch.float32, shard_bytes=10 ** 6)
+    model.save_pretrained(tmp_path / "model", STAGE0 / "tokenizer.model", torch.float32,
+                          shard_bytes=10 ** 6)
     index = json.loads((tmp_path / "model" / "model.safetensors.index.json").read_text())
     shard = index["weight_map"]["llm.norm.weight"]
     assert len(set(index["weight_map"].values())) > 1
@@ -66,15 +66,15 @@ def test_every_command_says_so_in_a_line(tmp_path):
     folder = struck(tmp_path / "stage2", "connector.W1.weight", math.nan)
     line = f"{folder}/model.safetensors: connector.W1.weight has weights that are not finite"
     questions = tmp_path / "questions.jsonl"
-    page = ROOT / "assets" / "0005-invoice.png"
-    shutil.copyfile(page, tmp_path / "page.png")
-    questions.write_text('{"image": "page.png", "prompt": "what is NO?"}\n')
-    for more in (QUESTION, [*QUESTION, "--temperature", 1], ["--image", page, "--interactive"],
+    page = tmp_path / "page.png"
+    shutil.copyfile(PAGE, page)
+    questions.write_text('{"image": "page.png", "prompt": "?"}\n')
+    for more in (ASK, [*ASK, "--temperature", 1], ["--image", page, "--interactive"],
                  ["--questions", questions, "--answers", tmp_path / "answers.jsonl"],
                  ["--image", page, "--explain", tmp_path / "tokens.png"]):
         assert line in sample("--checkpoint", folder, *more, code=2).stderr
     assert not (tmp_path / "answers.jsonl").exists()
-    for command in (["eval.py", "--checkpoint", folder],
+    for command in (["eval.py", "--checkpoint", folder, "--benchmark", "toy"],
                     ["train.py", "--stage", 3, "--steps", 1, "--out", tmp_path]):
         last = run(*command, code=2).stderr.splitlines()[-1]
         assert last.startswith(f"{command[0]}: {line}")
@@ -83,8 +83,8 @@ def test_every_command_says_so_in_a_line(tmp_path):
 
 @pytest.mark.parametrize("more", [[], ["--temperature", 1]])
 def test_weights_that_are_too_large_to_compute_with(tmp_path, more):
-    folder = struck(tmp_path / "model", "llm.layers.1.mlp.up_proj.weight", 3e38)
-    done = sample("--checkpoint", folder, *QUESTION, *more, code=2)
+    folder = struck(tmp_path / "model", "llm.layers.1.mlp.up_proj.weight", 3e38, slice(None))
+    done = sample("--checkpoint", folder, *ASK, *more, code=2)
     assert done.stderr.splitlines()[-1].startswith("sample.py: the logits are not finite")
     assert not done.stdout.strip()
 

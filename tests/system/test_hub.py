@@ -16,12 +16,11 @@ from hub_server import TOKEN, Hub, Model
 from plumbing.settings import InputError
 from plumbing.weights import model_folder
 from released import fetched, smollm2
+from shipped import ANSWER, ASK, CHECKPOINT, PAGE
 from small_tokenizers import small_json
 from toy.pages import write_toy_tokenizer
 
-TOY = ROOT / "toy" / "stage3"
 SMOL = "HuggingFaceTB/SmolLM2-135M-Instruct"
-ASK_TOY = ["--image", ROOT / "assets" / "0005-invoice.png", "--prompt", "what is NO?"]
 WEIGHTS = "model.safetensors"
 COMMIT, OLDER = "1" * 40, "2" * 40
 
@@ -46,8 +45,8 @@ def hub(tmp_path, monkeypatch):
 
 
 def ask(name: str, *options, code=0):
-    """sample.py --checkpoint NAME, for the toy."""
-    return run(ROOT / "sample.py", "--checkpoint", name, *ASK_TOY, *options, code=code,
+    """sample.py --checkpoint NAME, about a page that the shipped model reads."""
+    return run(ROOT / "sample.py", "--checkpoint", name, *ASK, *options, code=code,
                cwd=Path.cwd())
 
 
@@ -83,87 +82,86 @@ def test_a_released_llm_by_its_name(hub, tmp_path, monkeypatch):
 
 def test_our_own_model_by_its_name_and_revision(hub, tmp_path):
     """For sample.py, eval.py and paper.align_vocab."""
-    hub.models["us/toy"] = Model(files_of(TOY), {"main": COMMIT, "v1": OLDER})
-    assert ask("us/toy").stdout == "9DZC\n"
-    done = ask("us/toy@v1")
-    assert done.stdout == "9DZC\n" and OLDER in done.stderr
-    assert "/us/toy/resolve/v1/config.json" in {path for _, path, _ in hub.requests}
-    snapshots = tmp_path / "cache" / "hub" / "models--us--toy" / "snapshots"
+    hub.models["us/reader"] = Model(files_of(CHECKPOINT), {"main": COMMIT, "v1": OLDER})
+    assert ask("us/reader").stdout == f"{ANSWER}\n"
+    done = ask("us/reader@v1")
+    assert done.stdout == f"{ANSWER}\n" and OLDER in done.stderr
+    assert "/us/reader/resolve/v1/config.json" in {path for _, path, _ in hub.requests}
+    snapshots = tmp_path / "cache" / "hub" / "models--us--reader" / "snapshots"
     assert {path.name for path in snapshots.iterdir()} == {COMMIT, OLDER}
     assert {path.name for path in (snapshots / COMMIT).iterdir()} == {
         "config.json", "tokenizer.model", WEIGHTS}
-    run(ROOT / "eval.py", "--checkpoint", "us/toy", "--benchmark", "toy=2", cwd=Path.cwd())
-    scores = json.loads(Path("out/us/toy/eval/scores.json").read_text())
-    assert scores["model"] == "us/toy"
-    assert "open it in a browser" in ask("us/toy", "--explain", "page.html").stdout
+    run(ROOT / "eval.py", "--checkpoint", "us/reader", "--benchmark", "toy=2", cwd=Path.cwd())
+    scores = json.loads(Path("out/us/reader/eval/scores.json").read_text())
+    assert scores["model"] == "us/reader"
+    assert "open it in a browser" in ask("us/reader", "--explain", "page.html").stdout
     Path("link.html").hardlink_to((snapshots / COMMIT / WEIGHTS).resolve())
-    done = ask("us/toy", "--explain", "link.html", code=2)
+    done = ask("us/reader", "--explain", "link.html", code=2)
     assert "would be written over" in done.stderr.splitlines()[-1]
-    run("-m", "paper.align_vocab", "us/toy", 100, ASK_TOY[1])      # becomes part of the copy
-    assert ask("us/toy", "--align-vocab").stdout == "9DZC\n"
+    run("-m", "paper.align_vocab", "us/reader", 300, PAGE)      # becomes part of the copy
+    assert ask("us/reader", "--align-vocab").stdout == f"{ANSWER}\n"
 
 
 def test_a_folder_wins(hub):
-    hub.models["us/toy"] = Model(files_of(TOY))
-    shutil.copytree(TOY, "us/toy")
-    assert ask("us/toy").stdout == "9DZC\n"
+    hub.models["us/reader"] = Model(files_of(CHECKPOINT))
+    shutil.copytree(CHECKPOINT, "us/reader")
+    assert ask("us/reader").stdout == f"{ANSWER}\n"
     assert hub.asked() == []
     # Beside it a mistyped path is not sent to anybody.
-    line = complaint("us/toi")
-    assert "no such folder; us/ is one" in line and "us/toi@main" in line
+    line = complaint("us/raeder")
+    assert "no such folder; us/ is one" in line and "us/raeder@main" in line
     assert hub.asked() == []
-    assert "has no model of that name" in complaint("us/toi@main")
+    assert "has no model of that name" in complaint("us/raeder@main")
     for path in ("./them/toy", "them/toy/", "a/b/c", "toy", "/them/toy", "../toy"):
         assert model_folder(path) == Path(path)         # a path, whatever the hub has
 
 
 def test_a_broken_connection_is_taken_up_where_it_broke(hub, tmp_path):
     large = tmp_path / WEIGHTS              # the package keeps what it has got in pieces of 10 MB
-    save_file(load_file(TOY / WEIGHTS), large, metadata={"padding": "x" * 30_000_000})
-    hub.models["us/toy"] = Model({**files_of(TOY), WEIGHTS: large})
+    save_file(load_file(CHECKPOINT / WEIGHTS), large, metadata={"padding": "x" * 30_000_000})
+    hub.models["us/reader"] = Model({**files_of(CHECKPOINT), WEIGHTS: large})
     hub.cuts[WEIGHTS] = [12_000_000, 12_000_000]
-    assert ask("us/toy").stdout == "9DZC\n"
+    assert ask("us/reader").stdout == f"{ANSWER}\n"
     first, *rest = hub.got(WEIGHTS)
     starts = [int(part.removeprefix("bytes=").removesuffix("-")) for part in rest]
     assert first is None and len(starts) == 2
     assert 0 < starts[0] <= 12_000_000 < starts[1] <= 24_000_000
-    copy = tmp_path / "cache/hub/models--us--toy/snapshots" / COMMIT / WEIGHTS
+    copy = tmp_path / "cache/hub/models--us--reader/snapshots" / COMMIT / WEIGHTS
     assert copy.read_bytes() == large.read_bytes()
-
-
 
 
 def test_half_a_download(hub, monkeypatch):
     """Killed in the middle: what has arrived stays, and the same command fetches the rest. Without
     a network the missing file is named."""
-    hub.models["us/toy"] = Model(files_of(TOY))
+    hub.models["us/reader"] = Model(files_of(CHECKPOINT))
     hub.pause = 600.0
     hub.open_for("config.json", "tokenizer.model")
-    process = commands.start(ROOT / "sample.py", "--checkpoint", "us/toy", *ASK_TOY)
+    process = commands.start(ROOT / "sample.py", "--checkpoint", "us/reader", *ASK)
     while not hub.got(WEIGHTS):
         assert process.poll() is None
         time.sleep(0.1)
     process.kill()
     process.communicate()
     monkeypatch.setitem(commands.ENV, "HF_HUB_OFFLINE", "1")
-    line = ask("us/toy", code=2).stderr.splitlines()[-1]
+    line = ask("us/reader", code=2).stderr.splitlines()[-1]
     assert f"{WEIGHTS} is missing in" in line and "HF_HUB_OFFLINE forbids to fetch it" in line
     monkeypatch.delitem(commands.ENV, "HF_HUB_OFFLINE")
     hub.pause = 0.0
     hub.requests.clear()
-    assert ask("us/toy").stdout == "9DZC\n"
+    assert ask("us/reader").stdout == f"{ANSWER}\n"
     assert hub.fetched() == {WEIGHTS}
 
 
 def test_a_model_in_shards(hub, tmp_path):
     from model import AlignVLM
-    model = AlignVLM.from_pretrained(TOY)
-    model.save_pretrained(tmp_path / "shards", TOY / "tokenizer.model", shard_bytes=1_000_000)
+    model = AlignVLM.from_pretrained(CHECKPOINT)
+    model.save_pretrained(tmp_path / "shards", CHECKPOINT / "tokenizer.model",
+                          shard_bytes=1_000_000)
     hub.models["us/shards"] = Model(files_of(tmp_path / "shards"))
-    assert ask("us/shards").stdout == "9DZC\n"
+    assert ask("us/shards").stdout == f"{ANSWER}\n"
     assert len(hub.fetched()) > 5
     hub.requests.clear()
-    assert ask("us/shards").stdout == "9DZC\n"
+    assert ask("us/shards").stdout == f"{ANSWER}\n"
     # One question: which commit main is. All of that commit is there.
     assert [path for _, path, _ in hub.asked()] == ["/us/shards/resolve/main/config.json"]
 
@@ -173,25 +171,25 @@ def test_a_model_in_shards(hub, tmp_path):
 
 
 def test_names_that_lead_to_nothing(hub, monkeypatch):
-    hub.models["us/toy"] = Model(files_of(TOY))
-    hub.models["us/gated"] = Model(files_of(TOY), gated=True)
-    assert f"no such folder, and {hub.url} has no model of that name" in complaint("us/toi")
-    assert f"{hub.url} has no revision 'v9' of it" in complaint("us/toy@v9")
+    hub.models["us/reader"] = Model(files_of(CHECKPOINT))
+    hub.models["us/gated"] = Model(files_of(CHECKPOINT), gated=True)
+    assert f"no such folder, and {hub.url} has no model of that name" in complaint("us/raeder")
+    assert f"{hub.url} has no revision 'v9' of it" in complaint("us/reader@v9")
     terms = f"accepted its terms: do so at {hub.url}/us/gated"
     assert terms in complaint("us/gated")
     monkeypatch.setitem(commands.ENV, "HF_TOKEN", "hf_of_somebody_else")
     assert terms in complaint("us/gated")
     monkeypatch.setitem(commands.ENV, "HF_TOKEN", TOKEN)
-    assert ask("us/gated").stdout == "9DZC\n"
+    assert ask("us/gated").stdout == f"{ANSWER}\n"
     monkeypatch.setitem(commands.ENV, "HF_HUB_OFFLINE", "1")
-    line = complaint("us/toy")
+    line = complaint("us/reader")
     assert "no such folder, none in the hub's cache, and HF_HUB_OFFLINE forbids" in line
 
 
 def test_a_hub_that_does_not_answer(hub, monkeypatch):
     """huggingface_hub tries for half a minute, and says so."""
     monkeypatch.setitem(commands.ENV, "HF_ENDPOINT", "http://127.0.0.1:1")
-    line = complaint("us/toy")
+    line = complaint("us/reader")
     assert "none in the hub's cache, and http://127.0.0.1:1 does not answer (ConnectError" in line
 
 
@@ -199,7 +197,7 @@ def test_without_the_package(monkeypatch, tmp_path):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setitem(sys.modules, "huggingface_hub", None)
     with pytest.raises(InputError, match="no such folder; .* `pip install huggingface_hub`"):
-        model_folder("us/toy")
+        model_folder("us/reader")
 
 
 def test_what_cannot_be_used_is_refused_before_its_weights_are_fetched(hub, tmp_path):

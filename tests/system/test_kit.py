@@ -10,11 +10,10 @@ import types
 
 import pytest
 
-from conftest import ROOT, alone, sample
+from conftest import alone, sample
 from plumbing.settings import InputError
 from sets import PAGES
-
-FOLDER = ROOT / "toy" / "stage3"
+from shipped import ANSWER, CHECKPOINT, PAGE, PROMPT
 
 
 class BaseModel:
@@ -63,10 +62,10 @@ def test_answers_are_those_of_sample_py(kit, tmp_path):
     for i, (page, *_) in enumerate(PAGES[:2]):
         paths.append(tmp_path / f"{i}.png")
         page.save(paths[i])
-    model = kit[0].KitModel(FOLDER)
-    ask = "--checkpoint", FOLDER, "--prompt"
-    prompt, gold = PAGES[1][2:]
-    assert model.generate([image(paths[1]), text(prompt)], "DocVQA_VAL") == gold
+    model = kit[0].KitModel(CHECKPOINT, max_new_tokens=12)
+    assert model.generate([image(PAGE), text(PROMPT)], "DocVQA_VAL") == ANSWER
+    ask = "--max-new-tokens", 12, "--prompt"
+    prompt = PAGES[1][2]
     said = sample("--image", *paths, *ask, prompt).stdout
     assert model.generate([image(paths[0]), image(paths[1]), text(prompt)]) + "\n" == said
     said = sample("--image", paths[1], *ask, f"{prompt}\nBriefly.").stdout
@@ -74,7 +73,7 @@ def test_answers_are_those_of_sample_py(kit, tmp_path):
 
 
 def test_what_it_cannot_read_is_named(kit, tmp_path):
-    model = kit[0].KitModel(FOLDER)
+    model = kit[0].KitModel(CHECKPOINT)
     with pytest.raises(InputError, match="Video-MME: a question with a video"):
         model.generate([{"type": "video", "value": "a.mp4"}, text("?")], "Video-MME")
     with pytest.raises(InputError, match="a.png: no such file"):
@@ -84,7 +83,7 @@ def test_what_it_cannot_read_is_named(kit, tmp_path):
 def test_the_runner_gets_its_flags_and_the_model(kit, monkeypatch):
     module, calls = kit
     monkeypatch.setattr(sys, "argv", ["vlmevalkit.py", "--data", "DocVQA_VAL", "ChartQA_TEST",
-                                      "--work-dir", "w", "--checkpoint", str(FOLDER), "--reuse"])
+                                      "--work-dir", "w", "--reuse"])
     module.main()
     assert calls == [["vlmevalkit.py", "--model", "AlignVLM", "--data", "DocVQA_VAL",
                       "ChartQA_TEST", "--work-dir", "w", "--reuse"]]

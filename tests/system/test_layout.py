@@ -11,6 +11,7 @@ import sys
 import pytest
 
 from conftest import ROOT, alone
+from shipped import ANSWER, ASK
 
 ORDER = [["plumbing"], ["vision"], ["connector"], ["model"], ["data"], ["toy", "reader"], ["paper"],
          ["sample"], ["eval"], ["train", "bench"], ["kit"], ["tests"]]
@@ -143,12 +144,11 @@ def test_an_answer_stands_on_few_files():
     program = ("import json, sys; import sample; sample.main(); "
                "files = [getattr(m, '__file__', None) for m in sys.modules.values()]; "
                "print(json.dumps(files))")
-    process = alone("-c", program, "--checkpoint", "toy/stage3", "--device", "cpu",
-                    "--image", "assets/0005-invoice.png", "--prompt", "what is NO?")
+    process = alone("-c", program, "--device", "cpu", *ASK)
     output, errors = process.communicate()
     assert process.returncode == 0, errors
     answer, files = output.splitlines()[-2:]
-    assert answer == "9DZC"
+    assert answer == ANSWER
     loaded = set(json.loads(files))
     ours = {name: len(SOURCES[name].splitlines()) for name, path in FILES.items()
             if str(path) in loaded}

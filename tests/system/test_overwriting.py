@@ -7,11 +7,10 @@ from pathlib import Path
 
 import pytest
 
-from conftest import ROOT, run, sample
+from conftest import run, sample
 from plumbing.files import OwnFiles, refuse_inputs
 from plumbing.settings import InputError
-
-MODEL = ["--checkpoint", "toy/stage3"]
+from shipped import ANSWER, CHECKPOINT, PAGE, PROMPT
 
 
 def sums(folder: Path) -> dict[str, str]:
@@ -24,7 +23,7 @@ def sums(folder: Path) -> dict[str, str]:
 def page(tmp_path) -> Path:
     """A page, and files of other names that are the same one."""
     page = tmp_path / "page.png"
-    shutil.copyfile(ROOT / "assets" / "0005-invoice.png", page)
+    shutil.copyfile(PAGE, page)
     (tmp_path / "sub").mkdir()
     os.link(page, tmp_path / "hard.png")
     (tmp_path / "soft.png").symlink_to("page.png")
@@ -35,7 +34,7 @@ def page(tmp_path) -> Path:
 @pytest.fixture
 def questions(page) -> Path:
     path = page.with_name("questions.jsonl")
-    path.write_text(json.dumps({"image": "page.png", "prompt": "what is NO?"}) + "\n")
+    path.write_text(json.dumps({"image": "page.png", "prompt": PROMPT}) + "\n")
     return path
 
 
@@ -46,7 +45,7 @@ SAME = ["page.png", "./page.png", "sub/../page.png", "hard.png", "soft.png", "fo
 def test_a_picture_over_the_page(page, name):
     before = sums(page.parent)
     out = f"{page.parent}/{name}"
-    done = sample(*MODEL, "--image", page, "--explain", out, code=2)
+    done = sample("--image", page, "--explain", out, code=2)
     [line] = done.stderr.splitlines()
     assert line.startswith(f"sample.py: {Path(out)}: would be written over {page}")
     assert sums(page.parent) == before
@@ -56,12 +55,11 @@ def test_one_of_several_pictures_over_a_page(page):
     before = sums(page.parent)
     numbered = page.with_name("page-2.png")
     shutil.copyfile(page, numbered)
-    done = sample(*MODEL, "--image", numbered, ROOT / "assets" / "0000-invoice.png",
-                  "--explain", page, code=2)
+    done = sample("--image", numbered, PAGE, "--explain", page, code=2)
     assert "page-2.png: would be written over" in done.stderr.splitlines()[-1]
     numbered.unlink()
     (page.parent / "hard.html").hardlink_to(page)
-    done = sample(*MODEL, "--image", page, "--explain", page.with_name("hard.html"), code=2)
+    done = sample("--image", page, "--explain", page.with_name("hard.html"), code=2)
     assert "hard.html: would be written over" in done.stderr.splitlines()[-1]
     (page.parent / "hard.html").unlink()
     assert sums(page.parent) == before
@@ -72,7 +70,7 @@ def test_one_of_several_pictures_over_a_page(page):
 def test_answers_over_what_is_asked(page, questions, answers):
     os.link(questions, page.with_name("again.jsonl"))
     before = sums(page.parent)
-    done = sample(*MODEL, "--questions", questions, "--answers", page.parent / answers, code=2)
+    done = sample("--questions", questions, "--answers", page.parent / answers, code=2)
     assert "would be written over" in done.stderr.splitlines()[-1]
     assert sums(page.parent) == before
 
@@ -82,14 +80,14 @@ def test_a_file_that_is_written_on_the_way_counts_too(page, questions):
     mine = page.with_name("answers.jsonl.partial")
     questions.rename(mine)
     before = sums(page.parent)
-    done = sample(*MODEL, "--questions", mine, "--answers", page.with_name("answers.jsonl"), code=2)
+    done = sample("--questions", mine, "--answers", page.with_name("answers.jsonl"), code=2)
     assert "would be written over" in done.stderr.splitlines()[-1]
     assert sums(page.parent) == before
 
 
 def test_answers_over_the_model(page, questions):
     model = page.with_name("model")
-    shutil.copytree(ROOT / "toy" / "stage3", model)
+    shutil.copytree(CHECKPOINT, model)
     before = sums(model)
     os.link(model / "model.safetensors", page.with_name("tokens.png"))
     for option in (["--questions", questions, "--answers", model / "config.json"],
@@ -102,8 +100,8 @@ def test_answers_over_the_model(page, questions):
 def test_other_files_are_replaced_as_ever(page, questions):
     answers = page.with_name("answers.jsonl")
     answers.write_text("older")
-    sample(*MODEL, "--questions", questions, "--answers", answers)
-    assert json.loads(answers.read_text())["prediction"] == "9DZC"
+    sample("--questions", questions, "--answers", answers)
+    assert json.loads(answers.read_text())["prediction"] == ANSWER
     refuse_inputs(page.with_name("new.png"), [page, page.with_name("none.png")])
 
 
@@ -123,7 +121,7 @@ def test_scores_and_tables_over_predictions_and_benchmarks(page):
     for command in (
             ["eval.py", "--score", f"toy={folder}/table.md", "--out", folder],
             ["eval.py", "--score", f"toy={folder}/scores.json", "--out", folder],
-            ["eval.py", *MODEL, "--benchmark", f"ChartQA={benchmark}", "--out", folder],
+            ["eval.py", "--benchmark", f"ChartQA={benchmark}", "--out", folder],
             ["-m", "paper.compare", toy, folder / "b.jsonl", "--out", toy],
             ["-m", "paper.compare", toy, folder / "b.jsonl", "--out", folder / "b.jsonl"]):
         line = run(*command, code=2).stderr.splitlines()[-1]

@@ -24,6 +24,7 @@ from plumbing.settings import ImageError, InputError
 from plumbing.streams import Bad, Documents
 from sets import (PAGES, add_member, documents_of, encoded, messages, no_hang,  # noqa: F401
                   one_epoch, tokenizer, write_lines, write_parquet)
+from shipped import ANSWER, PAGE, PROMPT
 
 WHITE, PURE = (255, 255, 255), (255, 0, 0)
 TOY = PAGES[:3]         # (image, its text, prompt, answer) each
@@ -240,44 +241,43 @@ def test_without_the_package_its_command_is_said(tmp_path, monkeypatch, toys):
 
 def test_sample_reads_a_page_of_a_pdf(tmp_path, toys):
     """The shipped model gives the same answers as about the images; --explain numbers the pages."""
-    ask = "--checkpoint", "toy/stage3", "--prompt"
-    for number, (image, _, prompt, gold) in enumerate(TOY, 1):
-        image.save(tmp_path / "page.png")
-        said = sample("--image", tmp_path / "page.png", *ask, prompt).stdout
-        assert sample("--image", toys, "--pages", number, *ask, prompt).stdout == said
-        assert said == gold + "\n"
-    together = sample("--image", toys, "--pages", "1-2", *ask, TOY[1][2]).stdout
-    images = [tmp_path / f"{i}.png" for i in range(2)]
-    for path, (image, *_) in zip(images, TOY):
-        image.save(path)
-    assert together == sample("--image", *images, *ask, TOY[1][2]).stdout
-    sample("--image", toys, "--pages", "2-3", "--checkpoint", "toy/stage3", "--explain",
-           tmp_path / "tokens.png")
+    paths = [PAGE.with_name("browser-4-table.png"), PAGE]
+    doc = tmp_path / "doc.pdf"
+    doc.write_bytes(printed(*map(read_image, paths)))
+    ask = "--max-new-tokens", 8, "--prompt", PROMPT
+    said = [sample("--image", path, *ask).stdout for path in paths]
+    assert said[1] == ANSWER + "\n" != said[0]
+    for number in (1, 2):
+        assert sample("--image", doc, "--pages", number, *ask).stdout == said[number - 1]
+    together = sample("--image", doc, "--pages", "1-2", *ask).stdout
+    assert together == sample("--image", *paths, *ask).stdout
+    sample("--image", toys, "--pages", "2-3", "--explain", tmp_path / "tokens.png")
     drawn = sorted(path.name for path in tmp_path.glob("tokens*"))
     assert drawn == ["tokens-1.png", "tokens-2.png"]
 
 
 def test_sample_says_what_is_wrong(tmp_path, toys):
-    ask = "--checkpoint", "toy/stage3", "--prompt", "?"
-    said = sample("--image", toys, "--pages", 9, *ask, code=2).stderr
+    said = sample("--image", toys, "--pages", 9, code=2).stderr
     assert said.endswith("toys.pdf: --pages 9: it has 3 pages\n")
-    said = sample("--image", toys, "--pages", "", *ask, code=2).stderr
+    said = sample("--image", toys, "--pages", "", code=2).stderr
     assert said.splitlines()[-1] == "sample.py: error: --pages is empty: say 2, 2-3 or 2,5-7"
     said = sample("--llm", tmp_path, "--prompt", "?", "--pages", 2, code=2).stderr
     assert "--pages needs an --image" in said
 
 
-def test_folders_and_question_files(tmp_path, toys):
-    (tmp_path / "a.pdf").write_bytes(toys.read_bytes())
-    TOY[0][0].save(tmp_path / "b.png")
+def test_folders_and_question_files(tmp_path):
+    page = read_image(PAGE)
+    (tmp_path / "a.pdf").write_bytes(printed(page, TOY[0][0]))
+    page.save(tmp_path / "b.png")
     assert [path.name for path in image_files(tmp_path)] == ["a.pdf", "b.png"]
-    ask = "--checkpoint", "toy/stage3"
-    said = sample("--image", tmp_path, "--pages", 1, *ask, "--prompt", TOY[0][2]).stdout
-    assert said == f"a.pdf: {TOY[0][3]}\nb.png: {TOY[0][3]}\n"
-    write_lines(tmp_path / "q.jsonl", [{"image": "a.pdf", "prompt": TOY[1][2]}])
+    ask = "--max-new-tokens", 8
+    said = sample("--image", tmp_path, "--pages", 1, *ask, "--prompt", PROMPT).stdout
+    assert said == f"a.pdf: {ANSWER}\nb.png: {ANSWER}\n"
+    write_lines(tmp_path / "q.jsonl", [{"image": "a.pdf", "prompt": PROMPT}])
     sample("--questions", tmp_path / "q.jsonl", "--answers", tmp_path / "a.jsonl", *ask)
     [row] = map(json.loads, (tmp_path / "a.jsonl").read_text().splitlines())
-    assert row["prediction"] + "\n" == sample("--image", toys, *ask, "--prompt", TOY[1][2]).stdout
+    assert row["prediction"] + "\n" == sample("--image", tmp_path / "a.pdf", *ask, "--prompt",
+                                              PROMPT).stdout
 
 
 def test_benchmarks(tmp_path, toys):

@@ -89,9 +89,7 @@ def test_a_thinned_table_has_the_means_of_the_steps(tmp_path):
     assert [rows[-1]["step"], rows[-1]["loss"]] == [999, 997]
 
 
-def test_the_shipped_models_curves_are_there():
-    curves = read_curves(ROOT / "toy" / "curve.csv")
-    assert {name[:6] for name in curves} == {"stage0", "stage1", "stage2", "stage3"}
-    for rows in curves.values():
-        losses = [row["loss"] for row in rows]
-        assert 100 < len(rows) <= 201 and all(loss > 0 for loss in losses)
+def test_the_curve_of_the_toys_stage_0_is_there():
+    [rows] = read_curves(ROOT / "toy" / "curve.csv").values()
+    losses = [row["loss"] for row in rows]
+    assert 100 < len(rows) <= 200 and all(loss > 0 for loss in losses)

@@ -12,6 +12,7 @@ from safetensors.torch import load_file
 
 from conftest import losses, run, start, torchrun
 from plumbing.streams import file_mark
+from shipped import PAGE
 
 
 def train(out: Path, *more) -> list:
@@ -186,7 +187,7 @@ def test_an_unreadable_file_is_bad_samples_and_can_be_gone_on_from(tmp_path):
 
 @pytest.mark.parametrize("command", [
     ["eval.py", "--benchmark", "toy=1", "--checkpoint"],
-    ["sample.py", "--image", "assets/0005-invoice.png", "--checkpoint"]])
+    ["sample.py", "--image", PAGE, "--checkpoint"]])
 def test_a_model_that_is_not_there_leaves_nothing(tmp_path, command):
     folder = tmp_path / "no" / "such" / "model"
     done = run(*command, folder, code=2)

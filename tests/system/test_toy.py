@@ -1,21 +1,18 @@
 """toy/: drawn pages against themselves, and what the lessons are made of."""
-import itertools
 import json
 import random
-from collections import Counter
 
 import numpy as np
 import pytest
 import torch
-from PIL import Image, ImageFilter
+from PIL import Image
 
 from conftest import alone, run, start
-from data import Sample
 from model import IGNORE
 from sets import outcome
 from small_tokenizers import tokenizer  # noqa: F401: a fixture
-from toy.looks import CELL, LOOKS, Page, draw, glyph
-from toy.pages import (KINDS, ToyDocuments, drawn_page, eye_chart, held_out_documents, plain_text)
+from toy.pages import (CELL, KINDS, Page, ToyDocuments, draw, drawn_page, eye_chart, glyph,
+                       held_out_documents, plain_text)
 from vision import SIGLIP_PRESETS, tile
 
 TOY = SIGLIP_PRESETS["toy"]
@@ -27,20 +24,12 @@ def pages_of(kinds, seed: int) -> list[Page]:
     return [drawn_page(rng, kind, large, "train") for kind in kinds for large in (False, True)]
 
 
-def cells_of(page: Page) -> list[list[str]]:
-    """What stands in each cell, row by row."""
-    cells = [[" "] * page.columns for _ in range(page.rows)]
-    for row, column, word in page.words:
-        cells[row][column:column + len(word)] = word
-    return cells
-
-
 # --------------------------------------------------------------------------------------------------
 # Pages
 
 
-@pytest.mark.parametrize("kind, large", [*itertools.product(KINDS, (False, True)),
-                                         ("report", True)])
+@pytest.mark.parametrize("large", (False, True))
+@pytest.mark.parametrize("kind", KINDS)
 def test_drawn_pages(kind, large):
     rng = random.Random(f"{kind}{large}")
     for _ in range(50):
@@ -56,44 +45,8 @@ def test_drawn_pages(kind, large):
         assert sorted("".join(page.text.split())) == sorted(words)
 
 
-def test_reports_take_up_to_nine_tiles_and_their_fields_stand_apart():
-    """What one reads aloud is what a reader of the cells sees: row by row, words where there is a
-    gap."""
-    rng = random.Random(0)
-    tiles = Counter()
-    for _ in range(100):
-        page = drawn_page(rng, "report", True, "train")
-        tiles[len(tile(draw(page), TOY)) - 1] += 1
-        for _, column, word in page.words:
-            assert column // 8 == (column + len(word) - 1) // 8, f"{word} lies in two tiles"
-        lines = ["".join(row) for row in cells_of(page)]
-        assert page.text.split() == [word for line in lines for word in line.split()]
-    assert set(tiles) == {4, 6, 9} and min(tiles.values()) > 20
-
-
-@pytest.mark.parametrize("look", LOOKS)
-def test_every_look_keeps_size_and_place(look):
-    """Drawn the same each time; where it is darkest, specks apart, the clean page has ink within
-    half a cell, of the same character unless they are set proportionally."""
-    for page in pages_of(KINDS, seed=1):
-        image = draw(page, look)
-        plain = draw(page)
-        assert image.size == plain.size and image.mode == "RGB"
-        assert image.tobytes() == draw(page, look).tobytes()
-        assert (image.tobytes() == plain.tobytes()) == (look == "clean")
-        near_ink = np.asarray(plain.convert("L").filter(ImageFilter.MinFilter(15))) < 128
-        grey = image.convert("L").filter(ImageFilter.MedianFilter(3))
-        around = grey.filter(ImageFilter.BoxBlur(20))
-        darkness = np.asarray(grey, np.float32) - np.asarray(around, np.float32)
-        darkness = darkness[8:-8]           # without the edges, which may be dark themselves
-        darkest = darkness < np.quantile(darkness, 0.02)
-        assert near_ink[8:-8][darkest].mean() > 0.9
-        empty = Page(page.kind, page.columns, page.rows)
-        assert draw(empty, look).size == image.size
-
-
 def test_plain_text_is_what_the_patches_show():
-    for page in [*pages_of([*KINDS, "report"], seed=0), eye_chart(random.Random(0))]:
+    for page in [*pages_of(KINDS, seed=0), eye_chart(random.Random(0))]:
         pixels = tile(draw(page), TOY)                                      # (T, 3, 112, 112)
         patches = pixels[:, 0].unfold(1, CELL, CELL).unfold(2, CELL, CELL)  # (T, 8, 8, CELL, CELL)
         patches = patches.flatten(0, 2).numpy()                             # (T * 64, CELL, CELL)
@@ -159,30 +112,6 @@ def test_toy_samples_depend_on_seed_and_index_alone(tokenizer, stage):
     assert any(not torch.equal(documents[i].tokens, other[i].tokens) for i in range(5))
 
 
-def test_hard_pages_come_in_over_the_second_quarter_of_stage_1(tokenizer):
-    n = 60
-    clean = ToyDocuments(1, n, 0, tokenizer, TOY, look="clean")
-    hard = ToyDocuments(1, n, 0, tokenizer, TOY, look="hard")
-    same = [torch.equal(clean[i].pixels, hard[i].pixels) for i in range(n)]
-    assert all(same[:15]) and 0 < sum(same[15:30]) < 15 and not any(same[30:])
-    assert all(torch.equal(clean[i].tokens, hard[i].tokens) for i in range(n))
-
-
-def test_hard_pages_are_the_same_pages_but_for_stage_3_which_has_reports(tokenizer):
-    def samples(stage, split, look) -> list[Sample]:
-        documents = ToyDocuments(stage, 60, 0, tokenizer, TOY, split, look=look)
-        return [documents[i] for i in range(60)]
-
-    for stage, split in [(1, "held-out"), (2, "train"), (2, "held-out")]:
-        for clean, hard in zip(samples(stage, split, "clean"), samples(stage, split, "hard")):
-            assert torch.equal(clean.tokens, hard.tokens)
-            assert not torch.equal(clean.pixels, hard.pixels)
-    for split in ("train", "held-out"):
-        most = {look: max(len(sample.pixels) for sample in samples(3, split, look))
-                for look in ("clean", "hard")}
-        assert most["clean"] <= 4 and most["hard"] == 10
-
-
 # --------------------------------------------------------------------------------------------------
 # The command
 
@@ -209,10 +138,3 @@ def test_drawn_pages_as_training_data(tmp_path, tokenizer):
     assert sorted(answers) == sorted(row["answer"] for row in rows)
     for sample in samples:
         assert len(sample.pixels) > 0
-
-
-def test_the_sheet_has_five_pages_in_every_look(tmp_path):
-    run("-m", "toy.pages", "--sheet", tmp_path / "new" / "looks.png")
-    assert Image.open(tmp_path / "new" / "looks.png").height > 2 * len(LOOKS) * 8 * CELL
-    done = run("-m", "toy.pages", "--sheet", tmp_path / "looks.words", code=2)
-    assert "looks.words" in done.stderr.splitlines()[-1]

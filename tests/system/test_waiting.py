@@ -13,11 +13,11 @@ from pathlib import Path
 
 import pytest
 
-from commands import ROOT
 from conftest import run, start
 from kill import descendants
 from plumbing.processes import check_variables
 from plumbing.settings import InputError
+from toy.pages import STAGE0
 
 LIMIT = 5           # seconds from the second signal to the end
 BOTH = [signal.SIGINT, signal.SIGTERM]
@@ -32,7 +32,7 @@ def data(tmp_path_factory) -> Path:
 
 @pytest.fixture
 def out(tmp_path) -> Path:
-    (tmp_path / "stage2").symlink_to(ROOT / "toy" / "stage3")
+    (tmp_path / "stage2").symlink_to(STAGE0)
     return tmp_path
 
 
@@ -177,8 +177,8 @@ def test_a_model_that_is_written_for_ever(out, number):
 
 @pytest.mark.parametrize("number", BOTH)
 @pytest.mark.parametrize("command", [
-    ["eval.py", "--benchmark", "toy=5000", "--checkpoint", "toy/stage3"],
-    ["sample.py", "--checkpoint", "toy/stage3", "--device", "cpu", "--image", "FIFO"]])
+    ["eval.py", "--benchmark", "toy=5000", "--checkpoint", STAGE0],
+    ["sample.py", "--checkpoint", STAGE0, "--device", "cpu", "--image", "FIFO"]])
 def test_eval_and_sample_leave_at_the_first(tmp_path, command, number):
     """eval.py while it answers, sample.py while it waits for an image that nobody writes."""
     fifo = tmp_path / "page.png"
