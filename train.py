@@ -53,6 +53,7 @@ from plumbing.streams import (BAD_KINDS, Documents, Position, agree_on_position,
                               check_same_files, check_usable, deal, full_spec, keep_good, steps_of)
 from plumbing.weights import model_folder
 from plumbing.workers import loaded, start_worker
+from reader.enlarge import enlarge
 from reader.join import make_stage0
 from reader.lessons import ReaderDocuments
 from toy.looks import LOOKS
@@ -496,6 +497,8 @@ def run_stage(stage: int, args: argparse.Namespace, device: torch.device) -> boo
     """Build, train and export one stage, unless that is done. Returns whether it is complete."""
     recipe = recipe_of(stage, args)
     start = start_of(stage, args)
+    if args.preset == "reader" and stage == 2:
+        make_larger(args.out / "stage1", start)
     folder, partial = args.out / f"stage{stage}", args.out / f"stage{stage}.partial"
     main_rank = dist.get_rank() == 0
     complete = on_first_rank(lambda: is_complete(stage, args.out))
@@ -535,14 +538,24 @@ def run_stage(stage: int, args: argparse.Namespace, device: torch.device) -> boo
     return True
 
 
+def make_larger(folder: Path, out: Path) -> None:
+    """The reader's stage 2 has larger tiles than its stage 1."""
+    names = [path / "config.json" for path in (folder, out)]
+    if on_first_rank(lambda: names[0].exists() and not names[1].exists()):
+        enlarge(folder, out)        # all ranks: they wait for each other in it
+
+
 def start_of(stage: int, args: argparse.Namespace) -> Path | None:
-    """The folder from which a stage starts, or would: the stage before's; for stage 1 --llm, or the
-    shipped LLM unless this run has its own. None for stage 0."""
+    """The folder from which a stage starts, or would: the stage before's, for the reader's stage 2
+    with larger tiles; for stage 1 --llm, or the shipped LLM unless this run has its own. None for
+    stage 0."""
     if stage == 0:
         return None
     if stage == 1 and args.llm:
         return args.llm
     before = args.out / f"stage{stage - 1}"
+    if stage == 2 and args.preset == "reader":
+        return args.out / "stage1-large"
     if stage == 1 and args.preset != "reader" and not (before / "config.json").exists():
         return STAGE0
     return before

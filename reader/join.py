@@ -3,19 +3,16 @@
     python -m reader.join out/reader        # trains both as far as they should be, then joins them
     python -m reader.join out/reader --now  # joins the newest states as they are
 
-The encoder gets larger tiles, one of which holds most of the pages that people have: its position
-embeddings are interpolated. W2 is a copy of the LLM's head and W1 is random, as the paper has it,
-and the encoder's readout is left behind. Then encoder and Align have a lesson without the LLM:
-P_vocab of a patch shall be the mixture of its characters that the LLM has learnt to read. The paper
-leaves that to stage 1, which has millions of captions; ours has a few thousand pages. train.py's
-stage 1 starts from OUT/stage0.
+W2 is a copy of the LLM's head and W1 is random, as the paper has it, and the encoder's readout is
+left behind. Then encoder and Align have a lesson without the LLM: P_vocab of a patch shall be the
+mixture of its characters that the LLM has learnt to read. The paper leaves that to stage 1, which
+has millions of captions; ours has a few thousand pages. train.py's stage 1 starts from OUT/stage0.
 """
 import argparse
 from collections.abc import Callable
 from pathlib import Path
 
 import torch
-import torch.nn.functional as nnf
 from torch import Tensor, nn
 
 from data import Tokenizer
@@ -25,37 +22,22 @@ from reader import encoder, llm, training
 from reader.drawing import BLANK, N_CLASSES, SLOTS
 from reader.lessons import WEIGHTS, class_tokens
 from reader.quick import quicken
-from vision import SigLIP
 
 BLANK_WEIGHT = 0.15         # of a patch without print in Align's lesson: most of them are
 STEPS = 1500                # of that lesson
-TILES = 5                   # a step of it
-POSITIONS = "embeddings.position_embedding.weight"      # (N, d)
 
 
 def join(out: Path, seed: int = 0) -> tuple[AlignVLM, Tokenizer]:
     """The newest states of both lessons as one model. seed: of W1."""
     torch.manual_seed(seed)
     tokenizer = Tokenizer(out / "llm")
-    model = AlignVLM(AlignVLMConfig(encoder.LARGE, llm.llm_config(tokenizer)))
-    vision = SigLIP(encoder.CONFIG)
+    model = AlignVLM(AlignVLMConfig(encoder.CONFIG, llm.llm_config(tokenizer)))
     readout = nn.Linear(encoder.CONFIG.hidden_size, SLOTS * N_CLASSES)
     training.load_state(out / "encoder" / "state.safetensors",
-                        nn.ModuleDict({"vision": vision, "readout": readout}), None)
-    weights = vision.state_dict()
-    weights[POSITIONS] = enlarged(weights[POSITIONS], encoder.LARGE.patches_per_side)
-    model.vision.load_state_dict(weights)
+                        nn.ModuleDict({"vision": model.vision, "readout": readout}), None)
     training.load_state(out / "llm" / "state.safetensors", nn.ModuleDict({"llm": model.llm}), None)
     model.connector.init_weights(model.llm.head)
     return model, tokenizer
-
-
-def enlarged(positions: Tensor, side: int) -> Tensor:
-    """Position embeddings of a square of patches (N, d) -> those of side * side, interpolated."""
-    before = round(len(positions) ** 0.5)
-    grid = positions.unflatten(0, (before, before)).permute(2, 0, 1)        # (d, rows, columns)
-    grid = nnf.interpolate(grid[None], (side, side), mode="bilinear")[0]    # (d, side, side)
-    return grid.flatten(1).T.contiguous()                                   # (side * side, d)
 
 
 def teach_align(model: AlignVLM, tokenizer: Tokenizer, args: argparse.Namespace) -> None:
@@ -71,15 +53,15 @@ def teach_align(model: AlignVLM, tokenizer: Tokenizer, args: argparse.Namespace)
     def loss(pixels: Tensor, classes: Tensor) -> Tensor:
         """pixels (B, S, S, 3), classes (B, N, SLOTS) -> the cross-entropy of P_vocab, in nats."""
         with training.in_bf16():
-            F = model.vision(encoder.normalise(pixels, encoder.LARGE)).float()          # (B, N, d)
+            F = model.vision(encoder.normalise(pixels, encoder.CONFIG)).float()         # (B, N, d)
         P_vocab = model.connector.p_vocab(F)                                            # (B, N, V)
         tokens, weights = target(classes, token_of)                             # (B, N, SLOTS) both
         nats = -(P_vocab.gather(-1, tokens).clamp(min=1e-9).log() * weights).sum(-1)    # (B, N)
         counts = torch.where(classes[..., 0] == BLANK, BLANK_WEIGHT, 1.0)               # (B, N)
         return (nats * counts).sum() / counts.sum()
 
-    scraps = encoder.Scraps(args.seed + 1, "train", encoder.LARGE, TILES)
-    held_out = training.on_device(encoder.Scraps(args.seed, "held-out", encoder.LARGE, 10)[0])
+    scraps = encoder.Scraps(args.seed + 1, "train", encoder.CONFIG, 16)
+    held_out = training.on_device(encoder.Scraps(args.seed, "held-out", encoder.CONFIG, 32)[0])
     modules = nn.ModuleDict({"vision": model.vision, "connector": model.connector})
     training.train(modules, scraps, loss, lambda: scores_on(model, held_out, token_of, loss),
                    (0.9, 0.95), 0.1, args)
@@ -91,7 +73,7 @@ def scores_on(model: AlignVLM, held_out: tuple[Tensor, Tensor], token_of: Tensor
     """The loss on held-out tiles, and the share of patches with print whose likeliest token, but
     for the blank one, is their first character's."""
     pixels, classes = held_out
-    P_vocab = model.connector.p_vocab(model.vision(encoder.normalise(pixels, encoder.LARGE)))
+    P_vocab = model.connector.p_vocab(model.vision(encoder.normalise(pixels, encoder.CONFIG)))
     P_vocab[..., token_of[BLANK]] = 0
     likeliest, printed = P_vocab.argmax(-1), classes[..., 0] != BLANK               # (B, N) both
     first = (likeliest == token_of[classes[..., 0]])[printed].float().mean().item()

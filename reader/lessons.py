@@ -181,7 +181,7 @@ class ReaderDocuments(Dataset):
             return index
         rng = random.Random(f"{self.seed}/{self.split}/{self.stage}/{index}")
         progress = index / self.n if self.split == "train" else 1.0
-        single = self.stage == 1 or rng.random() < 0.4
+        single = self.stage == 1 or rng.random() < 0.7
         tiles = min(9, round(2 + 20 * progress))
         page = lesson_page(rng, self.split, self.config, single, most_tiles=tiles)
         read, ask = (0.35, 0.3) if self.stage == 3 else (1.0, 0.0)

@@ -1,18 +1,20 @@
 """The reader's pages: the same every time, in no font that is kept apart, and labelled as drawn."""
 import random
+from dataclasses import replace
 
 import numpy as np
 import pytest
 import torch
 
 from data import READ, Tokenizer
+from model import AlignVLM, AlignVLMConfig, LlamaConfig
 from paper.benchmarks import folder_pages, open_benchmark
 from paper.metrics import METRICS
 from plumbing.settings import InputError
 from reader import words
 from reader.drawing import CHARACTERS, CLASS, SMUDGE, Page
+from reader.enlarge import POSITIONS, enlarge, enlarged
 from reader.fonts import HELD_OUT, NEVER, face_paths, faces
-from reader.join import enlarged
 from reader.lessons import WEIGHTS, class_tokens, mixtures, write_tokenizer
 from reader.pages import KINDS, PRACTICE, write_page
 from vision import SigLIPConfig, tile_boxes
@@ -72,6 +74,22 @@ def test_larger_tiles_keep_where_a_patch_is():
     middle = middle.clamp(0, 5)                             # beyond the outer ones nothing is known
     torch.testing.assert_close(positions[..., 0], middle[:, None].expand(10, 10))
     torch.testing.assert_close(positions[..., 1], middle.expand(10, 10))
+
+
+def test_nothing_else_changes_with_larger_tiles(tmp_path):
+    write_tokenizer(tmp_path / "tokenizer.model")
+    small = SigLIPConfig(hidden_size=16, n_layers=1, n_heads=2, intermediate_size=32, image_size=84)
+    llm = LlamaConfig(vocab_size=540, hidden_size=16, n_layers=1, n_heads=1, n_kv_heads=1,
+                      head_dim=16, intermediate_size=32)
+    model = AlignVLM(AlignVLMConfig(small, llm))
+    model.init_weights()
+    model.save_pretrained(tmp_path / "small", tmp_path / "tokenizer.model", torch.float32)
+    enlarge(tmp_path / "small", tmp_path / "large")
+    larger = AlignVLM.from_pretrained(tmp_path / "large", torch.float32)
+    assert larger.config.vision == replace(small, image_size=448)
+    before, after = model.state_dict(), larger.state_dict()
+    assert after[POSITIONS].shape == (32 * 32, 16)
+    assert all(torch.equal(before[name], after[name]) for name in before if name != POSITIONS)
 
 
 @needs_fonts
