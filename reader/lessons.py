@@ -102,10 +102,11 @@ class LaidOut(Dataset):
     and the samples' lengths.
 
     P: the patches of all pages of the step, in the order of the IMAGE places in tokens, each of n
-    tokens; where a page's patches have fewer, the others have no weight. A step has
-    either pages of a single tile or of several, as many as make `budget` tokens. At first most
-    single tiles are shown without their blank rows of patches: the less there is to look through,
-    the sooner copying begins. Tiles are those of `config` at first, then also those of `large`.
+    tokens; where a page's patches have fewer, the others have no weight. A step has either pages of
+    a single tile or of several, as many as make `budget` tokens. Many single tiles are shown
+    without their blank rows of patches: the less there is to look through, the sooner copying
+    begins, and the more text a step has. Tiles are those of `config` at first, then also those of
+    `large`.
     """
 
     def __init__(self, seed: int, split: str, tokenizer: Tokenizer, config: SigLIPConfig,
@@ -138,7 +139,8 @@ class LaidOut(Dataset):
         shifts = [(rng.gauss(0, doubt), rng.gauss(0, doubt)) for _ in range(4 if doubt else 1)]
         classes = np.stack([page.all_classes(config, shift) for shift in shifts])
         K, T, N, _ = classes.shape                                          # (K, T, N, SLOTS)
-        if single and rng.random() < (0.85 if step < 1000 else 0.3):
+        dense = 0.85 if step < 1000 else 0.7 if config is self.large else 0.3
+        if single and rng.random() < dense:
             side = config.patches_per_side
             rows = classes.reshape(K, side, side, SLOTS)
             classes = rows[:, (rows != BLANK).any((0, 2, 3))]               # (K, rows, side, SLOTS)
