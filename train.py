@@ -18,6 +18,7 @@ import itertools
 import json
 import math
 import os
+import shutil
 import threading
 from collections import Counter
 from collections.abc import Iterator
@@ -539,10 +540,16 @@ def run_stage(stage: int, args: argparse.Namespace, device: torch.device) -> boo
 
 
 def make_larger(folder: Path, out: Path) -> None:
-    """The reader's stage 2 has larger tiles than its stage 1."""
-    names = [path / "config.json" for path in (folder, out)]
-    if on_first_rank(lambda: names[0].exists() and not names[1].exists()):
+    """The reader's stage 2 has larger tiles than its stage 1: its model in `out`, again whenever
+    stage 1 was trained anew. The copy of recipe.json comes last and says of which stage 1 it is."""
+    def is_due() -> bool:
+        made = (out / "config.json").exists() and recorded(out, "id") == recorded(folder, "id")
+        return (folder / "config.json").exists() and not made
+
+    if on_first_rank(is_due):
         enlarge(folder, out)        # all ranks: they wait for each other in it
+        if (folder / "recipe.json").exists():
+            on_first_rank(lambda: shutil.copyfile(folder / "recipe.json", out / "recipe.json"))
 
 
 def start_of(stage: int, args: argparse.Namespace) -> Path | None:

@@ -138,7 +138,7 @@ class LaidOut(Dataset):
         # An encoder is not sure to a pixel where a character is: it stands in two patches, partly.
         shifts = [(rng.gauss(0, doubt), rng.gauss(0, doubt)) for _ in range(4 if doubt else 1)]
         classes = np.stack([page.all_classes(config, shift) for shift in shifts])
-        K, T, N, _ = classes.shape                                          # (K, T, N, SLOTS)
+        K = len(classes)                                                    # (K, T, N, SLOTS)
         dense = 0.85 if step < 1000 else 0.7 if config is self.large else 0.3
         if single and rng.random() < dense:
             side = config.patches_per_side

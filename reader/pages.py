@@ -21,7 +21,7 @@ from reader.sheet import Sheet, asked, fit_one_tile, value_for
 from reader.words import FIELDS, GOODS, amount, code, company, date, email, money, person, phone
 from vision import SigLIPConfig, choose_grid
 
-SIDE = 448              # of a tile of the shipped model, in pixels
+SIDE = 448              # of a tile of the reader from stage 2 on, in pixels
 GRIDS = [(r, c) for r in range(1, 10) for c in range(1, 10) if r * c <= 9 and r <= 3 * c <= 9 * r]
 
 
