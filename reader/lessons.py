@@ -20,7 +20,7 @@ from plumbing.streams import Position
 from reader.drawing import BLANK, CHARACTERS, SLOTS, Page
 from reader.fonts import BESIDES
 from reader.pages import GRIDS, KINDS, write_page
-from vision import SigLIPConfig
+from vision import SigLIPConfig, choose_grid
 
 # Of a patch's mixture, in reading order. What a slot without a character has goes to the blank
 # token, so that "l" and "ll" are not the same; no two sums of them are equal.
@@ -94,7 +94,11 @@ def lesson_page(rng: random.Random, split: str, config: SigLIPConfig, single: bo
     grids = [(1, 1)]
     if not single:
         grids = [(r, c) for r, c in GRIDS for _ in range(9 // (r * c)) if 1 < r * c <= most_tiles]
-    return write_page(rng, kind, split, config, grids, characters, lines)
+    while True:
+        page = write_page(rng, kind, split, config, grids, characters, lines)
+        rows, columns = choose_grid(page.width, page.height, config.image_size)
+        if rows * columns <= most_tiles:        # a page that is longer than was meant has more
+            return page
 
 
 class LaidOut(Dataset):
@@ -183,8 +187,8 @@ class ReaderDocuments(Dataset):
             return index
         rng = random.Random(f"{self.seed}/{self.split}/{self.stage}/{index}")
         progress = index / self.n if self.split == "train" else 1.0
-        single = self.stage == 1 or rng.random() < 0.7
-        tiles = min(9, round(2 + 20 * progress))
+        single = self.stage == 1 or rng.random() < 0.9
+        tiles = min(9, round(2 + 8 * progress))
         page = lesson_page(rng, self.split, self.config, single, most_tiles=tiles)
         read, ask = (0.35, 0.3) if self.stage == 3 else (1.0, 0.0)
         turns = turns_about(rng, page, read, ask)
