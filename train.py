@@ -18,6 +18,7 @@ import itertools
 import json
 import math
 import os
+import shutil
 import threading
 from collections import Counter
 from collections.abc import Iterator
@@ -53,7 +54,7 @@ from plumbing.streams import (BAD_KINDS, Documents, Position, agree_on_position,
                               check_same_files, check_usable, deal, full_spec, keep_good, steps_of)
 from plumbing.weights import model_folder
 from plumbing.workers import loaded, start_worker
-from reader.enlarge import LARGE_SIDE, enlarge
+from reader.enlarge import enlarge
 from reader.join import make_stage0
 from reader.lessons import ReaderDocuments
 from toy.pages import STAGE0, ToyDocuments, write_toy_tokenizer
@@ -538,10 +539,16 @@ def run_stage(stage: int, args: argparse.Namespace, device: torch.device) -> boo
 
 
 def make_larger(folder: Path, out: Path) -> None:
-    """The reader's stage 2 has larger tiles than its stage 1."""
-    names = [path / "config.json" for path in (folder, out)]
-    if on_first_rank(lambda: names[0].exists() and not names[1].exists()):
-        enlarge(folder, out, LARGE_SIDE)        # all ranks: they wait for each other in it
+    """The reader's stage 2 has larger tiles than its stage 1: its model in `out`, again whenever
+    stage 1 was trained anew. The copy of recipe.json comes last and says of which stage 1 it is."""
+    def is_due() -> bool:
+        made = (out / "config.json").exists() and recorded(out, "id") == recorded(folder, "id")
+        return (folder / "config.json").exists() and not made
+
+    if on_first_rank(is_due):
+        enlarge(folder, out)        # all ranks: they wait for each other in it
+        if (folder / "recipe.json").exists():
+            on_first_rank(lambda: shutil.copyfile(folder / "recipe.json", out / "recipe.json"))
 
 
 def start_of(stage: int, args: argparse.Namespace) -> Path | None:
@@ -554,7 +561,7 @@ def start_of(stage: int, args: argparse.Namespace) -> Path | None:
         return args.llm
     before = args.out / f"stage{stage - 1}"
     if stage == 2 and args.preset == "reader":
-        return args.out / f"stage1-{LARGE_SIDE}"
+        return args.out / "stage1-large"
     if stage == 1 and args.preset != "reader" and not (before / "config.json").exists():
         return STAGE0
     return before

@@ -6,6 +6,7 @@ The readout, four characters of a patch in reading order, is thrown away after t
 the place of what a released SigLIP has seen.
 """
 import argparse
+from dataclasses import replace
 
 import numpy as np
 import torch
@@ -16,6 +17,7 @@ from torch.utils.data import Dataset
 from plumbing.processes import run_main
 from reader import training
 from reader.drawing import N_CLASSES, SLOTS
+from reader.pages import SIDE
 from reader.quick import quicken
 from reader.scraps import lesson
 from vision import SigLIP, SigLIPConfig
@@ -23,6 +25,7 @@ from vision import SigLIP, SigLIPConfig
 # Patches of 14 pixels hold one to three characters of ordinary print.
 CONFIG = SigLIPConfig(hidden_size=192, n_layers=5, n_heads=3, intermediate_size=768,
                       image_size=224, image_mean=1.0)
+LARGE = replace(CONFIG, image_size=SIDE)    # one holds most pages that people have
 # Most patches are blank, and most slots of the others: those count less.
 BLANK_WEIGHTS = torch.tensor([0.15, 0.15, 0.08, 0.04])
 

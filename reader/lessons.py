@@ -20,7 +20,7 @@ from plumbing.streams import Position
 from reader.drawing import BLANK, CHARACTERS, SLOTS, Page
 from reader.fonts import BESIDES
 from reader.pages import GRIDS, KINDS, write_page
-from vision import SigLIPConfig
+from vision import SigLIPConfig, choose_grid
 
 # Of a patch's mixture, in reading order. What a slot without a character has goes to the blank
 # token, so that "l" and "ll" are not the same; no two sums of them are equal.
@@ -90,11 +90,15 @@ def phrased(rng: random.Random, prompt: str) -> str:
 def lesson_page(rng: random.Random, split: str, config: SigLIPConfig, single: bool,
                 lines: int = 10 ** 6, most_tiles: int = 9, characters: int = 1200) -> Page:
     """A page of any kind. The more tiles, the rarer: nine cost as much as nine times one."""
-    kind = rng.choice([*KINDS, "notes"])
+    kind = rng.choice([*KINDS, "notes", "snippets", "snippets", "snippets"])
     grids = [(1, 1)]
     if not single:
         grids = [(r, c) for r, c in GRIDS for _ in range(9 // (r * c)) if 1 < r * c <= most_tiles]
-    return write_page(rng, kind, split, config, grids, characters, lines)
+    while True:
+        page = write_page(rng, kind, split, config, grids, characters, lines)
+        rows, columns = choose_grid(page.width, page.height, config.image_size)
+        if rows * columns <= most_tiles:        # a page that is longer than was meant has more
+            return page
 
 
 class LaidOut(Dataset):
@@ -102,38 +106,48 @@ class LaidOut(Dataset):
     and the samples' lengths.
 
     P: the patches of all pages of the step, in the order of the IMAGE places in tokens, each of n
-    tokens; where a page's patches have fewer, the others have no weight. A step has
-    either pages of a single tile or of several, as many as make `budget` tokens. At first most
-    single tiles are shown without their blank rows of patches: the less there is to look through,
-    the sooner copying begins.
+    tokens; where a page's patches have fewer, the others have no weight. A step has either pages of
+    a single tile or of several, as many as make `budget` tokens. Many single tiles are shown
+    without their blank rows of patches: the less there is to look through, the sooner copying
+    begins, and the more text a step has. Tiles are those of `config` at first, then also those of
+    `large`.
     """
 
     def __init__(self, seed: int, split: str, tokenizer: Tokenizer, config: SigLIPConfig,
-                 budget: int = 7000):
-        self.seed, self.split, self.tokenizer, self.config = seed, split, tokenizer, config
+                 large: SigLIPConfig, budget: int = 7000):
+        self.seed, self.split, self.tokenizer = seed, split, tokenizer
+        self.config, self.large = config, large
         self.budget, self.tokens = budget, class_tokens(tokenizer)
 
     def __getitem__(self, step: int) -> tuple[Tensor, Tensor, Tensor, Tensor, list[int]]:
         rng = random.Random(f"{self.seed}/text/{self.split}/{step}")
-        single = rng.random() < (1 if step < 1000 else 0.85)
+        config = self.config if step < 2000 or rng.random() < 0.4 else self.large
+        return self.row(rng, step, config, rng.random() < (1 if step < 1000 else 0.7))
+
+    def row(self, rng: random.Random, step: int, config: SigLIPConfig,
+            single: bool) -> tuple[Tensor, Tensor, Tensor, Tensor, list[int]]:
+        """A step's pages, in tiles of this size, each of a single one or of several."""
         samples, size = [], 0
         while size < self.budget:
-            samples.append(self.sample(rng, step, single))
+            samples.append(self.sample(rng, step, config, single))
             size += len(samples[-1][0])
         return packed(samples)
 
-    def sample(self, rng: random.Random, step: int, single: bool) -> tuple:
+    def sample(self, rng: random.Random, step: int, config: SigLIPConfig, single: bool) -> tuple:
         lines = 1 + step // 60 if step < 700 else 10 ** 6           # longer by and by
         tiles = 2 + (step - 1000) // 150                            # more of them by and by
-        page = lesson_page(rng, self.split, self.config, single, lines, max(2, min(9, tiles)))
+        most = 3 if config is self.large else max(2, min(9, tiles))
+        page = lesson_page(rng, self.split, config, single, lines, most)
         doubt = 0.0 if rng.random() < 0.3 else rng.random()
         # An encoder is not sure to a pixel where a character is: it stands in two patches, partly.
         shifts = [(rng.gauss(0, doubt), rng.gauss(0, doubt)) for _ in range(4 if doubt else 1)]
-        classes = np.stack([page.all_classes(self.config, shift) for shift in shifts])
-        K, T, N, _ = classes.shape                                          # (K, T, N, SLOTS)
-        if single and rng.random() < (0.85 if step < 1000 else 0.2):
-            rows = classes.reshape(K, self.config.patches_per_side, -1, SLOTS)
-            classes = rows[:, (rows != BLANK).any((0, 2, 3))]               # (K, rows, 16, SLOTS)
+        classes = np.stack([page.all_classes(config, shift) for shift in shifts])
+        K = len(classes)                                                    # (K, T, N, SLOTS)
+        dense = 0.85 if step < 1000 else 0.7 if config is self.large else 0.3
+        if single and rng.random() < dense:
+            side = config.patches_per_side
+            rows = classes.reshape(K, side, side, SLOTS)
+            classes = rows[:, (rows != BLANK).any((0, 2, 3))]               # (K, rows, side, SLOTS)
         classes = classes.reshape(K, -1, SLOTS)                             # (K, P, SLOTS)
         ids, weights = mixtures(rng, classes, self.tokens, 0.5 * doubt)
         asking = 0.1 if step < 3000 else 0.3                        # first it learns to read
@@ -173,8 +187,8 @@ class ReaderDocuments(Dataset):
             return index
         rng = random.Random(f"{self.seed}/{self.split}/{self.stage}/{index}")
         progress = index / self.n if self.split == "train" else 1.0
-        single = self.stage == 1 or rng.random() < 0.4
-        tiles = min(9, round(2 + 20 * progress))
+        single = self.stage == 1 or rng.random() < 0.9
+        tiles = min(9, round(2 + 8 * progress))
         page = lesson_page(rng, self.split, self.config, single, most_tiles=tiles)
         read, ask = (0.35, 0.3) if self.stage == 3 else (1.0, 0.0)
         turns = turns_about(rng, page, read, ask)

@@ -4,6 +4,7 @@
 """
 import argparse
 import itertools
+import random
 
 import torch
 import torch.nn.functional as nnf
@@ -14,7 +15,7 @@ from model import IGNORE, IMAGE, Llama, LlamaConfig
 from plumbing.processes import run_main
 from plumbing.texts import edit_distance
 from reader import training
-from reader.encoder import CONFIG as VISION
+from reader.encoder import CONFIG, LARGE
 from reader.lessons import LaidOut, write_tokenizer
 from reader.quick import quicken
 
@@ -91,19 +92,19 @@ def train(args: argparse.Namespace) -> None:
     llm = Llama(llm_config(tokenizer))
     llm.init_weights()
     quicken(llm)
-    held_out = held_out_steps(LaidOut(args.seed, "held-out", tokenizer, VISION))
+    held_out = held_out_steps(LaidOut(args.seed, "held-out", tokenizer, CONFIG, LARGE))
     training.train(nn.ModuleDict({"llm": llm}),
-                   LaidOut(args.seed, "train", tokenizer, VISION, args.tokens),
+                   LaidOut(args.seed, "train", tokenizer, CONFIG, LARGE, args.tokens),
                    lambda *batch: nnf.cross_entropy(*answer_logits(llm, batch)),
                    lambda: scores_on(llm, tokenizer, held_out), (0.9, 0.95), 0.1, args)
 
 
 def held_out_steps(data: LaidOut, n: int = 2) -> dict[str, list]:
-    """The first n steps of single tiles, and of several, as the lesson's last ones are."""
-    steps = [training.on_device(data[10_000 + i]) for i in range(8 * n)]
-    few = [step for step in steps if len(step[-1]) < 8]
-    many = [step for step in steps if len(step[-1]) >= 8]
-    return {"single": many[:n], "tiled": few[:n]}
+    """n steps of each: tiles of both sizes, single ones and several, as the lesson's last."""
+    kinds = {"single": (CONFIG, True), "tiled": (CONFIG, False),
+             "large": (LARGE, True), "large_tiled": (LARGE, False)}
+    return {name: [training.on_device(data.row(random.Random(f"{name}/{i}"), 10_000, *kind))
+                   for i in range(n)] for name, kind in kinds.items()}
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:

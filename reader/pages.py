@@ -21,7 +21,7 @@ from reader.sheet import Sheet, asked, fit_one_tile, value_for
 from reader.words import FIELDS, GOODS, amount, code, company, date, email, money, person, phone
 from vision import SigLIPConfig, choose_grid
 
-SIDE = 392              # of a tile of the shipped model, in pixels
+SIDE = 448              # of a tile of the reader from stage 2 on, in pixels
 GRIDS = [(r, c) for r in range(1, 10) for c in range(1, 10) if r * c <= 9 and r <= 3 * c <= 9 * r]
 
 
@@ -360,8 +360,23 @@ def notes(sheet: Sheet) -> None:
             sheet.down(rng.uniform(0.2, 1))
 
 
+def snippets(sheet: Sheet) -> None:
+    """Short lines at any place. The hardest step is from the end of a line to the next one's start,
+    and other pages have few."""
+    rng = sheet.rng
+    while not sheet.full:
+        short = words.anything(rng)[:rng.randint(1, 7)].strip() or "-"
+        if rng.random() < 0.3:
+            sheet.pair(short, words.some_value(rng)[:rng.randint(1, 7)].strip(), sheet.right, 1)
+        else:
+            sheet.write(short, rng.choice([0, 0, 0, rng.random()]))
+        if rng.random() < 0.2:
+            sheet.down(rng.uniform(0.2, 3))
+
+
 KINDS = {"receipt": receipt, "invoice": invoice, "letter": letter, "form": form, "table": table,
          "article": article, "columns": columns, "screenshot": screenshot, "notes": notes}
+PRACTICE = {"snippets": snippets}       # pages to learn from, which nobody has
 
 
 def legible(page: Page, config: SigLIPConfig, least: float) -> bool:
@@ -390,7 +405,7 @@ def write_page(rng: random.Random, kind: str, split: str, config: SigLIPConfig,
         if single:
             fit_one_tile(sheet, config.image_size)
         sheet.most_lines = lines
-        KINDS[kind](sheet)
+        (KINDS | PRACTICE)[kind](sheet)
         page = sheet.finish()
         if page.runs and len(page.text) <= characters and legible(page, config, least):
             return page

@@ -1,21 +1,27 @@
 """The reader's pages: the same every time, in no font that is kept apart, and labelled as drawn."""
+import json
 import random
+from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+import torch.distributed as dist
 
 from data import READ, Tokenizer
+from model import AlignVLM, AlignVLMConfig, LlamaConfig
 from paper.benchmarks import folder_pages, open_benchmark
 from paper.metrics import METRICS
+from plumbing.runs import recorded
 from plumbing.settings import InputError
-from model import AlignVLM, AlignVLMConfig, LlamaConfig
 from reader import words
 from reader.drawing import CHARACTERS, CLASS, SMUDGE, Page
-from reader.enlarge import POSITIONS, enlarge
+from reader.enlarge import POSITIONS, enlarge, enlarged
 from reader.fonts import HELD_OUT, NEVER, face_paths, faces
 from reader.lessons import WEIGHTS, class_tokens, mixtures, write_tokenizer
-from reader.pages import KINDS, write_page
+from reader.pages import KINDS, PRACTICE, write_page
+from train import make_larger
 from vision import SigLIPConfig, tile_boxes
 
 CONFIG = SigLIPConfig(image_size=224)
@@ -65,31 +71,67 @@ def test_a_mixture_tells_its_characters_and_their_order():
     np.testing.assert_allclose(weights.sum(-1), 1, atol=1e-6)
 
 
-def test_larger_tiles_keep_where_a_patch_is(tmp_path):
+def test_larger_tiles_keep_where_a_patch_is():
     """A position that is its row, or its column, is still that, in the new patches' measure."""
-    write_tokenizer(tmp_path / "tokenizer.model")
+    places = torch.arange(36)
+    positions = enlarged(torch.stack([places // 6, places % 6], 1).float(), 10).view(10, 10, 2)
+    middle = (torch.arange(10) + 0.5) * 6 / 10 - 0.5        # the centre of a new patch, in old ones
+    middle = middle.clamp(0, 5)                             # beyond the outer ones nothing is known
+    torch.testing.assert_close(positions[..., 0], middle[:, None].expand(10, 10))
+    torch.testing.assert_close(positions[..., 1], middle.expand(10, 10))
+
+
+def small_reader(folder: Path) -> AlignVLM:
+    """A model with tiles of 84 pixels, saved in `folder`."""
+    tokenizer = folder.parent / "tokenizer.model"
+    write_tokenizer(tokenizer)
     small = SigLIPConfig(hidden_size=16, n_layers=1, n_heads=2, intermediate_size=32, image_size=84)
-    llm = LlamaConfig(vocab_size=300, hidden_size=16, n_layers=1, n_heads=1, n_kv_heads=1,
+    llm = LlamaConfig(vocab_size=540, hidden_size=16, n_layers=1, n_heads=1, n_kv_heads=1,
                       head_dim=16, intermediate_size=32)
     model = AlignVLM(AlignVLMConfig(small, llm))
     model.init_weights()
-    places = torch.arange(36)
-    model.state_dict()[POSITIONS][:, 0] = places // 6
-    model.state_dict()[POSITIONS][:, 1] = places % 6
-    model.save_pretrained(tmp_path / "small", tmp_path / "tokenizer.model", torch.float32)
-    enlarge(tmp_path / "small", tmp_path / "large", 140)
-    larger = AlignVLM.from_pretrained(tmp_path / "large")
-    assert larger.config.vision.image_size == 140
-    positions = larger.state_dict()[POSITIONS][:, :2].view(10, 10, 2)
-    middle = (torch.arange(10) + 0.5) * 6 / 10 - 0.5        # the centre of a new patch, in old ones
-    torch.testing.assert_close(positions[3:7, 0, 0], middle[3:7])
-    torch.testing.assert_close(positions[0, 3:7, 1], middle[3:7])
+    model.save_pretrained(folder, tokenizer, torch.float32)
+    return model
+
+
+@pytest.fixture
+def one_process():
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    yield
+    dist.destroy_process_group()
+
+
+def test_larger_tiles_are_those_of_the_stage_1_that_is_there(tmp_path, one_process):
+    """Stage 2 is of a stage 1 by its id: with another stage 1 its start is made anew, once."""
+    small, large = tmp_path / "stage1", tmp_path / "stage1-large"
+    make_larger(small, large)
+    assert not large.exists()
+    for name in "a", "b":
+        model = small_reader(small)
+        (small / "recipe.json").write_text(json.dumps({"id": name}))
+        make_larger(small, large)
+        assert recorded(large, "id") == name
+        written = (large / "model.safetensors").stat().st_ino
+        make_larger(small, large)
+        assert (large / "model.safetensors").stat().st_ino == written
+        expected = model.connector.W1.weight
+        found = AlignVLM.from_pretrained(large, torch.float32).connector.W1.weight
+        assert torch.equal(found, expected)
+
+
+def test_nothing_else_changes_with_larger_tiles(tmp_path):
+    model = small_reader(tmp_path / "small")
+    small = model.config.vision
+    enlarge(tmp_path / "small", tmp_path / "large")
+    larger = AlignVLM.from_pretrained(tmp_path / "large", torch.float32)
+    assert larger.config.vision == replace(small, image_size=448)
     before, after = model.state_dict(), larger.state_dict()
+    assert after[POSITIONS].shape == (32 * 32, 16)
     assert all(torch.equal(before[name], after[name]) for name in before if name != POSITIONS)
 
 
 @needs_fonts
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", [*KINDS, *PRACTICE])
 def test_a_page_is_the_same_every_time_and_answers_stand_on_it(kind):
     pages = [write_page(random.Random(f"same/{kind}"), kind, "train", CONFIG) for _ in range(2)]
     assert pages[0].text == pages[1].text and pages[0].questions == pages[1].questions

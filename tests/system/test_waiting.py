@@ -74,13 +74,18 @@ def end_by_two(process, number: int, apart: float = 1.2) -> str:
 
 
 def gone(pids: list[int]) -> bool:
-    """Whether none of these processes runs; one that nobody has asked for its status has ended."""
+    """Whether none of these processes runs, a second from now at the latest: the kernel kills them
+    once their parent has ended. One that nobody has asked for its status has ended."""
     def state(pid: int) -> str:
         try:
             return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
         except OSError:
             return "gone"
-    return all(state(pid) in ("gone", "Z", "X") for pid in pids)
+    for _ in range(100):
+        if all(state(pid) in ("gone", "Z", "X") for pid in pids):
+            return True
+        time.sleep(0.01)
+    return False
 
 
 def as_rank(rank: int, port: int, *command) -> list:
