@@ -12,7 +12,7 @@ from plumbing.texts import edit_distance
 HEADLINES = {"DocVQA": "anls", "InfoVQA": "anls", "DeepForm": "f1", "KLC": "f1", "WTQ": "accuracy",
              "TabFact": "accuracy", "ChartQA": "relaxed_accuracy", "TextVQA": "vqa_accuracy",
              "TableVQABench": "accuracy", "VCR-easy": "exact_match", "VCR-hard": "exact_match",
-             **dict.fromkeys(["toy", "reader-pages", "reader-drawn"], "exact_match")}
+             **dict.fromkeys(["toy", "reader-pages", "reader-a4", "reader-drawn"], "exact_match")}
 
 
 def row(prediction, *answers, split=None):

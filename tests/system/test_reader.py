@@ -17,12 +17,13 @@ from plumbing.runs import recorded
 from plumbing.settings import InputError
 from reader import words
 from reader.drawing import CHARACTERS, CLASS, SMUDGE, Page
+from reader.encoder import LARGE
 from reader.enlarge import POSITIONS, enlarge, enlarged
 from reader.fonts import HELD_OUT, NEVER, face_paths, faces
 from reader.lessons import WEIGHTS, class_tokens, mixtures, write_tokenizer
 from reader.pages import KINDS, PRACTICE, write_page
 from train import make_larger
-from vision import SigLIPConfig, tile_boxes
+from vision import SigLIPConfig, choose_grid, tile_boxes
 
 CONFIG = SigLIPConfig(image_size=224)
 
@@ -160,6 +161,14 @@ def test_type_that_tiles_cannot_show_is_a_smudge():
     assert len(classes) == len(tile_boxes(page.width, page.height, CONFIG)) > 1
     whole, tiles = classes[0, :, 0], classes[1:, :, 0]
     assert (whole == SMUDGE).any() and (tiles > SMUDGE).sum() > (tiles == SMUDGE).sum()
+
+
+def test_whole_a4_pages_are_cut_into_nine_tiles_and_the_whole():
+    benchmark = open_benchmark("reader-a4")
+    assert len(benchmark.rows) == 12
+    for i in range(len(benchmark.rows)):
+        [image] = benchmark.images(i)
+        assert choose_grid(*image.size, LARGE.image_size) == (3, 3)
 
 
 def test_pages_by_others_are_scored_aloud_and_asked():
