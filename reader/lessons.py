@@ -188,7 +188,7 @@ class ReaderDocuments(Dataset):
         rng = random.Random(f"{self.seed}/{self.split}/{self.stage}/{index}")
         progress = index / self.n if self.split == "train" else 1.0
         single = self.stage == 1 or rng.random() < 0.9
-        tiles = min(9, round(2 + 8 * progress))
+        tiles = round(2 + 2 * progress)      # a page of nine costs as much as ten of one
         page = lesson_page(rng, self.split, self.config, single, most_tiles=tiles)
         read, ask = (0.35, 0.3) if self.stage == 3 else (1.0, 0.0)
         turns = turns_about(rng, page, read, ask)
