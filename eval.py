@@ -120,7 +120,7 @@ def evaluate_benchmark(model: AlignVLM, tokenizer: Tokenizer, benchmark: Benchma
 def longest_answer(benchmark: str) -> int:
     """In tokens, which are the reader's characters: a page of print is read aloud."""
     if benchmark == "reader-a4":
-        return 4000
+        return 3000
     return 1500 if benchmark in READERS else 256
 
 
@@ -238,8 +238,8 @@ def parse_args() -> argparse.Namespace:
         "all)")
     add("--batch-size", type=int, default=16, help="samples answered together by a process "
         "(default: %(default)s)")
-    add("--max-new-tokens", type=int, help="longest answer (default: 256; of pages read aloud "
-        "1500)")
+    add("--max-new-tokens", type=int, help="longest answer (default: 256; of pages of print "
+        "1500, of reader-a4 3000)")
     add("--max-tiles", type=int, default=9, help="tiles a page is cut into at most (default: "
         "%(default)s)")
     noise = parser.add_mutually_exclusive_group()

@@ -254,7 +254,7 @@ def parse_args() -> argparse.Namespace:
     add("--checkpoint", help="model folder, or a name on the hub, `owner/name` (default: the "
         "shipped model, reader/stage3)")
     add("--llm", help="folder or name of a released Llama: ask it --prompt, without an image")
-    add("--max-new-tokens", type=int, default=1500, help="longest answer; a token of the shipped "
+    add("--max-new-tokens", type=int, default=3000, help="longest answer; a token of the shipped "
         "model is a character (default: %(default)s)")
     add("--temperature", type=float, default=0.0, help="0 is greedy (default: %(default)s)")
     add("--seed", type=int, default=0, help="of the sampling (default: %(default)s)")
@@ -342,6 +342,8 @@ def ask_model(folder: str | Path, args: argparse.Namespace, **generation) -> Non
     start = time.perf_counter()
     *times, _ = show(answer(model, tokenizer, [images], [prompt], **options))
     print_speed(model.llm, start, times)
+    if len(times) == generation["max_new_tokens"]:
+        print("cut there: more with --max-new-tokens", file=sys.stderr)
 
 
 def main() -> None:

@@ -323,7 +323,7 @@ def is_over(progress: Progress, recipe: Recipe, n_steps: int | None) -> bool:
 
 def train_stage(stage: int, recipe: Recipe, model: AlignVLM, tokenizer: Tokenizer,
                 state: Path | None, args: argparse.Namespace, device: torch.device) -> bool:
-    """Train a sharded model for one stage on --data, or else on the toy's pages, from a training
+    """Train a sharded model for one stage on --data, or else on the pages of its preset, from a training
     state on, if there is one. Changes the model, and writes log.jsonl and states into the stage's
     folder.
 
@@ -712,14 +712,14 @@ def add_data_flags(add) -> None:
     add("--data", nargs="+", metavar="PATH[:WEIGHT]", help="what --stage learns from: folders, "
         "files or globs of tar (img2dataset), parquet (BigDocs, VCR-wiki), JSONL or JSON "
         "(DocDownstream, MS-Swift, LLaVA); with weights the data sets are mixed in that ratio "
-        "(default: the toy's drawn pages)")
+        "(default: the drawn pages of the preset, toy or reader)")
     add("--max-tiles", type=positive(int), help="tiles a page is cut into at most (default: 9)")
     add("--max-bad", type=float, default=0.01, help="share of bad samples above which training "
         "stops, judged from a thousand samples or an epoch on (default: %(default)s)")
     add("--workers", type=int,
         help="data loading processes per process (default: with --data up to 4, else 0)")
     add("--eval-data", nargs="+", metavar="PATH",
-        help="held-out data of --eval-every, as for --data (the toy draws its own)")
+        help="held-out data of --eval-every, as for --data (toy and reader draw their own)")
 
 
 def add_run_flags(add) -> None:
@@ -752,7 +752,7 @@ def impossible(args: argparse.Namespace) -> list[tuple[bool, str]]:
         (not 0 <= args.seed < 2 ** 63, "--seed is from 0 to 2**63 - 1"),
         (not 0 <= args.max_bad <= 1, "--max-bad is from 0 to 1"),
         (not args.data and of_data, "--epochs, --max-length, --max-tiles and --eval-data are of "
-         "--data: the toy's pages have --steps"),
+         "--data: drawn pages have --steps"),
         (args.data and not args.stage, "--data is for one stage: add --stage 1, 2 or 3"),
         (args.data and args.eval_every and not args.eval_data,
          "--eval-every needs --eval-data beside --data"),

@@ -93,6 +93,8 @@ def open_benchmark(spec: str) -> Benchmark:
         return toy_benchmark(rest if equals else "200")
     if spec in READERS:
         return reader_benchmark(spec, READERS[spec])
+    if name in READERS:
+        raise InputError(f"{spec}: {name} stands alone; for fewer samples add --limit")
     if Path(spec).exists() or not rest:
         name, path = name_of(spec), Path(spec)
     elif name in FILE_NAMES:

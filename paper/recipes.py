@@ -1,5 +1,5 @@
 """What each stage trains, and how: the paper's recipes (appendix A.1), the second version's small
-one, the toy's.
+one, the toy's and the reader's.
 
 train.py follows them, paper/plan.py says what they take. The flags with which both commands change
 a recipe are read here too.

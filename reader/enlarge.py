@@ -1,4 +1,4 @@
-"""The reader's model for larger tiles, from stage 2 on: one holds most pages that people have."""
+"""The reader's model for larger tiles, from stage 2 on."""
 from dataclasses import replace
 from pathlib import Path
 

@@ -1,12 +1,11 @@
 """Stage 0's two halves -> a model: the reader's encoder, its LLM, and a new Align between them.
 
     python -m reader.join out/reader        # trains both as far as they should be, then joins them
-    python -m reader.join out/reader --now  # joins the newest states as they are
 
 W2 is a copy of the LLM's head and W1 is random, as the paper has it, and the encoder's readout is
 left behind. Then encoder and Align have a lesson without the LLM: P_vocab of a patch shall be the
 mixture of its characters that the LLM has learnt to read. The paper leaves that to stage 1, which
-has millions of captions; ours has a few thousand pages. train.py's stage 1 starts from OUT/stage0.
+has millions of captions; ours has tens of thousands of pages. train.py's stage 1 starts from OUT/stage0.
 """
 import argparse
 from collections.abc import Callable
@@ -87,12 +86,11 @@ def target(classes: Tensor, token_of: Tensor) -> tuple[Tensor, Tensor]:
     return token_of[classes], weights
 
 
-def make_stage0(out: Path, seed: int = 0, now: bool = False) -> Path:
-    """Train both backbones in OUT/encoder and OUT/llm, from where they are, unless `now`; join
-    them, write OUT/stage0 and return it."""
-    if not now:
-        encoder.train(encoder.parse_args(["--out", f"{out}/encoder", "--seed", str(seed)]))
-        llm.train(llm.parse_args(["--out", f"{out}/llm", "--seed", str(seed)]))
+def make_stage0(out: Path, seed: int = 0) -> Path:
+    """Train both backbones in OUT/encoder and OUT/llm, from where they are; join them, write
+    OUT/stage0 and return it."""
+    encoder.train(encoder.parse_args(["--out", f"{out}/encoder", "--seed", str(seed)]))
+    llm.train(llm.parse_args(["--out", f"{out}/llm", "--seed", str(seed)]))
     model, tokenizer = join(out, seed)
     flags = argparse.ArgumentParser()
     training.add_flags(flags, "", STEPS)
@@ -108,10 +106,9 @@ def main() -> None:
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
     add("--seed", type=int, default=0, help="(default: %(default)s)")
-    add("--now", action="store_true", help="join what there is, without training the halves")
     add("out", type=Path, nargs="?", default=Path("out/reader"), help="(default: %(default)s)")
     args = parser.parse_args()
-    print(make_stage0(args.out, args.seed, args.now))
+    print(make_stage0(args.out, args.seed))
 
 
 if __name__ == "__main__":

@@ -47,7 +47,7 @@ def class_tokens(tokenizer: Tokenizer) -> np.ndarray:
 
 def mixtures(rng: random.Random, classes: np.ndarray, tokens: np.ndarray,
              doubt: float) -> tuple[np.ndarray, np.ndarray]:
-    """classes (K, P, SLOTS), of one page as K others might see it -> token ids and weights
+    """classes (K, P, SLOTS), K views of one page, each shifted a bit -> token ids and weights
     (P, K * SLOTS + 1). The weights sum to one.
 
     doubt: how far the weights are off, and how often another character is mixed in, as by an
@@ -88,14 +88,14 @@ def phrased(rng: random.Random, prompt: str) -> str:
 
 
 def lesson_page(rng: random.Random, split: str, config: SigLIPConfig, single: bool,
-                lines: int = 10 ** 6, most_tiles: int = 9, characters: int = 1200) -> Page:
+                lines: int = 10 ** 6, most_tiles: int = 9) -> Page:
     """A page of any kind. The more tiles, the rarer: nine cost as much as nine times one."""
     kind = rng.choice([*KINDS, "notes", "snippets", "snippets", "snippets"])
     grids = [(1, 1)]
     if not single:
         grids = [(r, c) for r, c in GRIDS for _ in range(9 // (r * c)) if 1 < r * c <= most_tiles]
     while True:
-        page = write_page(rng, kind, split, config, grids, characters, lines)
+        page = write_page(rng, kind, split, config, grids, 1200, lines)
         rows, columns = choose_grid(page.width, page.height, config.image_size)
         if rows * columns <= most_tiles:        # a page that is longer than was meant has more
             return page

@@ -379,20 +379,19 @@ KINDS = {"receipt": receipt, "invoice": invoice, "letter": letter, "form": form,
 PRACTICE = {"snippets": snippets}       # pages to learn from, which nobody has
 
 
-def legible(page: Page, config: SigLIPConfig, least: float) -> bool:
-    """Whether its smallest type has `least` pixels in the tiles."""
+def legible(page: Page, config: SigLIPConfig) -> bool:
+    """Whether its smallest type has 10 pixels in the tiles."""
     rows, columns = choose_grid(page.width, page.height, config.image_size)
     scale = config.image_size / max(page.width / columns, page.height / rows)
-    return min(run.size for run in page.runs) * scale >= least
+    return min(run.size for run in page.runs) * scale >= 10
 
 
 def write_page(rng: random.Random, kind: str, split: str, config: SigLIPConfig,
                grids: list[tuple[int, int]] = GRIDS, characters: int = 1500,
-               lines: int = 10 ** 6, least: float = 10) -> Page:
+               lines: int = 10 ** 6) -> Page:
     """A page of a kind that fills about one of the grids of tiles, in type that tiles can show.
 
     characters and lines: the most that is read aloud; a page that has more is written again.
-    least: pixels in the tiles of its smallest type.
     """
     while True:
         rows, columns = rng.choice(grids)
@@ -407,7 +406,7 @@ def write_page(rng: random.Random, kind: str, split: str, config: SigLIPConfig,
         sheet.most_lines = lines
         (KINDS | PRACTICE)[kind](sheet)
         page = sheet.finish()
-        if page.runs and len(page.text) <= characters and legible(page, config, least):
+        if page.runs and len(page.text) <= characters and legible(page, config):
             return page
 
 

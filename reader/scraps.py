@@ -7,11 +7,11 @@ from PIL import Image
 from reader import words
 from reader.drawing import Page, choose_face, colours, wear
 
+LOWEST, HIGHEST = 10, 24        # pixels of type in the tile
 
 
-def scrap(rng: random.Random, split: str, side: int, lowest: float = 10,
-          highest: float = 24) -> Page:
-    """A square page that is scaled to one tile of `side` pixels; its type has 10 to 24 there.
+def scrap(rng: random.Random, split: str, side: int) -> Page:
+    """A square page that is scaled to one tile of `side` pixels; its type has LOWEST to HIGHEST there.
 
     A third is drawn at its own size; the rest is scaled up or down, as pages are that do not fit.
     """
@@ -21,15 +21,15 @@ def scrap(rng: random.Random, split: str, side: int, lowest: float = 10,
     page.oversample = 2 if scale < 1.5 and rng.random() < 0.5 else 1
     page.degrees = rng.uniform(-2, 2) if rng.random() < 0.15 else 0.0
     page.wear = wear(rng, 0.45, scale)
-    low = lowest if rng.random() < 0.6 else 13
-    size, face = rng.uniform(low, highest) * scale, choose_face(rng, split)
+    low = LOWEST if rng.random() < 0.6 else 13
+    size, face = rng.uniform(low, HIGHEST) * scale, choose_face(rng, split)
     prose, leading = rng.random() < 0.3, rng.uniform(1.05, 1.7)
     left = rng.choice([3, rng.randint(-20, 20), rng.randint(0, 60)]) * scale
     y = rng.uniform(-0.3, 1.2) * size
     while y < page.height + size:
         if not prose:
             if rng.random() < 0.2:
-                size, face = rng.uniform(low, highest) * scale, choose_face(rng, split)
+                size, face = rng.uniform(low, HIGHEST) * scale, choose_face(rng, split)
             if rng.random() < 0.3:
                 left = rng.choice([3, rng.randint(-20, 20), rng.randint(0, 100)]) * scale
             if rng.random() < 0.08:

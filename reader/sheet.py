@@ -87,10 +87,10 @@ class Sheet:
         self.down()
         return second
 
-    def prose(self, text: str, left: float | None = None, right: float | None = None) -> list[str]:
-        """A paragraph, broken into lines; returns those that found room."""
+    def prose(self, text: str, left: float | None = None, right: float | None = None) -> None:
+        """A paragraph, broken into lines, as far as there is room."""
         left, right = left or self.left, right or self.right
-        rest, lines = text.split(), []
+        rest = text.split()
         while rest and not self.full:
             line = self.fit(" ".join(rest), right - left)
             n = line.count(" ") + 1
@@ -99,9 +99,7 @@ class Sheet:
             rest = rest[n:]
             run = self.put(line, left, room=right - left)
             self.page.line(run)
-            lines.append(run.text)
             self.down()
-        return lines
 
     def rule(self) -> None:
         """A line across the page, where the next line of print would have its middle."""
@@ -164,17 +162,14 @@ ASKED = {
     "Invoice date": ["when was it issued?", "what is the invoice date?"],
     "Signed by": ["who signed?", "who signed it?"],
     "Invoice No.": ["what is the invoice number?", "which invoice is it?"],
-    "Invoice #": ["what is the invoice number?"],
     "Order No.": ["what is the order number?"],
     "Phone": ["what is the phone number?", "what is the phone?"],
     "Email": ["what is the email address?", "what is the email?"],
     "Name": ["what is the name?", "whose name is on it?"],
     "Customer": ["who is the customer?"],
     "Bill to": ["who is billed?", "who is it billed to?", "who gets the bill?"],
-    "Ship to": ["who is it shipped to?"],
     "Cashier": ["who was the cashier?"],
     "Born": ["when was the person born?", "what is the date of birth?"],
-    "Date of birth": ["what is the date of birth?"],
     "Address": ["what is the address?"],
     "City": ["which city is it?", "what is the city?"],
     "Subtotal": ["what is the subtotal?"],

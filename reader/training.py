@@ -1,4 +1,4 @@
-"""The loop of stage 0's two lessons, and a training's state in one file: weights, Adam's moments,
+"""The loop of stage 0's three lessons, and a training's state in one file: weights, Adam's moments,
 and how far it has come."""
 import argparse
 import json
@@ -76,7 +76,7 @@ def in_bf16() -> torch.autocast:
 
 
 def add_flags(parser: argparse.ArgumentParser, out: str, steps: int) -> None:
-    """What both lessons take; their defaults of --out and --steps."""
+    """What every lesson takes; their defaults of --out and --steps."""
     add = parser.add_argument
     add("--out", type=Path, default=Path(out), help="where state and log go (default: %(default)s)")
     add("--steps", type=int, default=steps, help="(default: %(default)s)")

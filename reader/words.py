@@ -89,11 +89,11 @@ ACCENTED = "é è ê à ç ü ö ä ß ñ".split()
 def code(rng: random.Random, low: int = 4, high: int = 10) -> str:
     """A reference number: capitals, digits, hyphens."""
     marks = string.ascii_uppercase + 2 * string.digits + "--/."
-    text = "".join(rng.choices(marks, k=rng.randint(low, high)))
+    text = "".join(rng.choices(marks, k=rng.randint(1, 8)))
     return text.strip("-/.") or str(rng.randint(10, 999))
 
 
-def noise(rng: random.Random, low: int = 1, high: int = 8) -> str:
+def noise(rng: random.Random) -> str:
     """Any characters: what nobody can guess."""
     kind = rng.random()
     marks = (string.ascii_letters if kind < 0.3 else string.digits if kind < 0.4 else

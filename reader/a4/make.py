@@ -1,8 +1,8 @@
-"""Set the pages of this folder again: whole A4 pages of 11-point type, by programs that are not ours.
+"""Set this folder's pages again: whole A4 pages of 11-point type, by three programs not ours.
 
-    python reader/a4/make.py OUT/       # needs chromium, xelatex, LibreOffice and pdftoppm
+    python -m reader.a4.make OUT/       # needs chromium, xelatex, LibreOffice and poppler-utils
 
-Their text is prose of this repository's own READMEs, as it is when this is run.
+Their prose is texts.md, by us. The text of a page is what pdftotext finds in it, line by line.
 """
 import argparse
 import html
@@ -10,40 +10,33 @@ import json
 import re
 import subprocess
 import tempfile
+import unicodedata
 from pathlib import Path
 
 from PIL import Image
 
-ROOT = Path(__file__).resolve().parents[2]
+from plumbing.processes import run_main
+from plumbing.settings import InputError
+
+TEXTS = Path(__file__).with_name("texts.md")
 DPI = 150
-CHARACTERS = 2300       # a page has about so many
 
-# program, family (of those on which nothing is trained), title, file of the text
-PAGES = [
-    ("browser", "Noto Serif", "Files, processes, devices", "plumbing/README.md"),
-    ("browser", "Inter", "How the method works", "README.md"),
-    ("TeX", "EB Garamond", "The toy, and what it learns", "toy/README.md"),
-    ("TeX", "Charis SIL", "Benchmarks and experiments", "paper/README.md"),
-    ("office", "PT Sans", "A model that reads print", "reader/README.md"),
-    ("office", "Cardo", "What the tests check", "tests/README.md"),
-]
+# program and family of each page: of the families on which nothing is trained
+PAGES = [("browser", "Noto Serif"), ("browser", "Inter"), ("TeX", "EB Garamond"),
+         ("TeX", "Charis SIL"), ("office", "PT Sans"), ("office", "Cardo")]
 
 
-def paragraphs(path: Path) -> list[str]:
-    """The prose of a README, about a page of it, without its Markdown."""
-    text = re.sub(r"```.*?```|<!--.*?-->", "", path.read_text(), flags=re.DOTALL)
-    text = re.sub(r"!?\[([^]]*)\]\([^)]*\)", r"\1", re.sub(r"\[\^\w+\]", "", text))
-    chosen = []
-    for block in re.split(r"\n\n|\n(?=- )", text):
-        block = " ".join(re.sub(r"[`*]", "", block.removeprefix("- ")).split())
-        if len(block) > 60 and block[0].isalpha() and "|" not in block:
-            chosen.append(block)
-            if sum(map(len, chosen)) > CHARACTERS:
-                break
-    return chosen
+def documents() -> list[tuple[str, list[str]]]:
+    """Title and paragraphs of each page."""
+    pages = []
+    for page in TEXTS.read_text().split("# ")[1:]:
+        title, *text = [" ".join(block.split()) for block in page.split("\n\n") if block.strip()]
+        pages.append((title, text))
+    return pages
 
 
 def as_html(family: str, title: str, text: list[str]) -> str:
+    """A document for the browser and for the office program."""
     body = "".join(f"<p>{html.escape(paragraph)}</p>" for paragraph in text)
     return ("<meta charset='utf-8'><style>@page { size: A4; margin: 2.5cm } "
             f"body {{ font: 11pt/1.35 '{family}' }} h1 {{ font: bold 17pt '{family}' }}</style>"
@@ -51,24 +44,32 @@ def as_html(family: str, title: str, text: list[str]) -> str:
 
 
 def as_tex(family: str, title: str, text: list[str]) -> str:
+    """A document for XeLaTeX, without hyphenation."""
     def quote(t: str) -> str:
-        return re.sub(r"([#$%&_{}])", r"\\\1", t).replace("--", "-{}-")
+        return re.sub(r"([#$%&_])", r"\\\1", t)
 
     body = "\n\n".join(map(quote, text))
     return ("\\documentclass[11pt, a4paper]{article}\\usepackage[margin=2.5cm]{geometry}"
-            f"\\usepackage{{fontspec}}\\setmainfont[Ligatures=NoCommon]{{{family}}}"
+            f"\\usepackage{{fontspec}}\\setmainfont{{{family}}}"
             "\\pagestyle{empty}\\setlength{\\parindent}{0pt}\\setlength{\\parskip}{6pt}"
             "\\hyphenpenalty=10000\\sloppy\\begin{document}"
             f"{{\\Large\\bfseries {quote(title)}}}\n\n{body}\\end{{document}}")
 
 
-def run(*command: str | Path, folder: Path) -> None:
-    subprocess.run(command, cwd=folder, check=True, stdout=subprocess.DEVNULL,
-                   stderr=subprocess.DEVNULL, timeout=180)
+def run(*command: str | Path, folder: Path) -> str:
+    """Run a program and return what it prints. Raises InputError."""
+    try:
+        return subprocess.run(command, cwd=folder, check=True, capture_output=True, text=True,
+                              timeout=180).stdout
+    except FileNotFoundError:
+        raise InputError(f"{command[0]} is not installed") from None
+    except (subprocess.CalledProcessError, subprocess.TimeoutExpired) as error:
+        raise InputError(f"{command[0]} fails: {error.stderr or error}") from None
 
 
-def set_page(program: str, family: str, title: str, text: list[str], folder: Path) -> Image.Image:
-    """The first page as an image, with its margins."""
+def set_page(program: str, family: str, title: str, text: list[str],
+             folder: Path) -> tuple[Image.Image, str]:
+    """A page as an image with its margins, and its text. Raises InputError."""
     if program == "TeX":
         (folder / "page.tex").write_text(as_tex(family, title, text))
         run("xelatex", "-interaction=batchmode", "page.tex", folder=folder)
@@ -80,33 +81,33 @@ def set_page(program: str, family: str, title: str, text: list[str], folder: Pat
         else:
             run("soffice", "--headless", f"-env:UserInstallation=file://{folder}/office",
                 "--convert-to", "pdf", "--writer", "page.html", folder=folder)
-    pages = subprocess.run(["pdfinfo", folder / "page.pdf"], capture_output=True, text=True)
-    if not re.search(r"^Pages:\s+1$", pages.stdout, re.MULTILINE):
-        raise SystemExit(f"{title}: more than a page; lower CHARACTERS")
+    if not re.search(r"^Pages:\s+1$", run("pdfinfo", "page.pdf", folder=folder), re.MULTILINE):
+        raise InputError(f"{TEXTS}: \"{title}\" takes more than a page: shorten it")
     run("pdftoppm", "-r", str(DPI), "-gray", "-png", "-singlefile", "page.pdf", "page",
         folder=folder)
-    return Image.open(folder / "page.png").convert("L")
+    lines = unicodedata.normalize("NFKC", run("pdftotext", "page.pdf", "-", folder=folder))
+    lines = "\n".join(line for line in lines.splitlines() if line.strip("\f "))
+    return Image.open(folder / "page.png").convert("L"), lines
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
-    parser.add_argument("folder", type=Path)
+    parser = argparse.ArgumentParser(description=__doc__,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("folder", type=Path, help="where the images and questions.jsonl go")
     args = parser.parse_args()
     args.folder.mkdir(parents=True, exist_ok=True)
     rows = []
-    for i, (program, family, title, path) in enumerate(PAGES):
-        text = paragraphs(ROOT / path)
+    for i, ((program, family), (title, text)) in enumerate(zip(PAGES, documents())):
         name = f"{program.lower()}-{i + 1}.png"
         with tempfile.TemporaryDirectory() as folder:
-            image = set_page(program, family, title, text, Path(folder))
-            image.quantize(16).save(args.folder / name, optimize=True)
+            image, lines = set_page(program, family, title, text, Path(folder))
+        image.quantize(16).save(args.folder / name, optimize=True)
         rows.append({"image": name, "prompt": "what is the title?", "answer": title,
-                     "kind": "article", "text": "\n".join([title, *text]), "program": program,
-                     "font": family})
+                     "kind": "article", "text": lines, "program": program, "font": family})
         print(name, flush=True)
     (args.folder / "questions.jsonl").write_text("".join(
         json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
 
 
 if __name__ == "__main__":
-    main()
+    run_main(main)

@@ -251,11 +251,13 @@ def test_tile_equals_the_naive_version(config, size):
 
 
 @pytest.mark.parametrize("config", [TOY, SO400M, ODD], ids=["toy", "so400m", "odd"])
-@pytest.mark.parametrize("name, size", [("0000-invoice", None), ("0005-invoice", None),
-                                        ("explorer", (701, 333)), ("explain", (257, 401))])
+@pytest.mark.parametrize("name, size", [("assets/0005-invoice", None),
+                                        ("reader/printed/browser-1-receipt", None),
+                                        ("assets/explorer", (701, 333)),
+                                        ("reader/a4/tex-3", (257, 401))])
 def test_tiles_of_a_file_equal_the_naive_version(config, name, size):
-    """Drawn pages, and odd parts of pictures."""
-    image = Image.open(ROOT / "assets" / f"{name}.png").convert("RGB")
+    """Pages, and odd parts of pictures."""
+    image = Image.open(ROOT / f"{name}.png").convert("RGB")
     check_tiles(image.crop((0, 0, *size)) if size else image, config)
 
 

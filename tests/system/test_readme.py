@@ -18,7 +18,7 @@ OTHERS = {"--index-url", "--local-dir", "--include", "--exclude", "--output_form
           "--resize_mode", "--max-restarts", "--nnodes", "--nproc_per_node", "--rdzv-backend",
           "--rdzv-id", "--rdzv-endpoint", "--help"}
 PROGRAM = (r"(?:python|torchrun|sbatch)\b[^\n#]*?"
-           r"((?:\w+/)*\w+\.py|assets/train\.slurm|(?:paper|toy|kit)\.\w+)([^\n#]*)")
+           r"((?:\w+/)*\w+\.py|assets/train\.slurm|(?:paper|toy|reader|kit)\.\w+)([^\n#]*)")
 
 
 def bash_blocks(readme: Path) -> list[tuple[str, str]]:
@@ -71,7 +71,7 @@ def test_every_flag_is_known_to_its_program():
 @pytest.mark.parametrize("readme", READMES, ids=lambda path: str(path.relative_to(ROOT)))
 def test_every_flag_in_backquotes_is_known(readme):
     """To one of the programs: the prose does not always say which."""
-    programs = [path for folder in (".", "paper", "toy", "kit")
+    programs = [path for folder in (".", "paper", "toy", "reader", "kit")
                 for path in ROOT.glob(f"{folder}/*.py")]
     source = "".join(path.read_text() for path in programs)
     for quoted in re.findall(r"`([^`\n]*(?:\n[^`\n]+)*)`", readme.read_text()):
