@@ -100,7 +100,7 @@ def noise(rng: random.Random) -> str:
              string.ascii_letters + string.digits if kind < 0.6 else
              string.ascii_letters + string.digits + string.punctuation if kind < 0.9 else
              string.punctuation + string.digits + "£€–—‘’“”•·°©×")
-    return "".join(rng.choices(marks, k=rng.randint(low, high)))
+    return "".join(rng.choices(marks, k=rng.randint(1, 8)))
 
 
 def invented(rng: random.Random) -> str:
