@@ -148,8 +148,8 @@ class StepLog:
                    peak_memory=peak_memory(self.device), flops_per_s=flops_per_s,
                    mfu=mfu(flops_per_s / dist.get_world_size(), self.device), skipped=self.skipped)
         self.bar.update()
-        shown = math.nan if loss is None else loss
-        numbers = f"loss {shown:.3f}, lr {step.row['lr']:.1e}, {tokens_per_s:,.0f} tokens/s"
+        shown = "unknown" if loss is None else f"{loss:.3f}"
+        numbers = f"loss {shown}, lr {step.row['lr']:.1e}, {tokens_per_s:,.0f} tokens/s"
         self.bar.set_postfix_str(numbers, refresh=False)
 
 
