@@ -187,8 +187,8 @@ class ReaderDocuments(Dataset):
             return index
         rng = random.Random(f"{self.seed}/{self.split}/{self.stage}/{index}")
         progress = index / self.n if self.split == "train" else 1.0
-        single = self.stage == 1 or rng.random() < 0.9
-        tiles = round(2 + 2 * progress)      # a page of nine costs as much as ten of one
+        single = self.stage == 1 or rng.random() < 0.97
+        tiles = round(2 + 2 * progress)     # a page of nine costs as much as ten of one
         page = lesson_page(rng, self.split, self.config, single, most_tiles=tiles)
         read, ask = (0.35, 0.3) if self.stage == 3 else (1.0, 0.0)
         turns = turns_about(rng, page, read, ask)
