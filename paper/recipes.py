@@ -56,9 +56,9 @@ RECIPES = {
     },
     # Stage 0 is reader.join's. Then single tiles read aloud, whole pages, and questions.
     "reader": {
-        1: replace(READER, lr=8e-4, steps=1600, lr_scale=SLOWER),
-        2: replace(READER, lr=6e-4, steps=800, batch_size=8, lr_scale=SLOWER),
-        3: replace(READER, trainable=LATE, lr=4e-4, steps=400, batch_size=8, final_lr=0.0),
+        1: replace(READER, lr=8e-4, steps=2500, lr_scale=SLOWER),
+        2: replace(READER, lr=8e-4, steps=1040, batch_size=6, lr_scale=SLOWER),
+        3: replace(READER, trainable=LATE, lr=6e-4, steps=1150, batch_size=8, final_lr=0.0),
     },
     "llama-3.2-1b": {
         1: Recipe(ALL),
