@@ -323,7 +323,7 @@ def is_over(progress: Progress, recipe: Recipe, n_steps: int | None) -> bool:
 
 def train_stage(stage: int, recipe: Recipe, model: AlignVLM, tokenizer: Tokenizer,
                 state: Path | None, args: argparse.Namespace, device: torch.device) -> bool:
-    """Train a sharded model for one stage on --data, or else on the pages of its preset, from a training
+    """Train a sharded model for one stage on --data, or else on its preset's pages, from a training
     state on, if there is one. Changes the model, and writes log.jsonl and states into the stage's
     folder.
 

@@ -5,7 +5,8 @@
 W2 is a copy of the LLM's head and W1 is random, as the paper has it, and the encoder's readout is
 left behind. Then encoder and Align have a lesson without the LLM: P_vocab of a patch shall be the
 mixture of its characters that the LLM has learnt to read. The paper leaves that to stage 1, which
-has millions of captions; ours has tens of thousands of pages. train.py's stage 1 starts from OUT/stage0.
+has millions of captions; ours has tens of thousands of pages. train.py's stage 1 starts from
+OUT/stage0.
 """
 import argparse
 from collections.abc import Callable

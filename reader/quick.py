@@ -1,5 +1,6 @@
-"""Attention for short sequences on a CPU in bf16, written out: half the time of PyTorch's own. On
-a GPU only cuDNN's attention is switched off: it plans anew for each length, by its documentation."""
+"""Attention for short sequences on a CPU in bf16, written out: half the time of PyTorch's own.
+On a GPU only cuDNN's attention is switched off: by its documentation it plans anew for each
+length."""
 import torch
 import torch.nn.functional as nnf
 from torch import Tensor, nn

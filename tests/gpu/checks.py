@@ -219,7 +219,7 @@ def test_the_shipped_model_answers_as_on_a_cpu():
     assert done.stdout == f"{ANSWER}\n" and f"on {DEVICE.type}" in done.stderr
     assert "Warning" not in done.stderr
     read = run(*command, "--image", PAGE, start=alone)
-    assert f"TOTAL {ANSWER}" in read.stdout.splitlines()
+    assert read.stdout.splitlines()[-1] == ANSWER
 
 
 def test_a_stage_recomputed_and_compiled_stopped_and_resumed(tmp_path, monkeypatch):

@@ -2,7 +2,7 @@
 from commands import ROOT
 
 CHECKPOINT = ROOT / "reader" / "stage3"
-PAGE = ROOT / "reader" / "printed" / "browser-1-receipt.png"
-PROMPT = "what is the total?"
-ANSWER = "18.25"
+PAGE = ROOT / "reader" / "printed" / "office-1-letter.png"
+PROMPT = "who signed it?"
+ANSWER = "Carla Nunez"
 ASK = ["--image", PAGE, "--prompt", PROMPT]

@@ -244,7 +244,7 @@ def test_sample_reads_a_page_of_a_pdf(tmp_path, toys):
     paths = [PAGE.with_name("browser-4-table.png"), PAGE]
     doc = tmp_path / "doc.pdf"
     doc.write_bytes(printed(*map(read_image, paths)))
-    ask = "--max-new-tokens", 8, "--prompt", PROMPT
+    ask = "--max-new-tokens", 16, "--prompt", PROMPT
     said = [sample("--image", path, *ask).stdout for path in paths]
     assert said[1] == ANSWER + "\n" != said[0]
     for number in (1, 2):
@@ -270,7 +270,7 @@ def test_folders_and_question_files(tmp_path):
     (tmp_path / "a.pdf").write_bytes(printed(page, TOY[0][0]))
     page.save(tmp_path / "b.png")
     assert [path.name for path in image_files(tmp_path)] == ["a.pdf", "b.png"]
-    ask = "--max-new-tokens", 8
+    ask = "--max-new-tokens", 16
     said = sample("--image", tmp_path, "--pages", 1, *ask, "--prompt", PROMPT).stdout
     assert said == f"a.pdf: {ANSWER}\nb.png: {ANSWER}\n"
     write_lines(tmp_path / "q.jsonl", [{"image": "a.pdf", "prompt": PROMPT}])

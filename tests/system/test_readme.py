@@ -12,7 +12,8 @@ MARKS = {"run", "try", "quick", "test",     # .ci/run runs these as they are wri
          "long", "gpu", "weights"}          # more than minutes, a GPU, or a download
 # Where a program's flags stand, unless in its own file.
 FLAGS = {"train.py": ["train.py", "paper/recipes.py"], "assets/train.slurm": ["train.py"],
-         "paper.plan": ["paper/plan.py", "paper/recipes.py"]}
+         "paper.plan": ["paper/plan.py", "paper/recipes.py"],
+         "reader.encoder": ["reader/training.py"], "reader.llm": ["reader/training.py"]}
 # Flags of pip, hf, img2dataset and torchrun that the prose names.
 OTHERS = {"--index-url", "--local-dir", "--include", "--exclude", "--output_format", "--image_size",
           "--resize_mode", "--max-restarts", "--nnodes", "--nproc_per_node", "--rdzv-backend",
