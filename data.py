@@ -185,14 +185,15 @@ class Sample:
     n_images: int = 0
 
 
-def prepare(example: Example, tokenizer: Tokenizer, config: SigLIPConfig, max_tiles: int = 9,
-            max_text: float = math.inf, max_tokens: float = math.inf,
-            tile_tokens: int | None = None) -> Sample:
+def prepare(example: Example, tokenizer: Tokenizer, config: SigLIPConfig,
+            max_tiles: int | None = None, max_text: float = math.inf,
+            max_tokens: float = math.inf, tile_tokens: int | None = None) -> Sample:
     """Tile an example's images and encode its turns.
 
-    max_text: text tokens that are kept; max_tokens: text and visual ones. Text is cut at its end,
-    images never are. tile_tokens: visual tokens of a tile, AlignVLMConfig.tile_tokens (default: one
-    for each of its N patches). Raises BadSample if no answer is left.
+    max_tiles: of a page (default: the config's). max_text: text tokens that are kept; max_tokens:
+    text and visual ones. Text is cut at its end, images never are. tile_tokens: visual tokens of a
+    tile, AlignVLMConfig.tile_tokens (default: one for each of its N patches). Raises BadSample if
+    no answer is left.
     """
     if tile_tokens is None:
         tile_tokens = config.n_patches
@@ -221,7 +222,7 @@ def prepare(example: Example, tokenizer: Tokenizer, config: SigLIPConfig, max_ti
 
 
 def prepare_question(model: AlignVLM, tokenizer: Tokenizer, pages: list[Image.Image], prompt: str,
-                     max_tiles: int) -> tuple[Tensor, Tensor]:
+                     max_tiles: int | None = None) -> tuple[Tensor, Tensor]:
     """A user's turn, the pages and then the prompt: tokens (L,) and pixels (T, 3, S, S) for the
     model."""
     parts = [IMAGE] * len(pages)

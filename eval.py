@@ -108,7 +108,7 @@ def evaluate_benchmark(model: AlignVLM, tokenizer: Tokenizer, benchmark: Benchma
                         prompts=benchmark.prompts[:args.limit])
     settings = {"weights": weights, "benchmark": benchmark.name, "limit": args.limit,
                 "max_new_tokens": args.max_new_tokens or longest_answer(benchmark.name),
-                "max_tiles": args.max_tiles, "noise": 0.0}
+                "max_tiles": args.max_tiles or model.config.vision.max_tiles, "noise": 0.0}
     stem = str(args.out / benchmark.name)
     rows = predict(model, tokenizer, benchmark, stem, settings, args.batch_size)
     metric = METRICS[benchmark.name]
@@ -240,8 +240,8 @@ def parse_args() -> argparse.Namespace:
         "(default: %(default)s)")
     add("--max-new-tokens", type=int, help="longest answer (default: 256; of pages of print "
         "1500, of reader-a4 3000)")
-    add("--max-tiles", type=int, default=9, help="tiles a page is cut into at most (default: "
-        "%(default)s)")
+    add("--max-tiles", type=int, help="tiles a page is cut into at most (default: what the model's "
+        "config.json says)")
     noise = parser.add_mutually_exclusive_group()
     noise.add_argument("--noise", type=float, nargs="+", metavar="SIGMA", help="evaluate once more "
                        "with Gaussian noise of this standard deviation on the visual features F "

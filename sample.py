@@ -36,6 +36,7 @@ from plumbing.examples import IMAGE, Turn
 from plumbing.images import read_pages
 from plumbing.settings import InputError
 from plumbing.weights import model_folder
+from vision import SigLIPConfig, choose_grid, coverage
 
 SHIPPED = Path(__file__).parent / "reader" / "stage3"   # the model that comes with this repository
 BATCH = 16                      # pages that are asked about together
@@ -46,7 +47,8 @@ MAX_QUESTION = 4096             # tokens that --interactive takes in one questio
 
 
 def answer(model: AlignVLM, tokenizer: Tokenizer, images: list[Image.Image | list[Image.Image]],
-           prompts: list[str], max_tiles: int = 9, **generation) -> Iterator[list[str]]:
+           prompts: list[str], max_tiles: int | None = None,
+           **generation) -> Iterator[list[str]]:
     """Answer each (image or images, prompt), all of them as one batch.
 
     Yields the answers so far after every token, and once more at the end.
@@ -88,7 +90,7 @@ class Conversation:
     """Questions about the same images, which a cache keeps; none knows of those before it."""
 
     def __init__(self, model: AlignVLM, tokenizer: Tokenizer, images: list[Image.Image],
-                 max_tiles: int = 9):
+                 max_tiles: int | None = None):
         self.model = model
         self.tokenizer = tokenizer
         self.n_images = len(images)
@@ -117,8 +119,8 @@ def after_images(tokens: Tensor) -> int:
     return int((tokens == IMAGE).nonzero()[-1]) + 1
 
 
-def converse(model: AlignVLM, tokenizer: Tokenizer, images: list[Image.Image], max_tiles: int,
-             **generation) -> None:
+def converse(model: AlignVLM, tokenizer: Tokenizer, images: list[Image.Image],
+             max_tiles: int | None, **generation) -> None:
     """Answer what is typed, a question a line, until an empty one or the input's end."""
     start = time.perf_counter()
     conversation = Conversation(model, tokenizer, images, max_tiles)
@@ -152,6 +154,17 @@ def show(answers: Iterator[list[str]]) -> list[float]:
         shown = max(shown, len(text))
     print()
     return times
+
+
+def warn_of_small_type(page: Image.Image, config: SigLIPConfig, max_tiles: int | None) -> None:
+    """Say so if its tiles have less than half of a page's pixels."""
+    grid = choose_grid(*page.size, config.image_size, max_tiles or config.max_tiles)
+    kept = coverage(*page.size, config.image_size, *grid)
+    if kept < 0.5:
+        n = grid[0] * grid[1]
+        tiles = f"{n} tile{'s' if n > 1 else ''} of {config.image_size}"
+        print(f"a page of {page.width} x {page.height} pixels becomes {tiles}, {kept:.0%} of it: "
+              "small type is lost (crop it, or try --max-tiles)", file=sys.stderr)
 
 
 def print_speed(llm: Llama, start: float, times: list[float]) -> None:
@@ -258,7 +271,8 @@ def parse_args() -> argparse.Namespace:
         "model is a character (default: %(default)s)")
     add("--temperature", type=float, default=0.0, help="0 is greedy (default: %(default)s)")
     add("--seed", type=int, default=0, help="of the sampling (default: %(default)s)")
-    add("--max-tiles", type=int, default=9, help="of a page, at most (default: %(default)s)")
+    add("--max-tiles", type=int, help="of a page, at most (default: what the model's config.json "
+        "says, 9 for most, 1 for the shipped model)")
     add("--device", choices=["cpu", "cuda", "mps"], help="default: the fastest there is")
     args = parser.parse_args()
     cuda, mps = torch.cuda.is_available(), torch.backends.mps.is_available()
@@ -294,8 +308,8 @@ def impossible(args: argparse.Namespace) -> list[tuple[bool, str]]:
          "--interactive goes without --prompt and --explain, and its --image is no folder"),
         (not 0 <= args.temperature < math.inf or not 0 <= args.seed < 2 ** 63,
          "--temperature is at least 0, --seed from 0 to 2**63 - 1"),
-        (args.max_tiles < 1 or not 1 <= args.max_new_tokens <= 100_000,
-         "--max-tiles is at least 1, --max-new-tokens from 1 to 100,000"),
+        (args.max_tiles is not None and args.max_tiles < 1, "--max-tiles is at least 1"),
+        (not 1 <= args.max_new_tokens <= 100_000, "--max-new-tokens is from 1 to 100,000"),
     ]
 
 
@@ -337,13 +351,15 @@ def ask_model(folder: str | Path, args: argparse.Namespace, **generation) -> Non
     if not together:
         return answer_folder(model, tokenizer, files, prompt, chosen=args.pages, **options)
     images = [page for file in files for page in read_pages(file, args.pages)]
+    for page in images:
+        warn_of_small_type(page, model.config.vision, args.max_tiles)
     if args.interactive:
         return converse(model, tokenizer, images, **options)
     start = time.perf_counter()
     *times, _ = show(answer(model, tokenizer, [images], [prompt], **options))
     print_speed(model.llm, start, times)
     if len(times) == generation["max_new_tokens"]:
-        print("cut there: more with --max-new-tokens", file=sys.stderr)
+        print(f"cut after {len(times):,} tokens (--max-new-tokens)", file=sys.stderr)
 
 
 def main() -> None:

@@ -58,6 +58,7 @@ from reader.enlarge import enlarge
 from reader.join import make_stage0
 from reader.lessons import ReaderDocuments
 from toy.pages import STAGE0, ToyDocuments, write_toy_tokenizer
+from vision import SigLIPConfig
 
 EVAL_SAMPLES = 64               # held-out samples of --eval-every
 JUDGED_SAMPLES = 1000           # after so many, or an epoch, --max-bad is looked at
@@ -422,8 +423,8 @@ def open_documents(stage: int, recipe: Recipe, tokenizer: Tokenizer, config: Ali
 
     encode_chat([Turn("user", [])], tokenizer, [])      # refuses here, not sample by sample
     make_sample = functools.partial(
-        prepare, tokenizer=tokenizer, config=config.vision, max_tiles=args.max_tiles,
-        max_text=recipe.max_length, max_tokens=recipe.row_tokens, tile_tokens=config.tile_tokens)
+        prepare, tokenizer=tokenizer, config=config.vision, max_text=recipe.max_length,
+        max_tokens=recipe.row_tokens, tile_tokens=config.tile_tokens)
     held_out = None
     if args.eval_data:
         held_out = Documents(args.eval_data, args.seed, make_sample, held_out=True)
@@ -506,7 +507,8 @@ def run_stage(stage: int, args: argparse.Namespace, device: torch.device) -> boo
         raise InputError(f"stage {stage} starts from stage {stage - 1}, and {args.out} has none: "
                          "train that first")
     connector = connector_of(stage, folder if complete else start, args)
-    record = record_of(stage, recipe, connector, args)
+    max_tiles = args.max_tiles or tiles_of(stage, start, args)
+    record = record_of(stage, recipe, connector, max_tiles, args)
     if complete:
         check_recipe(folder, record)
         if main_rank:
@@ -516,6 +518,8 @@ def run_stage(stage: int, args: argparse.Namespace, device: torch.device) -> boo
 
     on_first_rank(lambda: refuse_foreign(folder, partial))  # now, not after days of training
     model = build(stage, start, recipe, connector, args, device)
+    # It will answer as it learns.
+    model.config = replace(model.config, vision=replace(model.config.vision, max_tiles=max_tiles))
     # A tokenizer goes with its LLM: the released one's, or that of the folder from which the stage
     # starts. It is read before anything is written; stage 0 writes its own.
     vocab_size = model.config.llm.vocab_size
@@ -582,10 +586,17 @@ def connector_of(stage: int, folder: Path | None, args: argparse.Namespace) -> C
     return connector
 
 
-def record_of(stage: int, recipe: Recipe, connector: ConnectorConfig,
+def tiles_of(stage: int, start: Path | None, args: argparse.Namespace) -> int:
+    """The tiles of a page, at most, in the folder from which a stage starts; of released weights,
+    and of a folder that is gone, 9."""
+    ours = start is not None and not (stage == 1 and args.llm) and (start / "config.json").exists()
+    return read_config(start).vision.max_tiles if ours else SigLIPConfig.max_tiles
+
+
+def record_of(stage: int, recipe: Recipe, connector: ConnectorConfig, max_tiles: int,
               args: argparse.Namespace) -> dict:
     """What recipe.json says that a stage was trained with; as it is read again, from JSON."""
-    record = {"preset": args.preset, "seed": args.seed, "data": None, "max_tiles": args.max_tiles,
+    record = {"preset": args.preset, "seed": args.seed, "data": None, "max_tiles": max_tiles,
               "connector": connector.kind, **asdict(recipe)}
     if stage > 0:
         record["data"] = args.data and [full_spec(spec) for spec in args.data]
@@ -675,7 +686,6 @@ def parse_args() -> argparse.Namespace:
     if args.workers is None:
         args.workers = min(4, os.cpu_count()) if args.data else 0
     args.lr_scale = dict(args.lr_scale)
-    args.max_tiles = args.max_tiles or 9
     args.timeout = timedelta(seconds=min(args.timeout, 1e8))
     return args
 
@@ -713,7 +723,8 @@ def add_data_flags(add) -> None:
         "files or globs of tar (img2dataset), parquet (BigDocs, VCR-wiki), JSONL or JSON "
         "(DocDownstream, MS-Swift, LLaVA); with weights the data sets are mixed in that ratio "
         "(default: the drawn pages of the preset, toy or reader)")
-    add("--max-tiles", type=positive(int), help="tiles a page is cut into at most (default: 9)")
+    add("--max-tiles", type=positive(int), help="tiles a page is cut into at most (default: as in "
+        "the folder from which the stage starts; of released weights 9)")
     add("--max-bad", type=float, default=0.01, help="share of bad samples above which training "
         "stops, judged from a thousand samples or an epoch on (default: %(default)s)")
     add("--workers", type=int,

@@ -46,6 +46,7 @@ class SigLIPConfig:
     feature_layer: int | None = None
     image_mean: float = 0.5
     image_std: float = 0.5
+    max_tiles: int = 9                 # of a page, unless somebody asks for another number
 
     @property
     def patches_per_side(self) -> int:
@@ -101,11 +102,16 @@ def coverage(width: int, height: int, side: int, rows: int, columns: int) -> flo
 
 
 def tile_boxes(width: int, height: int, config: SigLIPConfig,
-               max_tiles: int = 9) -> list[tuple[int, int, int, int]]:
+               max_tiles: int | None = None) -> list[tuple[int, int, int, int]]:
     """The (left, top, right, bottom) of each tile in page pixels, row by row.
 
-    If there are several, the whole page comes first as one more.
+    If there are several, the whole page comes first as one more. max_tiles, here and below: the
+    config's by default. Raises ValueError if it is less than 1.
     """
+    if max_tiles is None:
+        max_tiles = config.max_tiles
+    if max_tiles < 1:
+        raise ValueError(f"max_tiles is {max_tiles}; a page needs at least one tile")
     rows, columns = choose_grid(width, height, config.image_size, max_tiles)
     h, w = height // rows, width // columns
     boxes = []
@@ -129,22 +135,17 @@ def on_canvas(w: int, h: int, side: int) -> Area:
     return (side - width) // 2, (side - height) // 2, width, height
 
 
-def tile(image: Image.Image, config: SigLIPConfig, max_tiles: int = 9) -> Tensor:
-    """A page -> its tiles: pixels (T, 3, S, S), float32, normalised; T <= max_tiles + 1.
-
-    Raises ValueError if max_tiles < 1.
-    """
+def tile(image: Image.Image, config: SigLIPConfig, max_tiles: int | None = None) -> Tensor:
+    """A page -> its tiles: pixels (T, 3, S, S), float32, normalised; T <= max_tiles + 1."""
     return normalise(*cut(image, config, max_tiles), config)
 
 
 def cut(image: Image.Image, config: SigLIPConfig,
-        max_tiles: int = 9) -> tuple[Tensor, list[Area]]:
+        max_tiles: int | None = None) -> tuple[Tensor, list[Area]]:
     """A page -> its tiles as bytes (T, 3, S, S), uint8, and their T areas.
 
-    Each box is resized (bicubic) onto a canvas. Raises ValueError if max_tiles < 1.
+    Each box is resized (bicubic) onto a canvas.
     """
-    if max_tiles < 1:
-        raise ValueError(f"max_tiles is {max_tiles}; a page needs at least one tile")
     if image.mode != "RGB":
         image = image.convert("RGB")
     boxes = tile_boxes(*image.size, config, max_tiles)

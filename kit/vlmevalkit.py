@@ -41,7 +41,8 @@ class KitModel(BaseModel):
 
     INTERLEAVE = False              # the images of a question stand before its texts
 
-    def __init__(self, folder: str | Path, max_new_tokens: int = 256, max_tiles: int = 9):
+    def __init__(self, folder: str | Path, max_new_tokens: int = 256,
+                 max_tiles: int | None = None):
         super().__init__()
         device = "cuda" if torch.cuda.is_available() else "cpu"
         self.model = AlignVLM.from_pretrained(folder, device=device).eval()

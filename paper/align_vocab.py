@@ -118,11 +118,11 @@ def main() -> None:
         "part of")
     add("K", type=int, help="tokens to keep")
     add("images", nargs="+", metavar="image", help="pages that say which")
-    add("--max-tiles", type=int, default=9, help="tiles a page is cut into at most (default: "
-        "%(default)s)")
+    add("--max-tiles", type=int, help="tiles a page is cut into at most (default: what the model's "
+        "config.json says)")
     args = parser.parse_args()
     args.checkpoint = model_folder(args.checkpoint)
-    if args.max_tiles < 1:
+    if args.max_tiles is not None and args.max_tiles < 1:
         parser.error("--max-tiles is at least 1")
     device = "cuda" if torch.cuda.is_available() else "cpu"
     model = AlignVLM.from_pretrained(args.checkpoint, device=device).eval()

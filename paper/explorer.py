@@ -172,7 +172,7 @@ def top_tokens(model: AlignVLM, F: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def explain(model: AlignVLM, tokenizer: Tokenizer, files: list[Path], out: Path, prompt: str,
-            together: bool, chosen: str | None, max_tiles: int = 9, **generation) -> None:
+            together: bool, chosen: str | None, max_tiles: int | None = None, **generation) -> None:
     """--explain: pictures if `out` is a PNG, else a document to explore.
 
     together: the images are asked about in one prompt, and one document shows them. Otherwise each
@@ -210,7 +210,7 @@ def page_names(file: Path, n: int, chosen: str | None) -> list[str]:
 
 @torch.inference_mode()
 def explore(model: AlignVLM, tokenizer: Tokenizer, pages: list[Image.Image], names: list[str],
-            prompt: str, out: Path, max_tiles: int = 9, **generation) -> str:
+            prompt: str, out: Path, max_tiles: int | None = None, **generation) -> str:
     """Answer a prompt about pages and write the document to `out`; returns the answer.
 
     A connector that mixes no tokens leaves the attention alone. The tokens that the Perceiver makes
@@ -270,7 +270,7 @@ class TokenTable:
         return self.row_of[i]
 
 
-def image_of(page: Image.Image, name: str, model: AlignVLM, max_tiles: int) -> dict:
+def image_of(page: Image.Image, name: str, model: AlignVLM, max_tiles: int | None) -> dict:
     """A page: its size, a picture of it, and its tiles by the edges of their patches.
 
     A tile of the Perceiver's counts as a single patch.

@@ -95,7 +95,7 @@ def standard_deviation(n: int, total: float, squares: float) -> float:
 
 
 @torch.inference_mode()
-def feature_std(model: AlignVLM, pages: list[list[Image.Image]], max_tiles: int) -> float:
+def feature_std(model: AlignVLM, pages: list[list[Image.Image]], max_tiles: int | None) -> float:
     """The standard deviation of F over some samples' pages.
 
     It has three digits: another device computes the same.

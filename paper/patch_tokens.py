@@ -158,7 +158,7 @@ def has_glyph(character: str) -> bool:
 
 
 def explain_files(model: AlignVLM, tokenizer: Tokenizer, files: list[Path], out: Path,
-                  max_tiles: int, chosen: str | None = None) -> None:
+                  max_tiles: int | None, chosen: str | None = None) -> None:
     """A picture of each page's tokens: `out`, or of several pages one each, numbered. chosen: of
     each file, as read_pages takes it. Raises InputError if a picture would be written over a
     file."""
@@ -174,7 +174,7 @@ def explain_files(model: AlignVLM, tokenizer: Tokenizer, files: list[Path], out:
 
 
 def explain(model: AlignVLM, tokenizer: Tokenizer, page: Image.Image, out: Path,
-            max_tiles: int = 9, title: str = "") -> None:
+            max_tiles: int | None = None, title: str = "") -> None:
     """Write to `out` the page with its likeliest token over every patch.
 
     The likelier a token, the more opaque it is. Of several tiles the whole page, which the LLM

@@ -103,6 +103,10 @@ def saved_config(part: type, settings: Settings, **choices: tuple):
                 raise settings.error(key, f"is {value!r}, of an encoder with {n} layers")
         elif key == "image_mean" and isinstance(value, int | float):
             continue                                            # a mean may be 0
+        elif key == "max_tiles" and key not in settings.values:
+            continue                                                    # an older folder
         else:
-            settings.number(key, kind=kind)
+            number = settings.number(key, kind=kind)
+            if key == "max_tiles" and number > 1000:
+                raise settings.error(key, f"is {value}, more than 1,000")   # a page would never end
     return part(**settings.values)

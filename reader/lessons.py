@@ -193,4 +193,4 @@ class ReaderDocuments(Dataset):
         read, ask = (0.35, 0.3) if self.stage == 3 else (1.0, 0.0)
         turns = turns_about(rng, page, read, ask)
         example = Example([page.draw()], turns, f"reader/{self.stage}/{index}")
-        return prepare(example, self.tokenizer, self.config)
+        return prepare(example, self.tokenizer, self.config, 9)

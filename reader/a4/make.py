@@ -8,7 +8,6 @@ import argparse
 import html
 import json
 import re
-import subprocess
 import tempfile
 import unicodedata
 from pathlib import Path
@@ -17,6 +16,7 @@ from PIL import Image
 
 from plumbing.processes import run_main
 from plumbing.settings import InputError
+from reader.printed.make import run
 
 TEXTS = Path(__file__).with_name("texts.md")
 DPI = 150
@@ -54,17 +54,6 @@ def as_tex(family: str, title: str, text: list[str]) -> str:
             "\\pagestyle{empty}\\setlength{\\parindent}{0pt}\\setlength{\\parskip}{6pt}"
             "\\hyphenpenalty=10000\\sloppy\\begin{document}"
             f"{{\\Large\\bfseries {quote(title)}}}\n\n{body}\\end{{document}}")
-
-
-def run(*command: str | Path, folder: Path) -> str:
-    """Run a program and return what it prints. Raises InputError."""
-    try:
-        return subprocess.run(command, cwd=folder, check=True, capture_output=True, text=True,
-                              timeout=180).stdout
-    except FileNotFoundError:
-        raise InputError(f"{command[0]} is not installed") from None
-    except (subprocess.CalledProcessError, subprocess.TimeoutExpired) as error:
-        raise InputError(f"{command[0]} fails: {error.stderr or error}") from None
 
 
 def set_page(program: str, family: str, title: str, text: list[str],

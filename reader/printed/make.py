@@ -1,6 +1,6 @@
 """Set the pages of this folder again, by three programs that are not ours.
 
-    python reader/printed/make.py OUT/      # needs chromium, xetex, LibreOffice and pdftoppm
+    python -m reader.printed.make OUT/      # needs chromium, xetex, LibreOffice and pdftoppm
 
 The documents below are ours, written for this purpose. A browser, TeX and an office program set
 them, in families on which nothing is trained. A block of a document is a tuple: ("h", heading),
@@ -14,6 +14,9 @@ import shutil
 import subprocess
 import tempfile
 from pathlib import Path
+
+from plumbing.processes import run_main
+from plumbing.settings import InputError
 
 DPI = 120
 
@@ -209,9 +212,15 @@ def as_tex(document: tuple) -> str:
     return "\n".join(out) + "\n\\bye\n"
 
 
-def run(*command: str | Path, folder: Path) -> None:
-    subprocess.run(command, cwd=folder, check=True, stdout=subprocess.DEVNULL,
-                   stderr=subprocess.DEVNULL, timeout=180)
+def run(*command: str | Path, folder: Path) -> str:
+    """Run a program and return what it prints. Raises InputError."""
+    try:
+        return subprocess.run(command, cwd=folder, check=True, capture_output=True, text=True,
+                              timeout=180).stdout
+    except FileNotFoundError:
+        raise InputError(f"{command[0]} is not installed") from None
+    except (subprocess.CalledProcessError, subprocess.TimeoutExpired) as error:
+        raise InputError(f"{command[0]} fails: {error.stderr or error}") from None
 
 
 def set_page(program: str, document: tuple, folder: Path) -> Path:
@@ -261,4 +270,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_main(main)

@@ -284,6 +284,13 @@ def test_extreme_pages(size, max_tiles):
         assert page.sum() == rows * columns
 
 
+def test_the_config_says_how_many_tiles_unless_somebody_asks():
+    page = noise(300, 411)
+    few = replace(TOY, max_tiles=2)
+    assert torch.equal(tile(page, few), tile(page, TOY, 2))
+    assert torch.equal(tile(page, few, 9), tile(page, TOY)) and len(tile(page, TOY)) > 3
+
+
 def test_max_tiles_below_one_is_refused():
     with pytest.raises(ValueError, match="max_tiles is 0"):
         tile(Image.new("RGB", (9, 9)), TOY, 0)

@@ -222,11 +222,11 @@ def test_the_shipped_model_explains_where_it_read_an_answer(tmp_path):
     said = ["space" if c == " " else c for c in ANSWER]
     assert [text for _, text, _ in rows] == [*said, "eot id"]
     assert [step["end"] for step in numbers.answer] == [False] * len(ANSWER) + [True]
-    copied = 0                  # characters that stand in the patch where the LLM looked most
+    copied = 0          # characters among the likeliest ten of the patch where the LLM looked most
     for step in range(len(ANSWER)):
         patch = numbers.weights[step, 0].argmax()
         copied += rows[step][0] in numbers.ids[patch]
-    assert copied >= 3
+    assert copied >= 8          # of 11; of all patches at most 7 in 100 have a certain letter
     [image] = numbers.images
     page = read_image(PAGE)
     assert (image["name"], image["width"], image["height"]) == (PAGE.name, *page.size)
@@ -239,8 +239,12 @@ def test_the_shipped_model_explains_where_it_read_an_answer(tmp_path):
 
 def test_patches_lie_on_the_page_where_they_come_from(tokenizer, tmp_path):
     model, page = vlm(), Image.new("RGB", (333, 517), "white")
+    page.paste(ONE, (31, 47))
     explorer.explore(model, tokenizer, [page], ["a"], "", tmp_path / "a.html", max_new_tokens=1)
     [image] = read(tmp_path / "a.html").images
+    head, picture = image["picture"].split(",")         # a PNG, where that is shorter
+    assert head == "data:image/png;base64"
+    assert Image.open(io.BytesIO(base64.b64decode(picture))).tobytes() == page.tobytes()
     boxes = tile_boxes(333, 517, model.config.vision)
     assert len(image["tiles"]) == len(boxes) > 1
     for tile, box in zip(image["tiles"], boxes):

@@ -171,6 +171,18 @@ def test_without_checkpoint_the_shipped_model_answers(folder, pages, tmp_path, m
     assert sample(*ask).stderr.startswith(f"model: {shipped} on cpu\n")
 
 
+def test_a_page_whose_small_type_is_lost_is_told(folder, tmp_path):
+    """The toy's tiles have 112 pixels: a page of 336 fits nine, half of one of 560 is lost."""
+    for side, few, said in [(336, 9, None), (560, 9, "9 tiles of 112, 36% of it"),
+                            (130, 1, None), (200, 1, "1 tile of 112, 31% of it")]:
+        Image.new("RGB", (side, side)).save(tmp_path / "a.png")
+        lines = sample("--checkpoint", folder, "--image", tmp_path / "a.png", "--max-tiles", few,
+                       "--max-new-tokens", 1).stderr.splitlines()
+        told = [line for line in lines if "small type is lost" in line]
+        assert len(told) == (said is not None)
+        assert said is None or said in told[0] and f"{side} x {side} pixels" in told[0]
+
+
 def test_the_shipped_model_reads_answers_and_is_evaluated(tmp_path):
     """In bf16, as trained models are saved: on one process and two."""
     assert sample(*ASK).stdout == f"{ANSWER}\n"

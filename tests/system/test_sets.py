@@ -18,9 +18,11 @@ import torch.distributed as dist
 import train as train_py
 from conftest import run, torchrun
 from data import Sample, fill_rows
+from model import read_config
 from plumbing import streams
 from plumbing.examples import IMAGE, BadSample, Example
 from plumbing.formats import split_images
+from plumbing.runs import recorded
 from plumbing.settings import InputError
 from plumbing.streams import DataSet, Documents, Position, deal, steps_of
 from sets import (FORMATS, PAGES, documents_of, messages, no_hang, one_epoch,  # noqa: F401
@@ -273,6 +275,12 @@ def test_two_processes_with_uneven_steps_learn_what_one_does(started, tmp_path, 
         else:
             torchrun(2, "train.py", *options, timeout=100)
         losses[processes] = [line["loss"] for line in stage_log(out, 2)]
+        # It answers as it has learnt, and so does what starts from it.
+        assert read_config(out / "stage2").vision.max_tiles == 1
+        assert recorded(out / "stage2", "max_tiles") == 1
+    train("--stage", 3, "--data", path, "--batch-size", 3, "--steps", 1, "--out", out)
+    assert read_config(out / "stage3").vision.max_tiles == 1
+    assert recorded(out / "stage3", "max_tiles") == 1
     assert len(losses[1]) == 6 and losses[2] == pytest.approx(losses[1], rel=1e-5)
 
 

@@ -228,7 +228,7 @@ def test_several_images_make_one_prompt_and_the_speed_is_told(trained, tmp_path)
     assert len(pages) == 2 and prompt == sample_py.READ
     *_, speed, cut = done.stderr.splitlines()
     assert re.fullmatch(r"first token after [\d.]+ s, then [\d.]+ tokens/s \([\d.]+ GB/s\)", speed)
-    assert cut == "cut there: more with --max-new-tokens"
+    assert cut == "cut after 3 tokens (--max-new-tokens)"
 
 
 def test_bad_images_are_one_line_and_status_2(trained, tmp_path):

@@ -604,7 +604,9 @@ def test_bad_saved_models(backbones, tmp_path):
     for section, key, value in [
             ("vision", "n_layers", 3), ("llm", "n_layers", -1), ("llm", "vocab_size", 541),
             ("llm", "rope_theta", "x"), ("llm", "tie_embeddings", 3), ("llm", "typo", 1),
-            ("vision", "feature_layer", 7), ("vision", "image_mean", None)]:
+            ("vision", "feature_layer", 7), ("vision", "image_mean", None),
+            ("vision", "max_tiles", 0), ("vision", "max_tiles", None),
+            ("vision", "max_tiles", 1001)]:
         config = {**good, section: {**good[section], key: value}}
         (tmp_path / "good" / "config.json").write_text(json.dumps(config))
         with pytest.raises(CheckpointError) as error:
