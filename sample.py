@@ -164,7 +164,7 @@ def warn_of_small_type(page: Image.Image, config: SigLIPConfig, max_tiles: int |
         n = grid[0] * grid[1]
         tiles = f"{n} tile{'s' if n > 1 else ''} of {config.image_size}"
         print(f"a page of {page.width} x {page.height} pixels becomes {tiles}, {kept:.0%} of it: "
-              "small type is lost (crop it, or try --max-tiles)", file=sys.stderr)
+              "small type is lost (crop it)", file=sys.stderr)
 
 
 def print_speed(llm: Llama, start: float, times: list[float]) -> None:

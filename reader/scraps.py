@@ -11,7 +11,7 @@ LOWEST, HIGHEST = 10, 24        # pixels of type in the tile
 
 
 def scrap(rng: random.Random, split: str, side: int) -> Page:
-    """A square page that is scaled to one tile of `side` pixels; its type LOWEST to HIGHEST.
+    """A square page, scaled to one tile of `side` pixels, with type of LOWEST to HIGHEST there.
 
     A third is drawn at its own size; the rest is scaled up or down, as pages are that do not fit.
     """
