@@ -1,7 +1,7 @@
 """Tesseract 5 reads what a model reads aloud, for comparison.
 
     apt-get install tesseract-ocr
-    python -m paper.tesseract reader-pages reader-a4 reader-drawn
+    python -m paper.tesseract reader-pages reader-a4 reader-scans reader-drawn
 
 Its readings are predictions like a model's, and go to files like theirs. It answers no questions:
 of a benchmark's rows it gets those that ask for the page's text.

@@ -7,6 +7,7 @@ fall in reading order, so that a mixture says which comes first.
 import base64
 import random
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -14,7 +15,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from data import READ, Sample, Tokenizer, encode_chat, prepare
+from data import IGNORE, READ, Sample, Tokenizer, encode_chat, prepare
 from plumbing.examples import IMAGE, Example, Turn
 from plumbing.streams import Position
 from reader.drawing import BLANK, CHARACTERS, SLOTS, Page
@@ -80,6 +81,21 @@ def turns_about(rng: random.Random, page: Page, read: float, ask: float,
     return turns
 
 
+def misread(rng: random.Random, tokens: Tensor, labels: Tensor) -> Tensor:
+    """Tokens (L,) of a chat in which some of an answer's are others of it: what a reader goes on
+    from that has erred. The labels stay, and so it learns to find its place again.
+
+    Nougat (https://arxiv.org/abs/2308.13418) does so against endless repetitions.
+    """
+    numbers = np.random.default_rng(rng.getrandbits(32))
+    inside = (labels[:-1] != IGNORE) & (labels[1:] != IGNORE)   # of an answer, but not its end
+    places = 1 + inside.nonzero()[:, 0].numpy()
+    wrong = places[numbers.random(len(places)) < numbers.choice([0, 0.03, 0.1])]
+    tokens = tokens.clone()
+    tokens[wrong] = tokens[numbers.permutation(places)[:len(wrong)]]
+    return tokens
+
+
 def phrased(rng: random.Random, prompt: str) -> str:
     """A question with or without capital and question mark."""
     if prompt != READ and rng.random() < 0.4:
@@ -90,12 +106,13 @@ def phrased(rng: random.Random, prompt: str) -> str:
 def lesson_page(rng: random.Random, split: str, config: SigLIPConfig, single: bool,
                 lines: int = 10 ** 6, most_tiles: int = 9) -> Page:
     """A page of any kind. The more tiles, the rarer: nine cost as much as nine times one."""
-    kind = rng.choice([*KINDS, "notes", "snippets", "snippets", "snippets"])
+    kind = rng.choice([*KINDS, "notes", "snippets", "snippets", "snippets", "echoes"])
+    type_size = (20, 36) if rng.random() < 0.08 else (11, 20)       # as of a small crop, enlarged
     grids = [(1, 1)]
     if not single:
         grids = [(r, c) for r, c in GRIDS for _ in range(9 // (r * c)) if 1 < r * c <= most_tiles]
     while True:
-        page = write_page(rng, kind, split, config, grids, 1200, lines)
+        page = write_page(rng, kind, split, config, grids, 1200, lines, type_size)
         rows, columns = choose_grid(page.width, page.height, config.image_size)
         if rows * columns <= most_tiles:        # a page that is longer than was meant has more
             return page
@@ -152,7 +169,8 @@ class LaidOut(Dataset):
         ids, weights = mixtures(rng, classes, self.tokens, 0.5 * doubt)
         asking = 0.1 if step < 3000 else 0.3                        # first it learns to read
         turns = turns_about(rng, page, 1 - 2 * asking, asking)
-        return (*encode_chat(turns, self.tokenizer, [len(ids)]), ids, weights)
+        tokens, labels = encode_chat(turns, self.tokenizer, [len(ids)])     # (L,) both
+        return misread(rng, tokens, labels), labels, ids, weights
 
 
 def packed(samples: list[tuple]) -> tuple[Tensor, Tensor, Tensor, Tensor, list[int]]:
@@ -193,4 +211,5 @@ class ReaderDocuments(Dataset):
         read, ask = (0.35, 0.3) if self.stage == 3 else (1.0, 0.0)
         turns = turns_about(rng, page, read, ask)
         example = Example([page.draw()], turns, f"reader/{self.stage}/{index}")
-        return prepare(example, self.tokenizer, self.config, 9)
+        sample = prepare(example, self.tokenizer, self.config, 9)
+        return replace(sample, tokens=misread(rng, sample.tokens, sample.labels))

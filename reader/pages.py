@@ -376,7 +376,16 @@ def snippets(sheet: Sheet) -> None:
 
 KINDS = {"receipt": receipt, "invoice": invoice, "letter": letter, "form": form, "table": table,
          "article": article, "columns": columns, "screenshot": screenshot, "notes": notes}
-PRACTICE = {"snippets": snippets}       # pages to learn from, which nobody has
+def echoes(sheet: Sheet) -> None:
+    """A few words again and again: only their places tell which of them comes next."""
+    rng = sheet.rng
+    few = [words.anything(rng)[:rng.randint(2, 12)].strip() or "-"
+           for _ in range(rng.randint(2, 6))]
+    while not sheet.full:
+        sheet.write(" ".join(rng.choices(few, k=rng.randint(1, 5))), rng.choice([0, 0, 0, 0.5]))
+
+
+PRACTICE = {"snippets": snippets, "echoes": echoes}     # pages to learn from, which nobody has
 
 
 def legible(page: Page, config: SigLIPConfig) -> bool:
@@ -388,10 +397,11 @@ def legible(page: Page, config: SigLIPConfig) -> bool:
 
 def write_page(rng: random.Random, kind: str, split: str, config: SigLIPConfig,
                grids: list[tuple[int, int]] = GRIDS, characters: int = 1500,
-               lines: int = 10 ** 6) -> Page:
+               lines: int = 10 ** 6, type_size: tuple[float, float] = (11, 20)) -> Page:
     """A page of a kind that fills about one of the grids of tiles, in type that tiles can show.
 
     characters and lines: the most that is read aloud; a page that has more is written again.
+    type_size: of a page of one tile, in its pixels, the least and the most.
     """
     while True:
         rows, columns = rng.choice(grids)
@@ -400,7 +410,7 @@ def write_page(rng: random.Random, kind: str, split: str, config: SigLIPConfig,
         single = rows * columns == 1
         width, height = (config.image_size * columns * (1 if single else rng.uniform(0.8, 1)),
                          config.image_size * rows * (1 if single else rng.uniform(0.8, 1)))
-        sheet = Sheet(rng, kind, split, width, height, (11, 20) if single else (12, 24))
+        sheet = Sheet(rng, kind, split, width, height, type_size if single else (12, 24))
         if single:
             fit_one_tile(sheet, config.image_size)
         sheet.most_lines = lines

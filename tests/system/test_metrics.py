@@ -4,6 +4,7 @@ import time
 
 import pytest
 
+from paper.benchmarks import READERS
 from paper.metrics import (METRICS, anls, denotation, due_anls, exact_match, financial,
                            relaxed_accuracy, tabfact, true_or_false, vqa_accuracy, vqa_normalise,
                            wtq_normalise)
@@ -12,7 +13,7 @@ from plumbing.texts import edit_distance
 HEADLINES = {"DocVQA": "anls", "InfoVQA": "anls", "DeepForm": "f1", "KLC": "f1", "WTQ": "accuracy",
              "TabFact": "accuracy", "ChartQA": "relaxed_accuracy", "TextVQA": "vqa_accuracy",
              "TableVQABench": "accuracy", "VCR-easy": "exact_match", "VCR-hard": "exact_match",
-             **dict.fromkeys(["toy", "reader-pages", "reader-a4", "reader-drawn"], "exact_match")}
+             **dict.fromkeys(["toy", *READERS], "exact_match")}
 
 
 def row(prediction, *answers, split=None):

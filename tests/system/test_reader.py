@@ -9,10 +9,11 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from data import READ, Tokenizer
+from data import IGNORE, READ, Tokenizer, encode_chat
 from model import AlignVLM, AlignVLMConfig, LlamaConfig
 from paper.benchmarks import folder_pages, open_benchmark
 from paper.metrics import METRICS
+from plumbing.examples import IMAGE, Turn
 from plumbing.runs import recorded
 from plumbing.settings import InputError
 from reader import words
@@ -20,7 +21,7 @@ from reader.drawing import CHARACTERS, CLASS, SMUDGE, Page
 from reader.encoder import LARGE
 from reader.enlarge import POSITIONS, enlarge, enlarged
 from reader.fonts import HELD_OUT, NEVER, face_paths, faces
-from reader.lessons import WEIGHTS, class_tokens, mixtures, write_tokenizer
+from reader.lessons import WEIGHTS, class_tokens, misread, mixtures, write_tokenizer
 from reader.pages import KINDS, PRACTICE, write_page
 from train import make_larger
 from vision import SigLIPConfig, choose_grid, tile_boxes
@@ -70,6 +71,23 @@ def test_a_mixture_tells_its_characters_and_their_order():
     of_l = (weights * (ids == CLASS["l"])).sum(-1)
     np.testing.assert_allclose(of_l, [0.52, 0.78, 0], atol=1e-6)
     np.testing.assert_allclose(weights.sum(-1), 1, atol=1e-6)
+
+
+def test_a_misread_answer_has_other_tokens_of_it_and_the_same_labels(tmp_path):
+    write_tokenizer(tmp_path / "tokenizer.model")
+    turns = [Turn("user", [IMAGE, READ]), Turn("assistant", ["abcdefgh" * 40]),
+             Turn("user", ["what?"]), Turn("assistant", ["ijklmnop" * 40])]
+    tokens, labels = encode_chat(turns, Tokenizer(tmp_path), [64])
+    shares, answers = set(), torch.zeros(len(tokens), dtype=torch.bool)
+    answers[1:] = (labels[:-1] != IGNORE) & (labels[1:] != IGNORE)
+    assert int(answers.sum()) == 640
+    for seed in range(20):
+        changed = misread(random.Random(seed), tokens, labels)
+        wrong = changed != tokens
+        assert not wrong[~answers].any()                # neither what was asked nor an answer's end
+        assert set(changed[wrong].tolist()) <= set(tokens[answers].tolist())
+        shares.add(round(wrong.sum().item() / 640, 1))
+    assert shares == {0.0, 0.1}
 
 
 def test_larger_tiles_keep_where_a_patch_is():
@@ -169,6 +187,14 @@ def test_whole_a4_pages_are_cut_into_nine_tiles_and_the_whole():
     for i in range(len(benchmark.rows)):
         [image] = benchmark.images(i)
         assert choose_grid(*image.size, LARGE.image_size) == (3, 3)
+
+
+def test_what_is_asked_about_a_scan_stands_in_it():
+    benchmark = open_benchmark("reader-scans")
+    assert len(benchmark.rows) == 18 and len(benchmark.images(17)) == 1
+    for read, asked in zip(benchmark.rows[::2], benchmark.rows[1::2]):
+        assert read["question"] == READ != asked["question"]
+        assert asked["answers"][0] in read["answers"][0]
 
 
 def test_pages_by_others_are_scored_aloud_and_asked():
