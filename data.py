@@ -39,8 +39,10 @@ CPU = torch.device("cpu")
 
 @dataclass
 class ChatFormat:
-    """How a chat is laid out, in special tokens by name and plain text. No format adds
-    a system message."""
+    """How a chat is laid out, in special tokens by name and plain text.
+
+    No format adds a system message. Llama 3.1's and 3.2's own templates do: two dates.
+    """
     begin: list[str]                        # before the first turn
     header: tuple[list[str], list[str]]     # before and after a turn's role
     end: list[str]                          # after a turn; its first is the end-of-turn token

@@ -3,7 +3,8 @@
     E_text(x) = [E_text(x_1), ..., E_text(x_M)]         equation 3
     H_input = concat(F'_align, E_text(x))               just above equation 3, without a number
 
-    model = AlignVLM.from_backbones("google/siglip-so400m-patch14-384", "meta-llama/Llama-3.2-1B")
+    model = AlignVLM.from_backbones("google/siglip-so400m-patch14-384",
+                                    "meta-llama/Llama-3.2-1B-Instruct")
     loss = model(*pack_row(samples, model.config.vision))   # data.py: one packed row of samples
     for ids in model.generate([tokens], [pixels], stop=tokenizer.stop):     # of prepare_question
         ...                                             # one more token of each prompt

@@ -3,7 +3,7 @@
     python train.py                         # the toy: all stages, on a laptop, in ten minutes
     python train.py --stage 1               # one of them; it starts from the stage before's folder
     torchrun --nproc_per_node 8 train.py --stage 1 --data cc12m/ --out out/1b \\
-        --vision google/siglip-so400m-patch14-384 --llm meta-llama/Llama-3.2-1B    # 8 GPUs
+        --vision google/siglip-so400m-patch14-384 --llm meta-llama/Llama-3.2-1B-Instruct   # 8 GPUs
 
 Stage 0 stands for what a released LLM brings along: the toy's own LLM learns to read pages as plain
 text, before it meets an image (the shipped one, toy/stage0, has done so already). Every stage
@@ -708,7 +708,8 @@ def add_recipe_flags(add) -> None:
     add("--batch-size", type=positive(int),
         help="samples a step, over all processes (default: the recipe's)")
     add("--row-tokens", type=positive(int), help="tokens a forward pass, visual ones too; a "
-        "process's share of a step takes as many passes as it needs (default: the recipe's)")
+        "process's share of a step takes as many passes as it needs; a longer text is cut "
+        "(default: the recipe's)")
     add("--max-length", type=positive(int),
         help="text tokens a sample, cut at its end (default: the recipe's)")
     add("--epochs", type=positive(int), help="passes over --data (default: the recipe's)")

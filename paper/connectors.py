@@ -74,7 +74,8 @@ def make_backbones(folder: Path) -> None:
     rng = random.Random("backbones")
     readout = nn.Linear(model.config.vision.hidden_size, len(tokenizer))
     params = [*model.vision.parameters(), *readout.parameters()]
-    optimizer = torch.optim.AdamW(params, lr=1e-3, betas=(0.9, 0.95), weight_decay=0.1)
+    # The schedule sets the rate, up to 2e-3 and down to 0, and beta1, 0.95 to 0.85 and back.
+    optimizer = torch.optim.AdamW(params, betas=(0.95, 0.95), weight_decay=0.1)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 2e-3, total_steps=BACKBONE_STEPS,
                                                    pct_start=0.1)
     bar = tqdm(range(BACKBONE_STEPS), desc="backbones")

@@ -213,16 +213,21 @@ def print_memory(recipe: Recipe, config: AlignVLMConfig, data: StageData, tiles:
     """Bytes a GPU with train.py's flags that save more and more of them, up to the first that
     fits."""
     length = tiles * config.tile_tokens + data.text
+    # A smaller row would cut the stage's longest texts.
+    longest = tiles * config.tile_tokens + recipe.max_length
     a_share = math.ceil(recipe.batch_size / args.gpus)          # of a step's samples
-    a_page = f"--row-tokens {length}"
+    a_page = f"--row-tokens {longest}"
     for flags, row_tokens in [("as asked", recipe.row_tokens),
                               ("--recompute", recipe.row_tokens),
-                              (f"--recompute {a_page}", length),
-                              (f"--recompute {a_page} --offload", length)]:
+                              (f"--recompute {a_page}", longest),
+                              (f"--recompute {a_page} --offload", longest)]:
         recompute, offload = "--recompute" in flags, "--offload" in flags
         in_row = max(1, min(a_share, row_tokens // length))     # samples
-        parts = memory(config, recipe.trainable, args.shard_size, in_row * length, in_row * tiles,
-                       in_row * data.supervised, recompute, offload=offload)
+        tokens, supervised = in_row * length, in_row * data.supervised
+        if a_page in flags:
+            tokens, supervised = longest, recipe.max_length
+        parts = memory(config, recipe.trainable, args.shard_size, tokens, in_row * tiles,
+                       supervised, recompute, offload=offload)
         total = sum(parts.values()) / 1e9
         fits = total <= 0.9 * args.gpu_memory       # the rest is for CUDA, NCCL and fragments
         verdict = "which fits" if fits else f"more than 90 % of {args.gpu_memory:g}"

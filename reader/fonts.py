@@ -17,6 +17,7 @@ from unicodedata import normalize
 
 from PIL import ImageFont
 
+from plumbing.processes import run_main
 from plumbing.settings import InputError
 
 FOLDERS = [Path("/usr/share/fonts"), Path.home() / ".local/share/fonts", Path.home() / ".fonts"]
@@ -95,8 +96,11 @@ def font_files() -> list[Path]:
 
 
 def lacking(path: Path) -> str:
-    """Those of PRINTABLE and BESIDES for which a face has no glyph."""
-    from fontTools.ttLib import TTFont          # for this command alone
+    """Those of PRINTABLE and BESIDES for which a face has no glyph. Raises InputError."""
+    try:
+        from fontTools.ttLib import TTFont      # for this command alone
+    except ImportError:
+        raise InputError("reading fonts needs `pip install fonttools`") from None
     glyphs = TTFont(path, lazy=True).getBestCmap()
     return "".join(c for c in PRINTABLE + "".join(BESIDES) if ord(c) not in glyphs)
 
@@ -164,4 +168,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_main(main)
