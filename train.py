@@ -50,8 +50,9 @@ from plumbing.runs import begin, check_recipe, claim, is_complete, recorded, ref
 from plumbing.settings import InputError
 from plumbing.signals import stop_on_signal
 from plumbing.states import States, drop_states, newest_state
-from plumbing.streams import (BAD_KINDS, Documents, Position, agree_on_position, check_bad_share,
-                              check_same_files, check_usable, deal, full_spec, keep_good, steps_of)
+from plumbing.streams import (BAD_KINDS, Documents, Position, agree_on_files, agree_on_position,
+                              check_bad_share, check_same_files, check_usable, deal, full_spec,
+                              keep_good, steps_of)
 from plumbing.weights import model_folder
 from plumbing.workers import loaded, start_worker
 from reader.enlarge import enlarge
@@ -388,7 +389,10 @@ def begin_or_resume(documents: Dataset, states: States, state: Path | None) -> P
     """The start of a stage, or how far it had come in the training state at `state`, whose weights
     and moments the model and optimizer of `states` take over. Raises InputError, also where files
     of --data are no longer what they were."""
-    files = on_first_rank(documents.file_marks) if isinstance(documents, Documents) else {}
+    files = {}
+    if isinstance(documents, Documents):
+        agree_on_files(documents)
+        files = on_first_rank(documents.file_marks)
     if state is None:
         return Progress(files=files)
     progress = Progress.of(states.load(state), state)
@@ -437,7 +441,7 @@ def with_steps(recipe: Recipe, documents: Dataset, args: argparse.Namespace) -> 
     the schedule and the bar. The stage ends where its last epoch does."""
     if not isinstance(documents, Documents) or args.steps is not None:
         return recipe
-    samples = recipe.epochs * documents.epoch_samples()
+    samples = recipe.epochs * on_first_rank(documents.epoch_samples)    # one schedule on all ranks
     return replace(recipe, steps=math.ceil(samples / recipe.batch_size))
 
 

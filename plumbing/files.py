@@ -27,6 +27,12 @@ def write_bytes(path: Path, data: bytes) -> None:
     os.replace(partial, path)
 
 
+def to_disk(path: Path) -> None:
+    """Wait until what was written to a file is on the disk, also if the machine should fail."""
+    with path.open("rb") as file:
+        os.fsync(file.fileno())
+
+
 def refuse_inputs(out: Path, inputs: Iterable[Path]) -> None:
     """Raise InputError if `out` is one of the files that are read, by whatever name or link. Call
     it before any work is done."""

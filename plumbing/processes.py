@@ -148,6 +148,7 @@ def own_part(store: dist.Store, rank: int, world: int, timeout: timedelta) -> di
     """
     me = uuid.uuid4().hex
     if rank == 0:
+        forget_dump(store)
         store.set("attempt", me)
         for other in range(1, world):
             store.set(f"{me}/{store.get(f'{me}/{other}').decode()}", "welcome")
@@ -160,6 +161,17 @@ def own_part(store: dist.Store, rank: int, world: int, timeout: timedelta) -> di
             store.wait([f"{name}/{me}"], timedelta(seconds=2))
             return dist.PrefixStore(name, store)
     raise InputError(f"rank {rank} waited {timeout.total_seconds():.0f} s for rank 0")
+
+
+def forget_dump(store: dist.Store) -> None:
+    """Delete what NCCL leaves in torchrun's store where an attempt dies of an error or a time-out.
+
+    NCCL writes and reads it below all prefixes. The next attempt would find it and, 8 minutes
+    later, end itself.
+    """
+    while isinstance(store, dist.PrefixStore):
+        store = store.underlying_store
+    store.delete_key("exception_dump")
 
 
 @contextlib.contextmanager

@@ -11,6 +11,7 @@ import torch.distributed as dist
 from safetensors.torch import save_file
 from torch import nn
 
+from plumbing.files import to_disk
 from plumbing.settings import CheckpointError, InputError, read_json
 
 MARK = "config.json.partial"    # what `save` writes first, and names config.json at its end
@@ -113,6 +114,7 @@ def write_tensors(model: nn.Module, folder: Path, dtype: torch.dtype, shard_byte
                 tensors[name] = p.to("cpu", dtype).contiguous()
         if writes:
             save_file(tensors, folder / file, metadata={"format": "pt"})
+            to_disk(folder / file)              # train.py deletes its states next
         places |= dict.fromkeys(names, file)
     return places
 

@@ -15,6 +15,7 @@ from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.staging import DefaultStager, StagingOptions
 from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
 
+from plumbing.files import to_disk
 from plumbing.settings import InputError
 
 KEPT = 2        # states of a run; while one is being written there is a third
@@ -59,6 +60,7 @@ class States:
             if dist.get_rank() == 0:
                 partial.mkdir(exist_ok=True)        # the other ranks' writers make it as well
                 (partial / "progress.json").write_text(json.dumps(progress))
+                to_disk(partial / "progress.json")      # as the writers do with their files
             # Nothing is to be copied ahead, all is in copies: the thread that does it would open
             # a context on GPU 0 from every rank.
             writer = FileSystemWriter(partial, per_thread_copy_ahead=0)
@@ -85,7 +87,8 @@ class States:
             if dist.get_rank() == 0:
                 os.rename(partial, path)
                 for old in sorted(self.folder.glob("step-????????"))[:-KEPT]:
-                    shutil.rmtree(old)
+                    # If another program has it open, on NFS, it goes after the next state.
+                    shutil.rmtree(old, ignore_errors=True)
         except (OSError, CheckpointException) as error:
             if "timed out" in str(error).lower():
                 raise RuntimeError(f"{partial}: timed out") from None

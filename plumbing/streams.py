@@ -11,6 +11,7 @@ The order depends on the seed and the epoch alone, and a Position in it is all t
 neither the number of ranks nor that of loading processes matters. In the place of a sample that
 cannot be used stands a Bad one. What a sample is, `prepare` says; nothing here knows of tokens.
 """
+import contextlib
 import functools
 import itertools
 import mmap
@@ -47,6 +48,7 @@ GROUP = 8192            # samples that are shuffled together, at least
 BLOCK = 2 ** 20         # bytes of a JSON file that make a shard
 MARKED = 2 ** 16        # bytes, in three places, by which a file is known again
 PARQUET_SHARDS = 16     # shards of a parquet file
+COUNTED = 16            # shards of tars and JSON of which the samples are counted beforehand
 
 Sample = TypeVar("Sample")              # what `prepare` makes of an Example: a data.Sample
 Reference = tuple[int, int, int]        # a sample of a DataSet: (shard, start, stop)
@@ -125,7 +127,7 @@ class DataSet:
             pass
         return [(0, DAMAGED)] if part == 0 else []       # damaged from its start: said once
 
-    @functools.lru_cache(maxsize=8)         # the first group serves estimate() and the epoch
+    @functools.lru_cache(maxsize=8)         # `references` fetches the next one beforehand
     def group(self, epoch: int, first: int) -> tuple[list[Reference], int]:
         """The references of a group in their order, and the place in the permuted shards where the
         next group begins. The group begins at `first`."""
@@ -160,9 +162,18 @@ class DataSet:
                 yield None, (epoch, 0, 0)
 
     def estimate(self) -> int:
-        """About how many samples there are, from the first group."""
-        references, after = self.group(0, 0)
-        return round(len(references) * len(self.shards) / after)
+        """About how many samples there are: parquet files say how many rows they have; of the other
+        shards a few are counted."""
+        n_rows = 0
+        for _, path, kind in self.files:
+            if kind == "parquet":
+                with contextlib.suppress(OSError, ValueError):      # a damaged file has none
+                    n_rows += read_parquet(path).metadata.num_rows
+        others = [shard for shard, (file, _, _) in enumerate(self.shards)
+                  if self.files[file][2] != "parquet"]
+        order = np.random.default_rng(self.seed).permutation(others)[:COUNTED].tolist()
+        counts = [len(self.index(shard)) for shard in order]
+        return n_rows + round(sum(counts) * len(others) / max(1, len(counts)))
 
     def where(self, shard: int, start: int, stop: int) -> str:
         """Where a sample lies, in words: a tar's member, or the line of a JSONL file, which is
@@ -278,7 +289,13 @@ class Documents(Dataset):
     def where(self, bad: Bad) -> str:
         """Where a bad sample lies, in words."""
         number, *place = bad.reference
-        return self.sets[number].where(*place)
+        try:
+            return self.sets[number].where(*place)
+        except OSError:                 # the file itself cannot be read any more
+            shard, start, _ = place
+            data_set = self.sets[number]
+            file = data_set.shards[shard][0]
+            return f"{data_set.files[file][1]}, byte {start}"
 
     def draws(self, start: Position) -> Iterator[tuple[tuple | None, Position]]:
         """(reference, position after it) from a position on, for ever; None for a reference where
@@ -301,6 +318,12 @@ class Documents(Dataset):
                 taken = [0] * n
                 yield None, Position(epoch, list(taken), list(places))
             # else: it has been through less often than the one that makes the epochs, and goes on
+
+    def listing_mark(self) -> int:
+        """A checksum of the files' names and of how they are cut into shards."""
+        sets = [(data_set.shards, [(file.name, kind) for _, file, kind in data_set.files])
+                for data_set in self.sets]
+        return zlib.crc32(repr(sets).encode())
 
     def file_marks(self) -> dict[str, list[int]]:
         """path -> [bytes, checksum of some of them] of all files: the order of the samples depends
@@ -354,13 +377,26 @@ def steps_of(loader) -> Iterator[tuple[list[Sample | Bad], Position]]:
             samples.append(item)
 
 
+def agree_on_files(documents: Documents) -> None:
+    """At a stage's start: see that all ranks have the same files. Raises InputError, on all ranks.
+
+    A file more or less changes the order of the samples, but not always the Positions in it.
+    """
+    agree(documents.listing_mark(), False)
+
+
 def agree_on_position(position: Position, stop: bool) -> bool:
     """Before a step: see that all ranks are at the same place of the data, or they would repeat and
     lose samples.
 
     Returns whether any of them was asked to stop. Raises InputError, on all ranks.
     """
-    mark = zlib.crc32(repr(position).encode())
+    return agree(zlib.crc32(repr(position).encode()), stop)
+
+
+def agree(mark: int, stop: bool) -> bool:
+    """Raise InputError, on all ranks, unless all have the same mark. Returns whether any of them
+    was asked to stop."""
     highest = torch.tensor([mark, -mark, stop])
     dist.all_reduce(highest, dist.ReduceOp.MAX)
     if highest[0] != -highest[1]:           # the highest mark is not the lowest

@@ -9,11 +9,15 @@ from dataclasses import asdict
 from pathlib import Path
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
+import torch
 from torch.utils.data import DataLoader
 
 from conftest import ROOT, alone, run
 from plumbing import streams
+from plumbing.settings import InputError
 from plumbing.streams import Documents, Position, deal, steps_of
 from sets import (N, PAGES, PEAK, add_sample, documents_of, messages, no_hang,  # noqa: F401
                   tokenizer, write_texts)
@@ -138,6 +142,51 @@ def test_weights_mix_and_an_epoch_ends_with_the_first_set(mixture):
         keys = [key for key in drawn if name in key]
         rounds = [keys[i:i + n] for i in range(0, len(keys), n)]
         assert len(rounds) > 1 and all(len(set(keys)) == len(keys) for keys in rounds)
+
+
+def test_an_epoch_is_estimated_from_all_over_the_set(small_groups, tmp_path, tokenizer):
+    """Files of very different sizes: the rows of parquet are known, those of others guessed."""
+    pq.write_table(pa.table({"a": range(9000)}), tmp_path / "a.parquet")
+    for i in range(40):
+        pq.write_table(pa.table({"a": range(10)}), tmp_path / f"b{i}.parquet")
+    (tmp_path / "c.parquet").write_bytes(b"PAR1, and then nothing")
+    assert documents_of(tmp_path, tokenizer).epoch_samples() == 9400
+    (tmp_path / "json").mkdir()
+    for i in range(30):
+        write_texts(tmp_path / "json", f"part{i}", 2 + 5 * (i % 7))
+    n = sum(2 + 5 * (i % 7) for i in range(30))
+    assert documents_of(tmp_path / "json", tokenizer).epoch_samples() == pytest.approx(n, rel=0.2)
+
+
+def test_ranks_with_other_files_are_refused_before_the_first_step(tmp_path, tokenizer, monkeypatch):
+    """Also where their Positions would be the same for long."""
+    for i in range(3):
+        write_texts(tmp_path, f"part{i}", 4)
+    here = documents_of(tmp_path, tokenizer)
+    (tmp_path / "part2.jsonl").unlink()
+    there = documents_of(tmp_path, tokenizer)
+
+    def all_reduce(tensor, op):         # with the other rank, whose mark is `theirs`
+        tensor.copy_(torch.maximum(tensor, torch.tensor([theirs, -theirs, 0])))
+
+    monkeypatch.setattr(torch.distributed, "all_reduce", all_reduce)
+    theirs = here.listing_mark()
+    streams.agree_on_files(here)
+    for documents in there, here:
+        theirs = (here if documents is there else there).listing_mark()
+        with pytest.raises(InputError, match="the ranks read different data"):
+            streams.agree_on_files(documents)
+
+
+def test_a_file_that_cannot_be_read_any_more_has_a_place(tmp_path, tokenizer):
+    """Its samples are bad ones, and saying so needs nothing from it."""
+    write_texts(tmp_path, "part", 3)
+    documents = documents_of(tmp_path, tokenizer)
+    reference, _ = next(documents.draws(Position()))
+    (tmp_path / "part.jsonl").unlink()
+    bad = documents[reference]
+    assert bad.kind == "unreadable file"
+    assert documents.where(bad) == f"{tmp_path / 'part.jsonl'}, byte {reference[2]}"
 
 
 # --------------------------------------------------------------------------------------------------

@@ -9,13 +9,15 @@ import signal
 import socket
 import time
 from contextlib import suppress
+from datetime import timedelta
 from pathlib import Path
 
 import pytest
+import torch.distributed as dist
 
 from conftest import run, start
 from kill import descendants
-from plumbing.processes import check_variables
+from plumbing.processes import check_variables, own_part
 from plumbing.settings import InputError
 from toy.pages import STAGE0
 
@@ -351,6 +353,13 @@ def test_variables_of_torchrun_that_make_sense():
     assert check_variables({**FULL, "LOCAL_RANK": "0"}) and check_variables(FULL)
     assert not check_variables({})
     assert not check_variables({"WORLD_SIZE": "1", "MASTER_ADDR": "localhost"})
+
+
+def test_a_new_attempt_does_not_find_what_nccl_left_of_the_old_one():
+    root = dist.HashStore()
+    root.set("exception_dump", "1")
+    own_part(dist.PrefixStore("a", dist.PrefixStore("b", root)), 0, 1, timedelta(seconds=5))
+    assert not root.check(["exception_dump"])
 
 
 @pytest.mark.parametrize("program", ["train.py", "eval.py"])
