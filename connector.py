@@ -243,13 +243,15 @@ def row_chunks(matrix: Tensor) -> list[slice]:
 
 
 class AlignTopK(nn.Module):
-    """Align for inference, with K of the V tokens: the softmax of equation 1 runs over these alone.
+    """Align for inference, with K of the V tokens, the same for every patch: the softmax of
+    equation 1 runs over these alone.
 
     F' stays convex. The paper's second version keeps the 3.4 K of 128 K tokens that carry nearly
     all probability: 58.69 on average against 58.81.
 
-    The second LayerNorm's statistics stay those of all V logits z = W2 h, without making them.
-    With the mean m of W2's rows and their covariance C (see `spread`):
+    Whose statistics its second LayerNorm then has we do not know. Here they stay those of all V
+    logits z = W2 h, without making them. With the mean m of W2's rows and their covariance C (see
+    `spread`):
 
         mean(z) = h . m,   variance(z) = h^T C h
     """
