@@ -1,4 +1,5 @@
 """A page being written, and how people ask for what stands on it."""
+import bisect
 import random
 from collections.abc import Callable
 
@@ -50,8 +51,11 @@ class Sheet:
     def fit(self, text: str, room: float, face: Face | None = None,
             size: float | None = None) -> str:
         """As much of a text as has room: whole words, or of one word its start."""
+        ends = [i for i, c in enumerate(text) if c == " "] + [len(text)]        # of its words
+        n = bisect.bisect_right(ends, room, key=lambda end: self.width_of(text[:end], face, size))
+        text = text[:ends[max(n, 1) - 1]]
         while len(text) > 1 and self.width_of(text, face, size) > room:
-            text = text.rsplit(" ", 1)[0] if " " in text else text[:-1]
+            text = text[:-1]
         return text
 
     def put(self, text: str, x: float | None = None, align: float = 0.0, face: Face | None = None,
