@@ -208,7 +208,7 @@ class ReaderDocuments(Dataset):
         single = self.stage == 1 or rng.random() < 0.97
         tiles = round(2 + 2 * progress)     # a page of nine costs as much as ten of one
         page = lesson_page(rng, self.split, self.config, single, most_tiles=tiles)
-        read, ask = (0.35, 0.3) if self.stage == 3 else (1.0, 0.0)
+        read, ask = (0.15, 0.75) if self.stage == 3 else (1.0, 0.0)
         turns = turns_about(rng, page, read, ask)
         example = Example([page.draw()], turns, f"reader/{self.stage}/{index}")
         sample = prepare(example, self.tokenizer, self.config, 9)
