@@ -82,8 +82,8 @@ def turns_about(rng: random.Random, page: Page, read: float, ask: float,
 
 
 def misread(rng: random.Random, tokens: Tensor, labels: Tensor) -> Tensor:
-    """Tokens (L,) of a chat in which some of an answer's are others of it: what a reader goes on
-    from that has erred. The labels stay, and so it learns to find its place again.
+    """Tokens (L,) of a chat, some of its answers' exchanged for others of them, as if the reader
+    had erred there. The labels (L,) stay: so it learns to find its place again.
 
     Nougat (https://arxiv.org/abs/2308.13418) does so against endless repetitions.
     """
