@@ -23,6 +23,11 @@ from reader.fonts import BESIDES
 from reader.pages import GRIDS, KINDS, write_page
 from vision import SigLIPConfig, choose_grid
 
+# The kinds of the pages that are read aloud, and of those that are asked about. Some come twice:
+# of the one sort where a reader loses its place, of the other where it has to look for an answer.
+TO_READ = (*KINDS, "article", "columns", "table", "notes", "snippets", "snippets", "echoes",
+           "facts")
+TO_ASK = (*KINDS, "receipt", "table", "columns", "facts", "facts", "facts", "facts", "facts")
 # Of a patch's mixture, in reading order. What a slot without a character has goes to the blank
 # token, so that "l" and "ll" are not the same; no two sums of them are equal.
 WEIGHTS = (0.52, 0.26, 0.14, 0.08)
@@ -104,9 +109,11 @@ def phrased(rng: random.Random, prompt: str) -> str:
 
 
 def lesson_page(rng: random.Random, split: str, config: SigLIPConfig, single: bool,
-                lines: int = 10 ** 6, most_tiles: int = 9) -> Page:
-    """A page of any kind. The more tiles, the rarer: nine cost as much as nine times one."""
-    kind = rng.choice([*KINDS, "notes", "snippets", "snippets", "snippets", "echoes"])
+                lines: int = 10 ** 6, most_tiles: int = 9, kinds: tuple[str, ...] = TO_READ
+                ) -> Page:
+    """A page of one of the kinds. The more tiles, the rarer: nine cost as much as nine times one.
+    """
+    kind = rng.choice(kinds)
     type_size = (20, 36) if rng.random() < 0.08 else (11, 20)       # as of a small crop, enlarged
     grids = [(1, 1)]
     if not single:
@@ -207,9 +214,10 @@ class ReaderDocuments(Dataset):
         progress = index / self.n if self.split == "train" else 1.0
         single = self.stage == 1 or rng.random() < 0.97
         tiles = round(2 + 2 * progress)     # a page of nine costs as much as ten of one
-        page = lesson_page(rng, self.split, self.config, single, most_tiles=tiles)
         read, ask = (0.15, 0.75) if self.stage == 3 else (1.0, 0.0)
-        turns = turns_about(rng, page, read, ask)
+        kinds = TO_ASK if self.stage == 3 and rng.random() < 0.8 else TO_READ
+        page = lesson_page(rng, self.split, self.config, single, most_tiles=tiles, kinds=kinds)
+        turns = turns_about(rng, page, read, ask, 8)
         example = Example([page.draw()], turns, f"reader/{self.stage}/{index}")
         sample = prepare(example, self.tokenizer, self.config, 9)
         return replace(sample, tokens=misread(rng, sample.tokens, sample.labels))

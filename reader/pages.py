@@ -17,7 +17,7 @@ from plumbing.processes import run_main
 from reader import words
 from reader.drawing import Page, Run
 from reader.fonts import Face
-from reader.sheet import Sheet, asked, fit_one_tile, value_for
+from reader.sheet import Sheet, asked, fit_one_tile, value_and_question, value_for
 from reader.words import FIELDS, GOODS, amount, code, company, date, email, money, person, phone
 from vision import SigLIPConfig, choose_grid
 
@@ -376,6 +376,8 @@ def snippets(sheet: Sheet) -> None:
 
 KINDS = {"receipt": receipt, "invoice": invoice, "letter": letter, "form": form, "table": table,
          "article": article, "columns": columns, "screenshot": screenshot, "notes": notes}
+
+
 def echoes(sheet: Sheet) -> None:
     """A few words again and again: only their places tell which of them comes next."""
     rng = sheet.rng
@@ -385,7 +387,126 @@ def echoes(sheet: Sheet) -> None:
         sheet.write(" ".join(rng.choices(few, k=rng.randint(1, 5))), rng.choice([0, 0, 0, 0.5]))
 
 
-PRACTICE = {"snippets": snippets, "echoes": echoes}     # pages to learn from, which nobody has
+def facts(sheet: Sheet) -> None:
+    """Values under labels that nobody can know: whoever is asked for one has to look for it."""
+    rng = sheet.rng
+    if rng.random() < 0.3:
+        heading(sheet, words.title(rng, 1, 3))
+    rng.choice([facts_in_lines, facts_in_cells, facts_in_prose, facts_in_table])(sheet)
+
+
+def labels_alike(rng: random.Random, n: int) -> list[str]:
+    """n labels of one to three words, some of which share a word: none is told by a part."""
+    heads = [words.word(rng) for _ in range(rng.randint(1, 4))]
+    tails = [words.word(rng) for _ in range(rng.randint(2, 4))]
+    labels: list[str] = []
+    while len(labels) < n:
+        label = rng.choice([rng.choice(FIELDS), words.word(rng),
+                            f"{words.word(rng)} {rng.choice(tails)}",
+                            f"{rng.choice(heads)} {rng.choice(tails)}",
+                            f"{rng.choice(tails)} {rng.choice('ABCDE123456789')}"])
+        label = rng.choice([label.lower(), label[:1].upper() + label[1:], label.title()])
+        if label.isascii() and label.lower() not in [other.lower() for other in labels]:
+            labels.append(label)
+    return labels
+
+
+def facts_in_lines(sheet: Sheet) -> None:
+    """A label and its value in each line."""
+    rng = sheet.rng
+    labels = labels_alike(rng, rng.randint(2, 12))
+    colon = rng.choice([":", ":", "", " -", " ="])
+    x, align = rng.choice([(None, 0.0), (sheet.right, 1.0), (sheet.left + 1.5 * sheet.size + max(
+        sheet.width_of(label + colon) for label in labels), 0.0)])
+    if x and not align and x > sheet.left + 0.6 * (sheet.right - sheet.left):
+        x = None
+    for label in labels:
+        if sheet.full:
+            return
+        value, ask = value_and_question(rng, label)
+        run = sheet.pair(label + (colon or ":" if x is None else colon), value, x, align)
+        sheet.ask(ask, run)
+
+
+def facts_in_cells(sheet: Sheet) -> None:
+    """Labels above their values, in one to three columns, as forms have them."""
+    rng = sheet.rng
+    n = rng.randint(1, 3)
+    room = (sheet.right - sheet.left) / n - 0.7 * sheet.size
+    labels = labels_alike(rng, rng.randint(1, 5) * n)
+    for i in range(0, len(labels), n):
+        if not sheet.has_room(2):
+            return
+        cells = [value_and_question(rng, label) for label in labels[i:i + n]]
+        stops = [sheet.left + j * (sheet.right - sheet.left) / n for j in range(n)]
+        sheet.page.line(*[sheet.put(label, x, face=sheet.bold, room=room)
+                          for label, x in zip(labels[i:i + n], stops)])
+        sheet.down()
+        runs = [sheet.put(value, x, room=room) for (value, _), x in zip(cells, stops)]
+        sheet.page.line(*runs)
+        sheet.down(rng.choice([1, 1.5]))
+        for (_, ask), run in zip(cells, runs):
+            sheet.ask(ask, run)
+
+
+def facts_in_prose(sheet: Sheet) -> None:
+    """Sentences, each of which says a thing. What was cut is not asked for."""
+    rng = sheet.rng
+    said = []
+    for label in labels_alike(rng, rng.randint(2, 8)):
+        value, ask = value_and_question(rng, label)
+        form = rng.choice(["The {} is {}.", "The {} was {}.", "{} has {}.", "As {}, {}.",
+                           "{}: {}."])
+        said.append((ask, value, form.format(label.lower(), value)))
+    sheet.prose(" ".join(sentence for _, _, sentence in said))
+    text = " ".join(run.text for run in sheet.page.runs)
+    for ask, value, sentence in said:
+        if sentence in text:
+            sheet.ask(ask, value)
+
+
+def facts_in_table(sheet: Sheet) -> None:
+    """Rows and columns with names: a cell is found by both of them."""
+    rng = sheet.rng
+    n = rng.randint(2, max(2, min(5, int((sheet.right - sheet.left) / (4.5 * sheet.size)))))
+    names = labels_alike(rng, n)
+    stops = [sheet.left + (sheet.right - sheet.left) * j / n for j in range(n)]
+    right, room = rng.random() < 0.4, (sheet.right - sheet.left) / n - 0.7 * sheet.size
+
+    def row(texts: list[str], face: Face | None = None) -> list[Run]:
+        runs = [sheet.put(text, x + (room if right and j else 0), float(right and j > 0), face,
+                          room=room) for j, (text, x) in enumerate(zip(texts, stops))]
+        sheet.page.line(*runs)
+        sheet.down()
+        return runs
+
+    header = [run.text for run in row(names, sheet.bold)]
+    if rng.random() < 0.4:
+        sheet.rule()
+    makers = [rng.choice([money, date, code, words.clock, words.word, person, words.some_value,
+                          lambda r: str(r.randint(0, 9999)), lambda r: f"{r.randint(0, 99)} kg"])
+              for _ in range(n)]
+    named, rows = rng.random() < 0.3, {}
+    for first in labels_alike(rng, rng.randint(2, 10)):
+        if sheet.full:
+            break
+        first = rng.choice(words.FIRST) if named else first
+        cells = [run.text for run in row([first, *[make(rng) for make in makers[1:]]])]
+        rows[cells[0]] = [] if cells[0] in rows else cells      # a name twice is none
+    for cells in filter(None, rows.values()):
+        for column, cell in zip(header[1:], cells[1:]):
+            sheet.ask(rng.choice(ABOUT_CELLS).format(column=column, row=cells[0]), cell)
+        at = rng.randrange(1, n)
+        if [other[at] for other in rows.values() if other].count(cells[at]) == 1:
+            sheet.ask(f"which {header[0]} has {cells[at]} as {header[at]}?", cells[0])
+
+
+ABOUT_CELLS = ["what is the {column} of {row}?", "what is {column} for {row}?",
+               "what is the {column} in {row}?", "what {column} does {row} have?",
+               "which {column} has {row}?", "how much is the {column} of {row}?",
+               "what stands under {column} for {row}?"]
+# Pages to learn from, which nobody has.
+PRACTICE = {"snippets": snippets, "echoes": echoes, "facts": facts}
 
 
 def legible(page: Page, config: SigLIPConfig) -> bool:

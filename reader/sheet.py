@@ -206,3 +206,17 @@ def value_for(rng: random.Random, label: str) -> str:
     if label in kinds and rng.random() < 0.85:
         return kinds[label](rng)
     return words.some_value(rng)
+
+
+def value_and_question(rng: random.Random, label: str) -> tuple[str, str]:
+    """A value for a label of any kind, and how one asks for it."""
+    label = label if rng.random() < 0.3 else label.lower()
+    make, asks = rng.choice([
+        (date, ["when is the {}?", "when was the {}?", "what is the date of the {}?"]),
+        (money, ["how much is the {}?", "how much is {}?", "how much was paid for {}?"]),
+        (person, ["who is the {}?", "whose is the {}?"]),
+        (lambda r: r.choice(words.PLACES), ["where is the {}?", "which {} is it?"]),
+        (lambda r: str(r.randint(0, 200)), ["how many {}?", "how many {} are there?"]),
+        *[(words.some_value, ["which {} is it?"])] * 3])
+    return make(rng), rng.choice([*asks, "what is the {}?", "what is {}?", "what is given as {}?",
+                                  "what does it say for {}?"]).format(label)

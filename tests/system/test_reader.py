@@ -1,6 +1,7 @@
 """The reader's pages: the same every time, in no font that is kept apart, and labelled as drawn."""
 import json
 import random
+import re
 from dataclasses import replace
 from pathlib import Path
 
@@ -157,7 +158,23 @@ def test_a_page_is_the_same_every_time_and_answers_stand_on_it(kind):
     np.testing.assert_array_equal(pages[0].draw(), pages[1].draw())
     assert set(pages[0].text) <= set(CHARACTERS) | {"\n"}
     for _, answer in pages[0].questions:
-        assert answer in pages[0].text
+        assert answer in pages[0].text.replace("\n", " ")
+
+
+@needs_fonts
+def test_a_fact_is_asked_for_once_and_stands_on_its_page():
+    seen = 0
+    for i in range(40):
+        page = write_page(random.Random(f"facts/{i}"), "facts", "train", CONFIG, [(1, 1)])
+        prompts = [prompt for prompt, _ in page.questions]
+        assert len(set(prompts)) == len(prompts)
+        assert all(answer in page.text.replace("\n", " ") for _, answer in page.questions)
+        for prompt, answer in page.questions:
+            if (found := re.fullmatch(r"which .+ has (.+) as .+\?", prompt)):
+                seen += 1
+                rows = [row for row in page.text.split("\n") if found[1] in row[len(answer):]]
+                assert [row for row in rows if row.startswith(answer)]
+    assert seen > 20
 
 
 @needs_fonts
