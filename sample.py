@@ -30,13 +30,13 @@ from torch import Tensor
 from tqdm import tqdm
 
 from data import READ, TextError, Tokenizer, encode_chat, prepare_question
-from model import AlignVLM, Llama
+from model import AlignVLM, AlignVLMConfig, Llama
 from plumbing import fast
 from plumbing.examples import IMAGE, Turn
 from plumbing.images import read_pages
 from plumbing.settings import InputError
 from plumbing.weights import model_folder
-from vision import SigLIPConfig, choose_grid, coverage
+from vision import choose_grid, coverage, tile_boxes
 
 SHIPPED = Path(__file__).parent / "reader" / "stage3"   # the model that comes with this repository
 BATCH = 16                      # pages that are asked about together
@@ -156,14 +156,21 @@ def show(answers: Iterator[list[str]]) -> list[float]:
     return times
 
 
-def warn_of_small_type(page: Image.Image, config: SigLIPConfig, max_tiles: int | None) -> None:
-    """Say so if its tiles have less than half of a page's pixels."""
-    grid = choose_grid(*page.size, config.image_size, max_tiles or config.max_tiles)
-    kept = coverage(*page.size, config.image_size, *grid)
+def describe(pages: list[Image.Image], config: AlignVLMConfig, max_tiles: int | None) -> None:
+    """Say how much several pages are, and whether tiles have less than half of a page's pixels."""
+    if len(pages) > 1:
+        n_tiles = sum(len(tile_boxes(*page.size, config.vision, max_tiles)) for page in pages)
+        print(f"{len(pages)} pages together: {n_tiles} tiles, {n_tiles * config.tile_tokens:,} "
+              "visual tokens", file=sys.stderr)
+    side = config.vision.image_size
+    grids = [choose_grid(*page.size, side, max_tiles or config.vision.max_tiles) for page in pages]
+    kept, worst = min((coverage(*page.size, side, *grid), i)
+                      for i, (page, grid) in enumerate(zip(pages, grids)))
     if kept < 0.5:
-        n = grid[0] * grid[1]
-        tiles = f"{n} tile{'s' if n > 1 else ''} of {config.image_size}"
-        print(f"a page of {page.width} x {page.height} pixels becomes {tiles}, {kept:.0%} of it: "
+        width, height = pages[worst].size
+        n = math.prod(grids[worst])
+        tiles = f"{n} tile{'s' if n > 1 else ''} of {side}"
+        print(f"a page of {width} x {height} pixels becomes {tiles}, {kept:.0%} of it: "
               "small type is lost (crop it)", file=sys.stderr)
 
 
@@ -351,8 +358,7 @@ def ask_model(folder: str | Path, args: argparse.Namespace, **generation) -> Non
     if not together:
         return answer_folder(model, tokenizer, files, prompt, chosen=args.pages, **options)
     images = [page for file in files for page in read_pages(file, args.pages)]
-    for page in images:
-        warn_of_small_type(page, model.config.vision, args.max_tiles)
+    describe(images, model.config, args.max_tiles)
     if args.interactive:
         return converse(model, tokenizer, images, **options)
     start = time.perf_counter()

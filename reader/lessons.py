@@ -6,6 +6,7 @@ fall in reading order, so that a mixture says which comes first.
 """
 import base64
 import random
+from collections import Counter
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -71,18 +72,21 @@ def mixtures(rng: random.Random, classes: np.ndarray, tokens: np.ndarray,
     return np.concatenate([ids, other], -1), weights.astype(np.float32)
 
 
-def turns_about(rng: random.Random, page: Page, read: float, ask: float,
+def turns_about(rng: random.Random, pages: list[Page], read: float, ask: float,
                 most: int = 4) -> list[Turn]:
-    """The page read aloud (a share of `read`), some of its questions (`ask`), or one after the
-    other: several turns cost the image once."""
-    kind = rng.random() if page.questions else 0.0
-    asks = [(READ, page.text)] if kind < 1 - ask else []
+    """The pages read aloud (a share of `read`), some of their questions (`ask`), or one after the
+    other: several turns cost the images once. What two pages answer is not asked."""
+    prompts = Counter(prompt for page in pages for prompt, _ in page.questions)
+    questions = [(prompt, answer) for page in pages for prompt, answer in page.questions
+                 if prompts[prompt] == 1]
+    kind = rng.random() if questions else 0.0
+    asks = [(READ, "\n\n".join(page.text for page in pages))] if kind < 1 - ask else []
     if kind >= read:
-        asks += rng.sample(page.questions, min(most, len(page.questions)))
+        asks += rng.sample(questions, min(most, len(questions)))
     turns = []
     for i, (prompt, answer) in enumerate(asks):
-        turns += [Turn("user", ([IMAGE] if i == 0 else []) + [phrased(rng, prompt)]),
-                  Turn("assistant", [answer])]
+        images = [IMAGE] * len(pages) if i == 0 else []
+        turns += [Turn("user", images + [phrased(rng, prompt)]), Turn("assistant", [answer])]
     return turns
 
 
@@ -175,7 +179,7 @@ class LaidOut(Dataset):
         classes = classes.reshape(K, -1, SLOTS)                             # (K, P, SLOTS)
         ids, weights = mixtures(rng, classes, self.tokens, 0.5 * doubt)
         asking = 0.1 if step < 3000 else 0.3                        # first it learns to read
-        turns = turns_about(rng, page, 1 - 2 * asking, asking)
+        turns = turns_about(rng, [page], 1 - 2 * asking, asking)
         tokens, labels = encode_chat(turns, self.tokenizer, [len(ids)])     # (L,) both
         return misread(rng, tokens, labels), labels, ids, weights
 
@@ -216,8 +220,10 @@ class ReaderDocuments(Dataset):
         tiles = round(2 + 2 * progress)     # a page of nine costs as much as ten of one
         read, ask = (0.15, 0.75) if self.stage == 3 else (1.0, 0.0)
         kinds = TO_ASK if self.stage == 3 and rng.random() < 0.8 else TO_READ
-        page = lesson_page(rng, self.split, self.config, single, most_tiles=tiles, kinds=kinds)
-        turns = turns_about(rng, page, read, ask, 8)
-        example = Example([page.draw()], turns, f"reader/{self.stage}/{index}")
+        pages = [lesson_page(rng, self.split, self.config, single, most_tiles=tiles, kinds=kinds)]
+        if self.stage == 3 and rng.random() < 0.06:         # two images, as the pages of a PDF
+            pages.append(lesson_page(rng, self.split, self.config, True, kinds=TO_ASK))
+        turns = turns_about(rng, pages, read, ask, 8)
+        example = Example([page.draw() for page in pages], turns, f"reader/{self.stage}/{index}")
         sample = prepare(example, self.tokenizer, self.config, 9)
         return replace(sample, tokens=misread(rng, sample.tokens, sample.labels))

@@ -181,6 +181,15 @@ def test_a_page_whose_small_type_is_lost_is_told(folder, tmp_path):
         told = [line for line in lines if "small type is lost" in line]
         assert len(told) == (said is not None)
         assert said is None or said in told[0] and f"{side} x {side} pixels" in told[0]
+    sides = [100, 560, 400]
+    for side in sides:
+        Image.new("RGB", (side, side)).save(tmp_path / f"{side}.png")
+    lines = sample("--checkpoint", folder, "--image", *[tmp_path / f"{side}.png" for side in sides],
+                   "--max-tiles", 1, "--max-new-tokens", 1).stderr.splitlines()
+    n = AlignVLM.from_pretrained(folder).config.tile_tokens
+    assert f"3 pages together: 3 tiles, {3 * n:,} visual tokens" in lines
+    [told] = [line for line in lines if "small type is lost" in line]
+    assert "a page of 560 x 560 pixels becomes 1 tile of 112, 4% of it" in told
 
 
 def test_the_shipped_model_reads_answers_and_is_evaluated(tmp_path):
