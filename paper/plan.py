@@ -10,18 +10,21 @@ of the longest row of a step; train.py logs what a step really takes.
 """
 import argparse
 import math
+import os
 from collections import Counter
 from dataclasses import dataclass, replace
+from pathlib import Path
 
 import torch
 
 from connector import BLOCK_BYTES, CACHE_BYTES, CONNECTORS, GPU_BLOCK_BYTES
-from model import ALIGNVLM_PRESETS, LOGITS, AlignVLM, AlignVLMConfig, read_llama
+from model import ALIGNVLM_PRESETS, LOGITS, AlignVLM, AlignVLMConfig, LlamaConfig, read_llama
 from paper.recipes import RECIPES, Recipe, lr_share, positive, preset_for, recipe_for
+from plumbing.hub import hub_folder
 from plumbing.logs import PEAKS
 from plumbing.processes import run_main
-from plumbing.weights import model_folder
-from vision import read_siglip
+from plumbing.released import llama_sizes, siglip_sizes
+from vision import SigLIPConfig, read_siglip
 
 
 @dataclass
@@ -255,8 +258,8 @@ def parse_args() -> argparse.Namespace:
     add("--gpu-memory", type=positive(float), default=80, help="GB of each (default: %(default)s)")
     add("--mfu", type=positive(float), default=0.4,
         help="share of an H100's 989 TFLOP/s that is reached (default: %(default)s)")
-    add("--vision", help="folder with a released SigLIP, or its name on the hub, `owner/name` "
-        "(default: the preset's sizes)")
+    add("--vision", help="folder with a released SigLIP, or its name on the hub, `owner/name`, of "
+        "which only config.json is fetched (default: the preset's sizes)")
     add("--llm", help="the same of a released Llama (default: the preset's sizes)")
     same = parser.add_argument_group("as in train.py").add_argument
     same("--connector", choices=CONNECTORS, default="align", help="(default: %(default)s)")
@@ -280,11 +283,24 @@ def parse_args() -> argparse.Namespace:
     return args
 
 
+def released_config(vision: str, llm: str) -> AlignVLMConfig:
+    """Of a SigLIP's and a Llama's folders, or names on the hub, of which only config.json is
+    fetched: nobody waits for weights to learn whether they fit. Raises InputError."""
+    if os.path.exists(vision):
+        vision_config, _ = read_siglip(Path(vision))
+    else:
+        vision_config = SigLIPConfig(**siglip_sizes(hub_folder(vision, weights=False)))
+    if os.path.exists(llm):
+        llm_config, _ = read_llama(Path(llm))
+    else:
+        llm_config = LlamaConfig(**llama_sizes(hub_folder(llm, weights=False)))
+    return AlignVLMConfig(vision_config, llm_config)
+
+
 def main() -> None:
     args = parse_args()
     if args.llm is not None:
-        vision, llm = model_folder(args.vision), model_folder(args.llm)
-        config = AlignVLMConfig(read_siglip(vision)[0], read_llama(llm)[0])
+        config = released_config(args.vision, args.llm)
         args.preset = args.preset or preset_for(config.llm)
     else:
         args.preset = args.preset or "llama-3.2-1b"

@@ -19,11 +19,12 @@ WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
 
 
 @functools.cache        # a process asks once: all of it has the same commit
-def hub_folder(name: str) -> Path:
+def hub_folder(name: str, weights: bool = True) -> Path:
     """The hub's model of that name -> the folder of its files in the cache.
 
-    Anything that is no such name is a path and comes back as it is; whoever opens it will say what
-    is missing. Raises InputError, one line, where a name leads to nothing that can be read.
+    weights: whether they are wanted; else only config.json is fetched. Anything that is no such
+    name is a path and comes back as it is; whoever opens it will say what is missing. Raises
+    InputError, one line, where a name leads to nothing that can be read.
     """
     match = NAME.fullmatch(name)
     if not match:
@@ -41,7 +42,7 @@ def hub_folder(name: str) -> Path:
     first_here = int(os.environ.get("LOCAL_RANK", 0)) == 0
     if not first_here:          # torchrun's others wait at the package's locks
         utils.disable_progress_bars()
-    folder = Repository(name, repository, revision, constants.ENDPOINT).fetch()
+    folder = Repository(name, repository, revision, constants.ENDPOINT).fetch(weights)
     if first_here:
         print(f"{name}: {folder}, from the hub", file=sys.stderr)
     return folder
@@ -55,27 +56,30 @@ class Repository:
         self.revision, self.wanted = revision, revision
         self.folder: Path | None = None         # in the cache
 
-    def fetch(self) -> Path:
-        """Every file that is read, the small ones first. Raises InputError."""
+    def fetch(self, weights: bool) -> Path:
+        """Every file that is read, the small ones first, or config.json alone. Raises InputError.
+        """
         if not self.first_of("config.json"):
             raise self.error("has no config.json of it: these are no weights in the hub's format")
         settings = Settings(self.folder / "config.json")
         kind = settings.model_type("llama", "siglip", "siglip_vision_model", "alignvlm")
+        if not weights:
+            return self.folder
         is_new = not self.there(WEIGHTS, INDEX)
         if not kind.startswith("siglip"):
             tokenizer = self.first_of("tokenizer.json", "tokenizer.model")
             if tokenizer and is_new:
                 BytePairs(self.folder / tokenizer)      # raises, before the weights are fetched
-        weights = self.first_of(WEIGHTS, INDEX)
-        if not weights:
+        file = self.first_of(WEIGHTS, INDEX)
+        if not file:
             raise self.error("has it without model.safetensors: no other weights are read")
         if kind == "alignvlm" and is_new:
             self.first_of("align_vocab.json")           # few models have one
-        if weights == INDEX:
+        if file == INDEX:
             places = read_json(self.folder / INDEX).get("weight_map")
             # What is wrong with an index, plumbing/weights.py says.
-            for file in sorted(set(places.values())) if isinstance(places, dict) else []:
-                self.first_of(str(file))
+            for shard in sorted(set(places.values())) if isinstance(places, dict) else []:
+                self.first_of(str(shard))
         return self.folder
 
     def there(self, *files: str) -> list[str]:

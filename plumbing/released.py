@@ -13,7 +13,22 @@ from plumbing.weights import Weights, read_safetensors
 def siglip(folder: Path) -> tuple[dict, Weights]:
     """A folder in hub format, of both towers or one -> SigLIPConfig's settings, and the weights.
 
-    What a configuration leaves out means base-patch16-224's value: so the hub writes them. Raises
+    Raises CheckpointError.
+    """
+    config = siglip_sizes(folder)
+    weights = read_safetensors(folder)
+    prefix = common_prefix(weights, "vision_model.")
+    # The text tower and the pooling head are not needed.
+    weights.ignored = (rf"text_model\..*|logit_scale|logit_bias|{prefix}head\..*"
+                       r"|.*\.position_ids")
+    weights.key = lambda name: prefix + name
+    return config, weights
+
+
+def siglip_sizes(folder: Path) -> dict:
+    """A folder's config.json -> SigLIPConfig's settings.
+
+    What it leaves out means base-patch16-224's value: so the hub writes them. Raises
     CheckpointError.
     """
     settings = Settings(folder / "config.json")
@@ -25,7 +40,7 @@ def siglip(folder: Path) -> tuple[dict, Weights]:
     d, n_heads = settings.number("hidden_size", 768), settings.number("num_attention_heads", 12)
     if d % n_heads:
         raise settings.error("num_attention_heads", f"is {n_heads}, which does not divide {d}")
-    config = dict(
+    return dict(
         hidden_size=d,
         n_layers=settings.number("num_hidden_layers", 12),
         n_heads=n_heads,
@@ -33,13 +48,6 @@ def siglip(folder: Path) -> tuple[dict, Weights]:
         image_size=settings.number("image_size", 224),
         patch_size=settings.number("patch_size", 16),
         layer_norm_eps=settings.number("layer_norm_eps", 1e-6, float))
-    weights = read_safetensors(folder)
-    prefix = common_prefix(weights, "vision_model.")
-    # The text tower and the pooling head are not needed.
-    weights.ignored = (rf"text_model\..*|logit_scale|logit_bias|{prefix}head\..*"
-                       r"|.*\.position_ids")
-    weights.key = lambda name: prefix + name
-    return config, weights
 
 
 def common_prefix(weights: Weights, prefix: str) -> str:
@@ -66,9 +74,23 @@ def llama(folder: Path) -> tuple[dict, Weights]:
 
 
 def read_hub(folder: Path) -> tuple[dict, Weights]:
-    """config.json with model.safetensors or its shards.
+    """config.json with model.safetensors or its shards."""
+    config = llama_sizes(folder)
+    weights = read_safetensors(folder)
+    if config["tie_embeddings"]:
+        config["tie_embeddings"] = not has_another_head(folder, weights)
+    prefix = common_prefix(weights, "model.")
+    weights.key = lambda name: name if name.startswith("lm_head.") else prefix + name
+    weights.ignored = r".*\.rotary_emb\.inv_freq"
+    if config["tie_embeddings"]:
+        weights.ignored += r"|lm_head\.weight"
+    return config, weights
 
-    What the configuration leaves out has transformers' default.
+
+def llama_sizes(folder: Path) -> dict:
+    """A folder's config.json -> LlamaConfig's settings.
+
+    What it leaves out has transformers' default. Raises CheckpointError.
     """
     s = Settings(folder / "config.json")
     s.model_type("llama")
@@ -84,7 +106,7 @@ def read_hub(folder: Path) -> tuple[dict, Weights]:
         raise s.error("num_key_value_heads", f"is {n_kv_heads}, which does not divide {n_heads}")
     if head_dim % 2:
         raise s.error("head_dim", f"is {head_dim}, but rotary embeddings turn pairs")
-    config = dict(
+    return dict(
         vocab_size=s.number("vocab_size"),
         hidden_size=D,
         n_layers=s.number("num_hidden_layers"),
@@ -93,15 +115,8 @@ def read_hub(folder: Path) -> tuple[dict, Weights]:
         head_dim=head_dim,
         intermediate_size=s.number("intermediate_size"),
         rms_norm_eps=s.number("rms_norm_eps", 1e-6, float),
+        tie_embeddings=bool(s.only("tie_word_embeddings", None, False, True)),
         **hub_rope(s))
-    weights = read_safetensors(folder)
-    config["tie_embeddings"] = ties_embeddings(s, weights)
-    prefix = common_prefix(weights, "model.")
-    weights.key = lambda name: name if name.startswith("lm_head.") else prefix + name
-    weights.ignored = r".*\.rotary_emb\.inv_freq"
-    if config["tie_embeddings"]:
-        weights.ignored += r"|lm_head\.weight"
-    return config, weights
 
 
 def hub_rope(s: Settings) -> dict:
@@ -125,18 +140,16 @@ def hub_rope(s: Settings) -> dict:
         rope_original_length=rope.number("original_max_position_embeddings"))
 
 
-def ties_embeddings(s: Settings, weights: Weights) -> bool:
-    """Whether the LM head is the input embedding.
+def has_another_head(folder: Path, weights: Weights) -> bool:
+    """Whether a folder whose configuration ties the LM head to the input embedding holds another
+    head all the same, as merges of adapters leave it.
 
-    A folder whose configuration says so may hold another head all the same, as merges of adapters
-    leave it: then the stored head is taken, and a line on standard error says so.
+    Then the stored head is taken, and a line on standard error says so.
     """
-    if not s.only("tie_word_embeddings", None, False, True):
-        return False
     head = weights.tensors.get("lm_head.weight")
     E_text = weights.tensors.get(common_prefix(weights, "model.") + "embed_tokens.weight")
     if head is None or E_text is None or head.equals(E_text):
-        return True
-    print(f"{s.path}: tie_word_embeddings is true, but lm_head.weight differs from the embeddings: "
-          "the stored head is taken", file=sys.stderr)
-    return False
+        return False
+    print(f"{folder / 'config.json'}: tie_word_embeddings is true, but lm_head.weight differs from "
+          "the embeddings: the stored head is taken", file=sys.stderr)
+    return True

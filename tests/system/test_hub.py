@@ -102,6 +102,19 @@ def test_our_own_model_by_its_name_and_revision(hub, tmp_path):
     assert ask("us/reader", "--align-vocab").stdout == f"{ANSWER}\n"
 
 
+def test_a_plan_needs_no_weights(hub, tmp_path):
+    """Of a name only config.json is fetched; of folders the plan is the same."""
+    SiglipVisionModel(SiglipVisionConfig(hidden_size=48, intermediate_size=64, num_hidden_layers=2,
+                                         num_attention_heads=4)).save_pretrained(tmp_path / "eye")
+    folders = {"them/eye": tmp_path / "eye", SMOL: fetched(smollm2)}
+    for name, folder in folders.items():
+        hub.models[name] = Model(files_of(folder))
+    plans = [run("-m", "paper.plan", "--vision", vision, "--llm", llm, "--gpus", 1,
+                 cwd=Path.cwd()).stdout for vision, llm in (folders, folders.values())]
+    assert plans[0] == plans[1] != ""
+    assert hub.fetched() == {"config.json"}
+
+
 def test_a_folder_wins(hub):
     hub.models["us/reader"] = Model(files_of(CHECKPOINT))
     shutil.copytree(CHECKPOINT, "us/reader")
