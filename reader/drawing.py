@@ -17,6 +17,7 @@ from reader.fonts import BESIDES, PRINTABLE, Face, faces, font
 from vision import SigLIPConfig, on_canvas, tile_boxes
 
 SLOTS = 4               # characters of a patch that are kept, in reading order
+SMALL_SIDE = 224        # of a tile of the encoder's lesson and of stage 1, in pixels
 SMALLEST = 9            # type of fewer pixels a tile cannot show: it is a smudge
 BLANK, SMUDGE = 0, 1    # classes of a slot: nothing stands there, or type that is too small
 CHARACTERS = PRINTABLE + "".join(BESIDES)                       # class 2 and up

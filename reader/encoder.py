@@ -16,7 +16,7 @@ from torch.utils.data import Dataset
 
 from plumbing.processes import run_main
 from reader import training
-from reader.drawing import N_CLASSES, SLOTS
+from reader.drawing import N_CLASSES, SLOTS, SMALL_SIDE
 from reader.pages import SIDE
 from reader.quick import quicken
 from reader.scraps import lesson
@@ -24,7 +24,7 @@ from vision import SigLIP, SigLIPConfig
 
 # Patches of 14 pixels hold one to three characters of ordinary print.
 CONFIG = SigLIPConfig(hidden_size=192, n_layers=5, n_heads=3, intermediate_size=768,
-                      image_size=224, image_mean=1.0)
+                      image_size=SMALL_SIDE, image_mean=1.0)
 LARGE = replace(CONFIG, image_size=SIDE)    # one holds 20 of the 25 in reader/printed
 # Most patches are blank, and most slots of the others: those count less.
 BLANK_WEIGHTS = torch.tensor([0.15, 0.15, 0.08, 0.04])

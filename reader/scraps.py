@@ -5,7 +5,7 @@ import numpy as np
 from PIL import Image
 
 from reader import words
-from reader.drawing import Page, choose_face, colours, wear
+from reader.drawing import SMALL_SIDE, Page, choose_face, colours, wear
 
 LOWEST, HIGHEST = 10, 24        # pixels of type in the tile
 
@@ -48,7 +48,7 @@ def scrap(rng: random.Random, split: str, side: int) -> Page:
 def decorate(rng: random.Random, page: Page, x: float, y: float, size: float,
              ink: tuple[int, int, int]) -> None:
     """Rules, boxes and bands, as forms and tables have them, behind the print."""
-    kind, thin = rng.random(), rng.choice([1, 1, 2]) * max(1, page.width / 224)
+    kind, thin = rng.random(), rng.choice([1, 1, 2]) * max(1, page.width / SMALL_SIDE)
     if kind < 0.06:
         page.shapes.append(((0, y + size * 0.4, page.width, y + size * 0.4 + thin), ink, None, 0))
     elif kind < 0.10:

@@ -4,7 +4,7 @@ import random
 from collections.abc import Callable
 
 from reader import words
-from reader.drawing import Page, Run, choose_face, colours, wear
+from reader.drawing import SMALL_SIDE, Page, Run, choose_face, colours, wear
 from reader.fonts import Face, faces
 from reader.words import date, email, money, person, phone
 
@@ -21,7 +21,7 @@ class Sheet:
         self.page.oversample = 2 if self.unit < 1.4 and rng.random() < 0.5 else 1
         self.face = choose_face(rng, split)
         self.bold = bold_of(self.face) if rng.random() < 0.7 else choose_face(rng, split)
-        room = (width * height) ** 0.5 / 224
+        room = (width * height) ** 0.5 / SMALL_SIDE
         low, high = type_size
         self.size = rng.triangular(low, high, low + (high - low) * 0.3) * self.unit
         self.margin = rng.uniform(0.3, 2.0 if room > 1 else 0.8) * self.size
