@@ -10,7 +10,8 @@ same.
   arithmetic unused, and a product with one vector to one of its cores. On Intel's CPUs MKL is as
   fast or faster and stays.
 - Attention on a CPU is in fp32: in bf16 PyTorch's takes longer there, for a token up to four
-  times. With AMX it takes half the time, for a prompt without a prefix.
+  times. With AMX it takes half the time, for a prompt without a prefix. To learn from samples of
+  1,000 tokens and more, it takes a fifth less in bf16 where a CPU has AVX-512's products of bf16.
 - To answer, weights in bf16 on a CPU are laid out as oneDNN reads them. What is fast on a GPU is in
   plumbing/cuda.py.
 """
@@ -28,7 +29,8 @@ try:
     CPU = Path("/proc/cpuinfo").read_text()     # whose it is and what it can do
 except OSError:                                 # not on Linux, or not to be read
     CPU = platform.processor()
-AMD, AMX = "AuthenticAMD" in CPU, "amx_bf16" in CPU
+AMD, AMX, AVX512_BF16 = "AuthenticAMD" in CPU, "amx_bf16" in CPU, "avx512_bf16" in CPU
+LONG = 1000     # tokens of a sample from which on attention learns faster in bf16
 CELL = 2048     # `multiply` makes so many rows and columns at a time: they stay in a CPU's cache
 
 
@@ -182,7 +184,11 @@ def attend(q: Tensor, k: Tensor, v: Tensor, attn_mask: Tensor | None = None,
 
 
 def attends_faster_in_bf16(q: Tensor, mask: Tensor | None) -> bool:
-    return AMX and q.dtype == torch.bfloat16 and mask is None and not torch.is_grad_enabled()
+    if q.dtype != torch.bfloat16 or mask is not None:
+        return False
+    if torch.is_grad_enabled():
+        return AVX512_BF16 and q.requires_grad and q.shape[-2] >= LONG
+    return AMX
 
 
 def suitable_cache(new_cache, llm: nn.Module, batch: int, length: int, prefix=None):

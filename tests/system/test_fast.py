@@ -197,10 +197,13 @@ def test_a_norm_is_the_same_when_laid_out(shape, dtype, size):
         assert not y.any()
 
 
+@pytest.mark.parametrize("avx", [True, False])
 @pytest.mark.parametrize("amx", [True, False])
-def test_attention_is_in_bf16_only_where_that_is_faster(amx, monkeypatch):
-    """On a CPU: to read a prompt, where AMX multiplies. The result is the same up to rounding."""
+def test_attention_is_in_bf16_only_where_that_is_faster(amx, avx, monkeypatch):
+    """On a CPU: to read a prompt, where AMX multiplies; to learn from long samples, where AVX-512
+    does. The result is the same up to rounding."""
     monkeypatch.setattr(fast, "AMX", amx)
+    monkeypatch.setattr(fast, "AVX512_BF16", avx)
     q, k, v = [torch.randn(2, heads, 9, 16).bfloat16() for heads in (4, 2, 2)]
     later = torch.full((9, 9), -torch.inf).triu(1)
     real = nnf.scaled_dot_product_attention
@@ -219,7 +222,21 @@ def test_attention_is_in_bf16_only_where_that_is_faster(amx, monkeypatch):
     for y in learning, reading, after:
         assert y.dtype == torch.bfloat16
         close(y.detach().float(), expected, 1e-2)
-    assert dtypes == [torch.float32, torch.bfloat16 if amx else torch.float32, torch.float32]
+    fp32, bf16 = torch.float32, torch.bfloat16
+    assert dtypes == [fp32, bf16 if amx else fp32, fp32]
+
+    dtypes.clear()
+    monkeypatch.setattr(fast, "LONG", 9)
+    frozen = fast.attend(q, k, v, is_causal=True, enable_gqa=True)
+    leaves = [x.requires_grad_() for x in (q, k, v)]
+    long = fast.attend(q, k, v, is_causal=True, enable_gqa=True)
+    assert dtypes == [fp32, bf16 if avx else fp32]
+    of_bf16 = torch.autograd.grad(long.float().square().sum(), leaves)
+    exact = [x.detach().float().requires_grad_() for x in leaves]
+    y = real(*exact, later, enable_gqa=True)
+    for got, dx in zip(of_bf16, torch.autograd.grad(y.square().sum(), exact)):
+        close(got.float(), dx, 3e-2)
+    close(frozen.float(), long.detach().float(), 1e-2)
 
 
 # ------------------------------------------------------------------------------------------------
