@@ -24,7 +24,7 @@ from torch.autograd.function import once_differentiable
 
 from plumbing.weights import local_rows
 
-BLOCK_BYTES = 256 * 2 ** 20     # of a block's V-wide matrices: one (n, V) forward, two backward
+BLOCK_BYTES = 256 * 2 ** 20     # of a block's V-wide matrices: one (R, V) forward, two backward
 GPU_BLOCK_BYTES = 512 * 2 ** 20     # the same on a GPU: in bf16 dE_text is rounded less often
 CACHE_BYTES = 2 * 2 ** 20       # of the rows of a block that are in fp32 at a time: a CPU's cache
 
@@ -88,7 +88,7 @@ def fill_normal(p: nn.Parameter, std: float) -> None:
 
 
 class Mixture(torch.autograd.Function):
-    """h (..., D) -> F' = softmax(LayerNorm(h W2^T)) E_text (..., D), in blocks of visual tokens.
+    """h (..., D) -> F' = softmax(LayerNorm(h W2^T)) E_text (..., D), in blocks of R visual tokens.
 
     For each visual token a row:
 
@@ -114,9 +114,9 @@ class Mixture(torch.autograd.Function):
         h = h.reshape(-1, h.shape[-1])                                  # (n_tokens, D)
         out = F_align.view(-1, E_text.shape[1])                         # (n_tokens, D)
         blocks = token_blocks(len(h), len(W2) * h.element_size(), block_bytes(h))
-        buffer = h.new_empty(blocks[0].stop, len(W2))                   # (n, V)
+        buffer = h.new_empty(blocks[0].stop, len(W2))                   # (R, V)
         for block in blocks:
-            z = buffer[:block.stop - block.start]                       # (n, V)
+            z = buffer[:block.stop - block.start]                       # (R, V)
             P = z                                                       # in the same memory
             multiply(h[block], W2.T, out=z)                             # z = h W2^T
             softmax_layer_norm(z, weight, bias, eps, out=P)             # equation 1
@@ -145,9 +145,9 @@ class Mixture(torch.autograd.Function):
         dweight = torch.zeros_like(weight, dtype=wide)                  # (V,)
         dbias = torch.zeros_like(bias, dtype=wide)                      # (V,)
         blocks = token_blocks(len(h), 2 * len(W2) * h.element_size(), block_bytes(h))
-        buffers = h.new_empty(2, blocks[0].stop, len(W2))               # 2 x (n, V)
+        buffers = h.new_empty(2, blocks[0].stop, len(W2))               # 2 x (R, V)
         for block in blocks:
-            z, P = buffers[:, :block.stop - block.start]                # (n, V) each
+            z, P = buffers[:, :block.stop - block.start]                # (R, V) each
             add = float(block.start > 0)        # the first block's product replaces what is there
             multiply(h[block], W2.T, out=z)
             if need_E_text:
@@ -174,7 +174,7 @@ def multiply(a: Tensor, B: Tensor, out: Tensor, add: float = 0.0) -> Tensor:
 
 
 def softmax_layer_norm(z: Tensor, weight: Tensor, bias: Tensor, eps: float, out: Tensor) -> None:
-    """Write P = softmax(LayerNorm(z)) (n, V) to out, which may be z. In fp32, in chunks of rows."""
+    """Write P = softmax(LayerNorm(z)) (R, V) to out, which may be z. In fp32, in chunks of rows."""
     wide = torch.promote_types(z.dtype, torch.float32)
     weight, bias = weight.to(wide), bias.to(wide)                       # (V,)
     for rows in row_chunks(z):
@@ -184,7 +184,7 @@ def softmax_layer_norm(z: Tensor, weight: Tensor, bias: Tensor, eps: float, out:
 
 def softmax_layer_norm_backward(z: Tensor, dP: Tensor, weight: Tensor, bias: Tensor, eps: float,
                                 dweight: Tensor, dbias: Tensor) -> Tensor:
-    """The gradient of P = softmax(LayerNorm(z)): z, dP (n, V) -> dz (n, V), in z's memory.
+    """The gradient of P = softmax(LayerNorm(z)): z, dP (R, V) -> dz (R, V), in z's memory.
 
     With * for products number by number, and sums and means over a row:
 
@@ -194,7 +194,7 @@ def softmax_layer_norm_backward(z: Tensor, dP: Tensor, weight: Tensor, bias: Ten
         dweight = du * z_hat,   dbias = du                          summed over the rows
 
     dweight and dbias (V,), fp32 or wider, grow by this block's share. P is made again from z: a
-    few rows of it fit a CPU's cache, all of it would be a third (n, V) matrix.
+    few rows of it fit a CPU's cache, all of it would be a third (R, V) matrix.
     """
     wide = torch.promote_types(z.dtype, torch.float32)
     weight, bias = weight.to(wide), bias.to(wide)                       # (V,)
@@ -226,12 +226,12 @@ def token_blocks(n_tokens: int, bytes_per_token: int, most_bytes: int | None = N
     """
     most = max((most_bytes or BLOCK_BYTES) // bytes_per_token // 16, 1)     # in sixteens
     count = max(math.ceil(n_tokens / (16 * most)), 1)
-    n = 16 * math.ceil(n_tokens / count / 16)
-    return [slice(i * n, min((i + 1) * n, n_tokens)) for i in range(count)]
+    R = 16 * math.ceil(n_tokens / count / 16)
+    return [slice(i * R, min((i + 1) * R, n_tokens)) for i in range(count)]
 
 
 def row_chunks(matrix: Tensor) -> list[slice]:
-    """The rows of a block's matrix (n, V), as many at a time as are in fp32 together."""
+    """The rows of a block's matrix (R, V), as many at a time as are in fp32 together."""
     most = CACHE_BYTES if matrix.device.type == "cpu" else BLOCK_BYTES // 4
     few = max(most // (4 * matrix.shape[1]), 1)
     return [slice(i, i + few) for i in range(0, len(matrix), few)]
@@ -434,10 +434,10 @@ class PerceiverLayer(nn.Module):
         """latents (T, n, D), context (T, N, D) -> latents (T, n, D)."""
         asking = self.latents_norm(latents)                                 # (T, n, D)
         seen = torch.cat([self.context_norm(context), asking], dim=1)       # (T, N + n, D)
-        heads = -1, self.head_dim
-        q = self.q_proj(asking).unflatten(-1, heads).transpose(1, 2)    # (T, heads, n, head_dim)
-        k = self.k_proj(seen).unflatten(-1, heads).transpose(1, 2)      # (T, kv_heads, N + n, ...)
-        v = self.v_proj(seen).unflatten(-1, heads).transpose(1, 2)      # (T, kv_heads, N + n, ...)
+        by_head = -1, self.head_dim
+        q = self.q_proj(asking).unflatten(-1, by_head).transpose(1, 2)  # (T, heads, n, head_dim)
+        k = self.k_proj(seen).unflatten(-1, by_head).transpose(1, 2)    # (T, kv_heads, N + n, ...)
+        v = self.v_proj(seen).unflatten(-1, by_head).transpose(1, 2)    # (T, kv_heads, N + n, ...)
         grouped = q.shape[1] != k.shape[1]
         y = nnf.scaled_dot_product_attention(q, k, v, enable_gqa=grouped)   # like q
         latents = latents + self.o_proj(y.transpose(1, 2).flatten(2))

@@ -140,9 +140,9 @@ class AlignVLM(nn.Module):
         """
         labels = torch.as_tensor(labels)
         h = self.llm.hidden(self.embed(tokens, pixels), lengths)[0]         # (L, D)
-        supervised = (labels[0] != IGNORE).nonzero()[:, 0]                  # (n,)
-        gold = send(labels[0, supervised], h.device)                        # (n,)
-        h = h[send(supervised, h.device)]                                   # (n, D)
+        supervised = (labels[0] != IGNORE).nonzero()[:, 0]                  # (M,) places
+        gold = send(labels[0, supervised], h.device)                        # (M,)
+        h = h[send(supervised, h.device)]                                   # (M, D)
         most = max(1, LOGITS // self.config.llm.vocab_size)
         if len(gold) <= most:
             return self.token_loss(h, gold)
@@ -153,8 +153,8 @@ class AlignVLM(nn.Module):
         return sum(losses)
 
     def token_loss(self, h: Tensor, gold: Tensor) -> Tensor:
-        """h (n, D), gold (n,) -> the sum of n cross-entropies, fp32."""
-        logits = self.llm.logits(h).float()                                 # (n, V)
+        """h (M, D), gold (M,) -> the sum of M cross-entropies, fp32."""
+        logits = self.llm.logits(h).float()                                 # (M, V)
         return nnf.cross_entropy(logits, gold, reduction="sum")
 
     @torch.inference_mode()
@@ -431,10 +431,10 @@ class Attention(nn.Module):
     def forward(self, x: Tensor, cos: Tensor, sin: Tensor, lengths: Tensor | None,
                 cache: "KVCache | None", positions: Tensor, mask: Tensor | None) -> Tensor:
         """x (B, L, D) -> (B, L, D); cos and sin from rope(), the rest as in Llama.hidden."""
-        heads = -1, self.head_dim
-        q = self.q_proj(x).unflatten(-1, heads).transpose(1, 2)     # (B, heads, L, head_dim)
-        k = self.k_proj(x).unflatten(-1, heads).transpose(1, 2)     # (B, kv_heads, L, head_dim)
-        v = self.v_proj(x).unflatten(-1, heads).transpose(1, 2)     # (B, kv_heads, L, head_dim)
+        by_head = -1, self.head_dim
+        q = self.q_proj(x).unflatten(-1, by_head).transpose(1, 2)   # (B, heads, L, head_dim)
+        k = self.k_proj(x).unflatten(-1, by_head).transpose(1, 2)   # (B, kv_heads, L, head_dim)
+        v = self.v_proj(x).unflatten(-1, by_head).transpose(1, 2)   # (B, kv_heads, L, head_dim)
         q, k = rotate(q, cos, sin), rotate(k, cos, sin)
         if cache is not None:
             past_k, past_v = cache.write(self.index, positions, k, v)

@@ -287,10 +287,10 @@ class Attention(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """x (T, N, d) -> (T, N, d)."""
-        heads = self.n_heads, -1
-        q = self.q_proj(x).unflatten(-1, heads).transpose(1, 2)     # (T, heads, N, d / heads)
-        k = self.k_proj(x).unflatten(-1, heads).transpose(1, 2)     # (T, heads, N, d / heads)
-        v = self.v_proj(x).unflatten(-1, heads).transpose(1, 2)     # (T, heads, N, d / heads)
+        by_head = self.n_heads, -1
+        q = self.q_proj(x).unflatten(-1, by_head).transpose(1, 2)   # (T, heads, N, d / heads)
+        k = self.k_proj(x).unflatten(-1, by_head).transpose(1, 2)   # (T, heads, N, d / heads)
+        v = self.v_proj(x).unflatten(-1, by_head).transpose(1, 2)   # (T, heads, N, d / heads)
         y = nnf.scaled_dot_product_attention(q, k, v)               # (T, heads, N, d / heads)
         y = y.transpose(1, 2).flatten(2)                            # (T, N, d)
         return self.out_proj(y)
