@@ -6,11 +6,12 @@
                                     ChartQA of Table 1
     VCR-easy=VCR-wiki-en-easy/data  VCR-wiki's parquet files: a folder, of which those of the test
                                     split count
-    reader-pages, reader-a4, reader-scans, reader-drawn
+    reader-pages, reader-a4, reader-scans, reader-hard, reader-drawn
                                     pages of print, each read aloud and asked about: 25 that other
                                     programs set (reader/printed), whole A4 pages of small type by
-                                    such programs, cuttings of old print that was scanned, and 200
-                                    held-out pages that were drawn
+                                    such programs, cuttings of old print that was scanned, pages as
+                                    cameras have them and the like, and 200 held-out pages that
+                                    were drawn
     toy, toy=1000                   the toy's held-out documents, 200 or as many as one likes
 
 NAME= may be left out where the name of the file, or of a folder above it, tells. A benchmark is
@@ -59,7 +60,8 @@ TABLE_VQA_SPLITS = ["fintabnetqa", "vtabfact", "vwtq", "vwtq_syn"]
 # The reader's: folders of pages with a questions.jsonl.
 READER = Path(__file__).resolve().parents[1] / "reader"
 READERS = {"reader-pages": READER / "printed", "reader-a4": READER / "a4",
-           "reader-scans": READER / "scans", "reader-drawn": READER / "held-out"}
+           "reader-scans": READER / "scans", "reader-hard": READER / "hard",
+           "reader-drawn": READER / "held-out"}
 OURS = ["toy", *READERS]
 # An `image` cell that has no more characters is the index of the row whose image it shares.
 REFERENCE = 64

@@ -22,7 +22,8 @@ import numpy as np
 from data import READ
 from paper.benchmarks import DUE, READERS
 from plumbing.texts import edit_distance
-from reader.pages import KINDS as PAGE_KINDS
+from reader.hard.make import KINDS as HARD_KINDS
+from reader.pages import KINDS
 
 RESAMPLES = 1000
 Scores = dict[str, float]
@@ -139,6 +140,9 @@ def ratio(sums: np.ndarray, i: int) -> np.ndarray:
 def exact_match(prediction: str, answers: list[str]) -> float:
     """The toy: 1 if the prediction is one of the golds, white space around them aside, else 0."""
     return float(prediction.strip() in [gold.strip() for gold in answers])
+
+
+PAGE_KINDS = (*KINDS, *HARD_KINDS)
 
 
 def reader_counts(row: dict) -> list[float]:

@@ -9,7 +9,9 @@ import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
+from PIL import Image
 
+from conftest import ROOT
 from data import IGNORE, READ, Tokenizer, encode_chat
 from model import AlignVLM, AlignVLMConfig, LlamaConfig
 from paper.benchmarks import folder_pages, open_benchmark
@@ -22,6 +24,8 @@ from reader.drawing import CHARACTERS, CLASS, SMUDGE, Page
 from reader.encoder import LARGE
 from reader.enlarge import POSITIONS, enlarge, enlarged
 from reader.fonts import HELD_OUT, NEVER, face_paths, faces
+from reader.hard.make import KINDS as HARD
+from reader.hard.make import LETTERS, PAGES, changed
 from reader.lessons import WEIGHTS, class_tokens, misread, mixtures, write_tokenizer
 from reader.pages import KINDS, PRACTICE, write_page
 from train import make_larger
@@ -212,6 +216,33 @@ def test_what_is_asked_about_a_scan_stands_in_it():
     for read, asked in zip(benchmark.rows[::2], benchmark.rows[1::2]):
         assert read["question"] == READ != asked["question"]
         assert asked["answers"][0] in read["answers"][0]
+
+
+def test_hard_pages_are_counted_by_what_is_hard_about_them():
+    benchmark = open_benchmark("reader-hard")
+    assert len(benchmark.rows) == 2 * (5 * len(PAGES) + 2) and len(benchmark.images(0)) == 1
+    assert {row["split"] for row in benchmark.rows} == set(HARD)
+    printed = {tuple(row["answers"]) for row in open_benchmark("reader-pages").rows}
+    assert printed.issuperset(tuple(row["answers"]) for row in benchmark.rows
+                              if row["split"] not in LETTERS)
+    said = [{**row, "prediction": row["answers"][0] * (row["split"] != "askew")}
+            for row in benchmark.rows]
+    scores = METRICS["reader-hard"](said)
+    assert scores["exact_match askew"] == 0 and scores["character_errors askew"] == 1
+    assert scores["exact_match Greek"] == 1 and scores["character_errors photograph"] == 0
+
+
+def test_hard_pages_are_made_again():
+    """All but the letters, which need a font."""
+    numbers = np.random.default_rng(0)
+    for name in PAGES:
+        with Image.open(ROOT / "reader" / "printed" / name) as page:
+            images = changed(page, numbers)
+        for kind, image in images.items():
+            path = ROOT / "reader" / "hard" / f"{kind.replace(' ', '-')}-{name[:-4]}.webp"
+            with Image.open(path) as there:
+                there = np.asarray(there.convert("RGB"), float)
+            assert np.abs(there - np.asarray(image, float)).mean() < 4     # WebP loses some
 
 
 def test_pages_by_others_are_scored_aloud_and_asked():
