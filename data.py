@@ -8,8 +8,8 @@
 A sample is one sequence of tokens: begin-of-text, the user's header, IMAGE at the place of every
 visual token, the prompt, the assistant's header, the answer. pack_row() joins several into a row.
 Pixels stay bytes until they are on the device: a quarter of what the encoder takes. Only answers
-and their end-of-turn token are supervised. The toy's examples come from toy/, those of --data from
-plumbing/streams.py.
+and their end-of-turn token are supervised. The toy's examples come from toy/, the reader's from
+reader/, those of --data from plumbing/streams.py.
 """
 import math
 from collections.abc import Iterator

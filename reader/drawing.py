@@ -137,10 +137,8 @@ class Page:
                 found.setdefault(int(row[i] * n + column[i]), []).append(seen)
         classes = np.zeros((n * n, SLOTS), np.int64)
         for place, seen in found.items():
-            if all(c == SMUDGE for c in seen):
-                seen = [SMUDGE]
-            seen = [c for c in seen if c != SMUDGE or len(seen) == 1][:SLOTS]
-            classes[place, :len(seen)] = seen
+            kept = [c for c in seen if c != SMUDGE][:SLOTS] or [SMUDGE]
+            classes[place, :len(kept)] = kept
         return classes
 
     def all_classes(self, config: SigLIPConfig, shift: tuple[float, float] = (0, 0)) -> np.ndarray:

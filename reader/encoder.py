@@ -67,7 +67,8 @@ def loss_of(scores: Tensor, classes: Tensor) -> Tensor:
 
 @torch.no_grad()
 def scores_on(modules: nn.ModuleDict, held_out: tuple[Tensor, Tensor]) -> dict[str, float]:
-    """Shares that are right: of first characters, of whole patches with print, of blank ones."""
+    """Shares that are right: of first characters, of whole patches with print, of all characters,
+    of blank patches."""
     right = []
     for pixels, classes in zip(*(t.split(16) for t in held_out)):
         found = named(modules, normalise(pixels, CONFIG)).argmax(-1)            # (16, N, SLOTS)

@@ -24,11 +24,12 @@ from reader.fonts import BESIDES
 from reader.pages import GRIDS, KINDS, write_page
 from vision import SigLIPConfig, choose_grid
 
-# The kinds of the pages that are read aloud, and of those that are asked about. Some come twice:
-# of the one sort where a reader loses its place, of the other where it has to look for an answer.
+# The kinds of pages that are read aloud, and of those that are mostly asked about. Some come more
+# often: where a reader loses its place, and where it has to look for an answer.
 TO_READ = (*KINDS, "article", "columns", "table", "notes", "snippets", "snippets", "echoes",
            "facts")
-TO_ASK = (*KINDS, "receipt", "table", "columns", "facts", "facts", "facts", "facts", "facts")
+TO_ASK = ("receipt", "receipt", "invoice", "letter", "form", "table", "table", "article",
+          "columns", "screenshot", *["facts"] * 5)
 # Of a patch's mixture, in reading order. What a slot without a character has goes to the blank
 # token, so that "l" and "ll" are not the same; no two sums of them are equal.
 WEIGHTS = (0.52, 0.26, 0.14, 0.08)
@@ -61,7 +62,7 @@ def mixtures(rng: random.Random, classes: np.ndarray, tokens: np.ndarray,
     encoder that is not sure.
     """
     numbers = np.random.default_rng(rng.getrandbits(32))
-    ids = tokens[np.where(classes[..., :1] == BLANK, BLANK, classes)]       # (K, P, SLOTS)
+    ids = tokens[classes]                                                   # (K, P, SLOTS)
     weights = np.broadcast_to(np.array(WEIGHTS, np.float32), classes.shape)
     classes, ids, weights = (np.concatenate(x, -1) for x in (classes, ids, weights))
     weights = weights * np.exp(0.6 * doubt * numbers.standard_normal(classes.shape))
@@ -74,8 +75,12 @@ def mixtures(rng: random.Random, classes: np.ndarray, tokens: np.ndarray,
 
 def turns_about(rng: random.Random, pages: list[Page], read: float, ask: float,
                 most: int = 4) -> list[Turn]:
-    """The pages read aloud (a share of `read`), some of their questions (`ask`), or one after the
-    other: several turns cost the images once. What two pages answer is not asked."""
+    """The pages read aloud, some of their questions, or one after the other.
+
+    Of samples with questions a share `read` has the pages read aloud and no more, a share `ask` up
+    to `most` questions and no more, the rest both; without a question all are read aloud. Several
+    turns cost the images once. A prompt that two pages share is not asked.
+    """
     prompts = Counter(prompt for page in pages for prompt, _ in page.questions)
     questions = [(prompt, answer) for page in pages for prompt, answer in page.questions
                  if prompts[prompt] == 1]
@@ -195,7 +200,7 @@ def packed(samples: list[tuple]) -> tuple[Tensor, Tensor, Tensor, Tensor, list[i
 
 
 class ReaderDocuments(Dataset):
-    """The samples of a stage of the paper: sample i depends on (seed, stage, i, n) alone.
+    """The samples of a stage of the paper: sample i depends on (seed, split, stage, i, n).
 
     1: one tile read aloud. 2: pages of one tile and of several read aloud. 3: questions too.
     """
@@ -225,5 +230,5 @@ class ReaderDocuments(Dataset):
             pages.append(lesson_page(rng, self.split, self.config, True, kinds=TO_ASK))
         turns = turns_about(rng, pages, read, ask, 8)
         example = Example([page.draw() for page in pages], turns, f"reader/{self.stage}/{index}")
-        sample = prepare(example, self.tokenizer, self.config, 9)
+        sample = prepare(example, self.tokenizer, self.config, max_tiles=9)
         return replace(sample, tokens=misread(rng, sample.tokens, sample.labels))

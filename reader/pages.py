@@ -9,6 +9,7 @@ import argparse
 import io
 import json
 import random
+from collections import Counter
 from pathlib import Path
 
 from data import READ
@@ -207,12 +208,13 @@ def form(sheet: Sheet) -> None:
             break
         value = value_for(rng, label)
         y = sheet.y
-        run = sheet.pair(label + (colon if column else ":"), value, column,
-                         face=sheet.face)
+        run = sheet.pair(label + (colon if column else ":"), value, column)
         if boxed:
             sheet.box(run.x - 0.3 * sheet.size, y - sheet.size, max(
                 run.right + 0.3 * sheet.size, sheet.right), y + 0.35 * sheet.size)
-        sheet.ask(asked(rng, label), run)
+        prompt = asked(rng, label)
+        if label != "Title":            # the heading's question
+            sheet.ask(prompt, run)
         if boxed:
             sheet.down(0.3)
     for choice in rng.sample(words.COMMON, rng.choice([0, 0, 0, 2, 3])):
@@ -250,17 +252,20 @@ def table(sheet: Sheet) -> None:
     header = row(names, sheet.bold)
     if ruled < 0.4:
         sheet.rule()
-    seen = set()
+    named, asks = Counter(), []
     for _ in range(rng.randint(2, 12 * sheet.plenty)):
         if sheet.full:
             break
         cells = row([kind(rng) for kind in kinds])
-        if cells[0].text in seen:
-            continue
-        seen.add(cells[0].text)
-        at = rng.randrange(1, n)
-        sheet.ask(rng.choice([f"what is the {header[at].text} of {cells[0].text}?",
-                              f"what is {header[at].text} for {cells[0].text}?"]), cells[at])
+        name = cells[0].text
+        named[name] += 1
+        if named[name] == 1:
+            at = rng.randrange(1, n)
+            asks.append((name, rng.choice([f"what is the {header[at].text} of {name}?",
+                                           f"what is {header[at].text} for {name}?"]), cells[at]))
+    for name, prompt, cell in asks:
+        if named[name] == 1:            # a name that stands twice tells neither row
+            sheet.ask(prompt, cell)
     if ruled > 0.6:
         end = sheet.y - sheet.size
         sheet.box(sheet.left - 3, first, sheet.right + 3, end)
@@ -327,12 +332,17 @@ def screenshot(sheet: Sheet) -> None:
             sheet.ask(rng.choice([f"what is {name.lower()} set to?", f"what is {name.lower()}?"]),
                       run)
     elif kind < 0.7:
+        messages = []
         for _ in range(rng.randint(2, 8)):
             if sheet.full:
                 break
             sender, time = person(rng).split()[0], words.clock(rng)
             run = sheet.pair(f"{sender}: {words.sentence(rng, 2, 5)}", time, sheet.right, 1)
-            sheet.ask(f"when did {sender} write?", run)
+            messages.append((sender, run))
+        senders = Counter(sender for sender, _ in messages)
+        for sender, run in messages:
+            if senders[sender] == 1:
+                sheet.ask(f"when did {sender} write?", run)
     else:
         sheet.prose(" ".join(words.sentence(rng, 3, 9) for _ in range(rng.randint(1, 3))))
         if not sheet.full:
@@ -396,7 +406,7 @@ def facts(sheet: Sheet) -> None:
 
 
 def labels_alike(rng: random.Random, n: int) -> list[str]:
-    """n labels of one to three words, some of which share a word: none is told by a part."""
+    """n labels of one or two words. Some share a word: a part of one does not always tell it."""
     heads = [words.word(rng) for _ in range(rng.randint(1, 4))]
     tails = [words.word(rng) for _ in range(rng.randint(2, 4))]
     labels: list[str] = []
@@ -429,7 +439,8 @@ def facts_in_lines(sheet: Sheet) -> None:
 
 
 def facts_in_cells(sheet: Sheet) -> None:
-    """Labels above their values, in one to three columns, as forms have them."""
+    """Labels above their values, in one to three columns, as forms have them. What is under a
+    label that was cut is not asked for."""
     rng = sheet.rng
     n = rng.randint(1, 3)
     room = (sheet.right - sheet.left) / n - 0.7 * sheet.size
@@ -439,14 +450,16 @@ def facts_in_cells(sheet: Sheet) -> None:
             return
         cells = [value_and_question(rng, label) for label in labels[i:i + n]]
         stops = [sheet.left + j * (sheet.right - sheet.left) / n for j in range(n)]
-        sheet.page.line(*[sheet.put(label, x, face=sheet.bold, room=room)
-                          for label, x in zip(labels[i:i + n], stops)])
+        above = [sheet.put(label, x, face=sheet.bold, room=room)
+                 for label, x in zip(labels[i:i + n], stops)]
+        sheet.page.line(*above)
         sheet.down()
-        runs = [sheet.put(value, x, room=room) for (value, _), x in zip(cells, stops)]
-        sheet.page.line(*runs)
+        below = [sheet.put(value, x, room=room) for (value, _), x in zip(cells, stops)]
+        sheet.page.line(*below)
         sheet.down(rng.choice([1, 1.5]))
-        for (_, ask), run in zip(cells, runs):
-            sheet.ask(ask, run)
+        for label, shown, (_, ask), run in zip(labels[i:i + n], above, cells, below):
+            if shown.text == label:
+                sheet.ask(ask, run)
 
 
 def facts_in_prose(sheet: Sheet) -> None:
@@ -463,6 +476,12 @@ def facts_in_prose(sheet: Sheet) -> None:
     for ask, value, sentence in said:
         if sentence in text:
             sheet.ask(ask, value)
+
+
+ABOUT_CELLS = ["what is the {column} of {row}?", "what is {column} for {row}?",
+               "what is the {column} in {row}?", "what {column} does {row} have?",
+               "which {column} has {row}?", "how much is the {column} of {row}?",
+               "what stands under {column} for {row}?"]
 
 
 def facts_in_table(sheet: Sheet) -> None:
@@ -485,26 +504,27 @@ def facts_in_table(sheet: Sheet) -> None:
         sheet.rule()
     makers = [rng.choice([money, date, code, words.clock, words.word, person, words.some_value,
                           lambda r: str(r.randint(0, 9999)), lambda r: f"{r.randint(0, 99)} kg"])
-              for _ in range(n)]
-    named, rows = rng.random() < 0.3, {}
+              for _ in range(n - 1)]
+    named, shown = rng.random() < 0.3, []               # the rows as they were cut
     for first in labels_alike(rng, rng.randint(2, 10)):
         if sheet.full:
             break
         first = rng.choice(words.FIRST) if named else first
-        cells = [run.text for run in row([first, *[make(rng) for make in makers[1:]]])]
-        rows[cells[0]] = [] if cells[0] in rows else cells      # a name twice is none
-    for cells in filter(None, rows.values()):
+        shown.append([run.text for run in row([first, *[make(rng) for make in makers]])])
+    columns = Counter(name.lower() for name in header)
+    rows = Counter(cells[0].lower() for cells in shown)
+    for cells in shown:
+        if rows[cells[0].lower()] > 1:                  # a name twice is none
+            continue
         for column, cell in zip(header[1:], cells[1:]):
-            sheet.ask(rng.choice(ABOUT_CELLS).format(column=column, row=cells[0]), cell)
+            if columns[column.lower()] == 1:
+                sheet.ask(rng.choice(ABOUT_CELLS).format(column=column, row=cells[0]), cell)
         at = rng.randrange(1, n)
-        if [other[at] for other in rows.values() if other].count(cells[at]) == 1:
+        once = [other[at] for other in shown].count(cells[at]) == 1
+        if once and columns[header[at].lower()] == 1:
             sheet.ask(f"which {header[0]} has {cells[at]} as {header[at]}?", cells[0])
 
 
-ABOUT_CELLS = ["what is the {column} of {row}?", "what is {column} for {row}?",
-               "what is the {column} in {row}?", "what {column} does {row} have?",
-               "which {column} has {row}?", "how much is the {column} of {row}?",
-               "what stands under {column} for {row}?"]
 # Pages to learn from, which nobody has.
 PRACTICE = {"snippets": snippets, "echoes": echoes, "facts": facts}
 
@@ -521,7 +541,8 @@ def write_page(rng: random.Random, kind: str, split: str, config: SigLIPConfig,
                lines: int = 10 ** 6, type_size: tuple[float, float] = (11, 20)) -> Page:
     """A page of a kind that fills about one of the grids of tiles, in type that tiles can show.
 
-    characters and lines: the most that is read aloud; a page that has more is written again.
+    characters: the most that is read aloud; a page that has more is written again. lines: after
+    which no more are begun; bills, letters and facts may exceed it.
     type_size: of a page of one tile, in its pixels, the least and the most.
     """
     while True:

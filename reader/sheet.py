@@ -13,7 +13,7 @@ class Sheet:
     """A page being written, from top to bottom. `unit`: pixels of the page for one of a tile."""
 
     def __init__(self, rng: random.Random, kind: str, split: str, width: float, height: float,
-                 type_size: tuple[float, float] = (12, 22)):
+                 type_size: tuple[float, float]):
         self.rng = rng
         self.unit = rng.choice([1.0, 1.0, rng.uniform(0.7, 1.0), *[rng.uniform(1.0, 2.4)] * 3])
         paper, self.ink = colours(rng)
@@ -121,11 +121,11 @@ class Sheet:
     def ask(self, prompt: str, run: Run | str) -> None:
         """A question with its answer, unless it has been asked."""
         answer = run if isinstance(run, str) else run.text
-        if answer and prompt not in [asked for asked, _ in self.page.questions]:
+        if answer and prompt not in dict(self.page.questions):
             self.page.questions.append((prompt, answer))
 
     def finish(self) -> Page:
-        """The page, cut below its last line now and then, as screenshots and receipts are."""
+        """The page, mostly cut below its last line, as screenshots and receipts are."""
         page, end = self.page, round(self.y - self.size + self.margin)
         if end < page.height and self.rng.random() < 0.8:
             page.height = max(end, page.height // 5)
@@ -188,7 +188,6 @@ ASKED = {
 
 def asked(rng: random.Random, label: str) -> str:
     """A question for what stands behind a label."""
-    label = label.strip(":")
     if label in ASKED:
         return rng.choice(ASKED[label])
     label = label.strip(" .#")
@@ -209,7 +208,7 @@ def value_for(rng: random.Random, label: str) -> str:
 
 
 def value_and_question(rng: random.Random, label: str) -> tuple[str, str]:
-    """A value for a label of any kind, and how one asks for it."""
+    """A value of any kind for a label, and a question that asks for it."""
     label = label if rng.random() < 0.3 else label.lower()
     make, asks = rng.choice([
         (date, ["when is the {}?", "when was the {}?", "what is the date of the {}?"]),

@@ -29,8 +29,8 @@ def train(modules: nn.ModuleDict, data: Dataset, loss_of: Callable[..., Tensor],
     """Train until args.steps, from the state in args.out on, if there is one. Changes the modules.
 
     data[step]: a step's batch, which loss_of makes a loss of. scores: of held-out pages; it is
-    called every args.eval_every steps. args: add_flags's. Modules and batches go to DEVICE. Writes
-    OUT/state.safetensors and OUT/log.jsonl. Raises InputError.
+    called at every args.eval_every-th step that is also logged. args: add_flags's. Modules and
+    batches go to DEVICE. Writes OUT/state.safetensors and OUT/log.jsonl. Raises InputError.
     """
     keep_heap()
     claim(args.out)

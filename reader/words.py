@@ -89,7 +89,7 @@ ACCENTED = "é è ê à ç ü ö ä ß ñ".split()
 def code(rng: random.Random, low: int = 4, high: int = 10) -> str:
     """A reference number: capitals, digits, hyphens."""
     marks = string.ascii_uppercase + 2 * string.digits + "--/."
-    text = "".join(rng.choices(marks, k=rng.randint(1, 8)))
+    text = "".join(rng.choices(marks, k=rng.randint(low, high)))
     return text.strip("-/.") or str(rng.randint(10, 999))
 
 

@@ -27,7 +27,7 @@ from reader.fonts import HELD_OUT, NEVER, face_paths, faces
 from reader.hard.make import KINDS as HARD
 from reader.hard.make import LETTERS, PAGES, changed
 from reader.lessons import WEIGHTS, class_tokens, misread, mixtures, write_tokenizer
-from reader.pages import KINDS, PRACTICE, write_page
+from reader.pages import KINDS, PRACTICE, SIDE, held_out, write_page
 from train import make_larger
 from vision import SigLIPConfig, choose_grid, tile_boxes
 
@@ -163,6 +163,14 @@ def test_a_page_is_the_same_every_time_and_answers_stand_on_it(kind):
     assert set(pages[0].text) <= set(CHARACTERS) | {"\n"}
     for _, answer in pages[0].questions:
         assert answer in pages[0].text.replace("\n", " ")
+
+
+@needs_fonts
+def test_the_held_out_pages_are_those_that_the_code_draws():
+    folder = ROOT / "reader" / "held-out"
+    there = [json.loads(line) for line in (folder / "questions.jsonl").open()]
+    for row, (page, prompt, answer) in zip(there, held_out(20, 0, SigLIPConfig(image_size=SIDE))):
+        assert (row["text"], row["prompt"], row["answer"]) == (page.text, prompt, answer)
 
 
 @needs_fonts
