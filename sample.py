@@ -100,7 +100,6 @@ class Conversation:
             E_text = model.llm.embed_tokens.weight
             x = model.embed(tokens[None], pixels.to(E_text))                # (1, P, D)
             self.read = model.llm.new_cache(1, len(tokens))
-            self.read.reach = len(tokens)               # it may have more room than that
             model.llm.hidden(x, cache=self.read)
 
     def ask(self, prompt: str, **generation) -> Iterator[list[str]]:
@@ -216,7 +215,8 @@ def answer_each(model: AlignVLM, tokenizer: Tokenizer, files: list[Path], prompt
     with tqdm(total=len(files), desc="answering") as bar:
         for first in range(0, len(files), BATCH):
             images = [read_pages(file, chosen) for file in files[first:first + BATCH]]
-            *_, texts = answer(model, tokenizer, images, prompts[first:first + BATCH], **options)
+            for texts in answer(model, tokenizer, images, prompts[first:first + BATCH], **options):
+                pass                    # the last ones are whole
             yield from texts
             bar.update(len(images))
 

@@ -70,7 +70,7 @@ def choose_align_vocab(model: AlignVLM, folder: Path, pixels: list[Tensor], K: i
     """
     E_text = model.llm.embed_tokens.weight                              # (V, D)
     if not 1 <= K <= len(E_text):
-        raise InputError(f"{K} tokens to keep: the vocabulary has {len(E_text)}")
+        raise InputError(f"K is {K}: keep from 1 to {len(E_text)} tokens")
     pages = [model.vision(page.to(E_text.device, E_text.dtype)).flatten(0, 1)
              for page in pixels]                                        # F (T * N, d) each
     token_ids, deviation = choose_tokens(model.connector, pages, E_text, K)
@@ -112,18 +112,19 @@ def check_align(model: AlignVLM, folder: Path) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+        prog="python -m paper.align_vocab", description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
-    add("checkpoint", help="model folder, or a name on the hub, whose copy in the cache it becomes "
-        "part of")
+    add("checkpoint", help="model folder, or a name on the hub (align_vocab.json is then written "
+        "into its copy in the cache)")
     add("K", type=int, help="tokens to keep")
     add("images", nargs="+", metavar="image", help="pages that say which")
     add("--max-tiles", type=int, help="tiles a page is cut into at most (default: what the model's "
         "config.json says)")
     args = parser.parse_args()
-    args.checkpoint = model_folder(args.checkpoint)
     if args.max_tiles is not None and args.max_tiles < 1:
         parser.error("--max-tiles is at least 1")
+    args.checkpoint = model_folder(args.checkpoint)
     device = "cuda" if torch.cuda.is_available() else "cpu"
     model = AlignVLM.from_pretrained(args.checkpoint, device=device).eval()
     check_align(model, args.checkpoint)

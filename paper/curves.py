@@ -10,9 +10,10 @@ RUN is a log.jsonl, a folder with some below it, or a table that --csv has writt
 import argparse
 import csv
 import math
+import os
 from pathlib import Path
 
-from plumbing.files import refuse_inputs
+from plumbing.files import partial_of, refuse_inputs
 from plumbing.logs import read_log
 from plumbing.processes import run_main
 from plumbing.settings import InputError
@@ -55,16 +56,17 @@ def read_table(path: Path) -> dict[str, list[dict]]:
 
 def write_table(curves: dict[str, list[dict]], path: Path) -> None:
     """Curves, thinned, as a CSV: a line a point, with the curve's name before COLUMNS."""
-    partial = path.with_name(path.name + ".partial")
+    partial = partial_of(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     with partial.open("w", newline="") as file:
         table = csv.writer(file, lineterminator="\n")
         table.writerow(["curve", *COLUMNS])
         for name, rows in curves.items():
             for row in thinned(rows):
-                numbers = [row[column] for column in COLUMNS]
-                table.writerow([name, *("" if n is None else f"{n:.5g}" for n in numbers)])
-    partial.rename(path)
+                numbers = {column: "" if row[column] is None else f"{row[column]:.5g}"
+                           for column in COLUMNS}
+                table.writerow([name, *{**numbers, "step": f"{row['step']:.0f}"}.values()])
+    os.replace(partial, path)
 
 
 def thinned(rows: list[dict], points: int = POINTS) -> list[dict]:
@@ -96,7 +98,8 @@ def plot(curves: dict[str, list[dict]], path: Path) -> None:
     figure = Figure(figsize=(10, 7), layout="constrained")
     loss, speed = figure.subplots(2, 1)
     for name, rows in curves.items():
-        [line] = loss.plot(*points(rows, "loss"), linewidth=0.8, label=name)
+        [line] = loss.plot(*points(rows, "loss"), linewidth=0.8,
+                           label=name.replace("$", r"\$"))          # no mathematics
         loss.plot(*points(rows, "held_out_loss"), "o--", color=line.get_color())
         speed.plot(*points(rows, "tokens_per_s"), linewidth=0.8)
     held_out = any(points(rows, "held_out_loss")[0] for rows in curves.values())
@@ -104,7 +107,9 @@ def plot(curves: dict[str, list[dict]], path: Path) -> None:
     speed.set(xlabel="step", ylabel="tokens a second", ylim=(0, None))
     figure.legend(loc="outside right upper")
     path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=90)
+    partial = partial_of(path)
+    figure.savefig(partial, format="png", dpi=90)
+    os.replace(partial, path)
 
 
 def points(rows: list[dict], column: str) -> tuple[list[float], list[float]]:
@@ -126,7 +131,11 @@ def main() -> None:
     refuse_inputs(out, [file for run in args.runs for file in logs_of(run)])
     curves = {}
     for run in args.runs:
-        curves |= read_curves(run)
+        new = read_curves(run)
+        if both := curves.keys() & new.keys():
+            raise InputError(f"{run}: its curve {min(both)} has the name of an earlier one: rename "
+                             "it")
+        curves |= new
     if args.csv:
         write_table(curves, args.csv)
     else:

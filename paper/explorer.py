@@ -48,12 +48,14 @@ class Watch:
     """Notes what a model does while it answers one prompt; `with Watch(model, places):`.
 
     places (n,): where the visual tokens stand in the prompt. Each layer's attention and the LM
-    head go through functions of this class for as long. Nothing is calculated twice: of attention,
-    the row of the step's own position is made again, beside PyTorch's kernel, which shows none.
+    head go through functions of this class for as long. The encoder and the LLM run once. Only the
+    attention row of a step's own position is made again, since PyTorch's kernel shows none;
+    `explore` makes P_vocab again from F.
 
     Of each step the layers come first, then the LM head: `end_layer` and `logits` note them. Then
-    generate yields the token, and P tells who asks how likely that was. Afterwards: features F
-    (T, N, d), of the only pass of the encoder; steps, likeliest and on_patches of all steps.
+    generate yields the token; P holds the step's probabilities at temperature 1. Afterwards:
+    features F (T, N, d), of the only pass of the encoder; steps, likeliest and on_patches of all
+    steps.
     """
 
     def __init__(self, model: AlignVLM, places: Tensor):
@@ -65,7 +67,7 @@ class Watch:
         self.rows: list[Tensor] = []                        # of this step, (n,) of each layer
         self.steps: list[tuple[Tensor, Tensor | None]] = []
         self.on_patches: list[Tensor] = []                  # (layers + 1,) of each step
-        self.P = None                                       # (V,), of the last step
+        self.P = None               # (V,), of the last step, at temperature 1
         self.likeliest: list[tuple[Tensor, Tensor]] = []    # ids and probabilities of each step
 
     def __enter__(self) -> "Watch":

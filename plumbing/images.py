@@ -93,7 +93,10 @@ def read_bytes(file, name: str) -> bytes:
         with open(file, "rb") as opened:
             if os.fstat(opened.fileno()).st_size > MAX_BYTES:
                 raise ImageError(f"{name}: larger than {MAX_BYTES:,} bytes")
-            return opened.read()
+            data = opened.read(MAX_BYTES + 1)       # a device says that it has no bytes
+            if len(data) > MAX_BYTES:
+                raise ImageError(f"{name}: larger than {MAX_BYTES:,} bytes")
+            return data
     except FileNotFoundError:
         hint = ""
         if re.match(r"https?:", str(name)):
@@ -135,14 +138,18 @@ def read_picture(data: bytes, orientation: int | None, name: str) -> Image.Image
         raise ImageError(f"{name}: not a readable image (of no format that Pillow "
                          "knows)") from None
     except Exception as error:      # a damaged file shows itself in many ways
-        reason = " ".join(str(error).split())
+        reason = " ".join(str(error).split()) or type(error).__name__
         raise ImageError(f"{name}: not a readable image ({reason})") from None
 
 
 def in_rgb(image: Image.Image) -> Image.Image:
     """A decoded image of any mode -> RGB."""
     if image.mode.startswith("I") or image.mode == "F":
-        image = eight_bits(image)
+        grey = eight_bits(image)
+        if isinstance(clear := image.info.get("transparency"), int):    # the grey that is paper
+            seen = np.where(np.array(image) == clear, 0, 255)           # (height, width)
+            grey.putalpha(Image.fromarray(seen.astype(np.uint8)))
+        image = grey
     if "A" in image.getbands() or "transparency" in image.info:
         image = image.convert("RGBA")
         white = Image.new("RGBA", image.size, "white")

@@ -19,8 +19,8 @@ from pathlib import Path
 
 from plumbing.settings import ImageError, InputError
 
-# Documents are mostly scanned at 200 dots an inch: a letter page has 1700 x 2200 pixels. More than
-# 9 tiles of 512 pixels beside each other are never shown, so no side needs more.
+# Documents are mostly scanned at 200 dots an inch: a letter page has 1700 x 2200 pixels. By default
+# no more than 9 tiles of 512 pixels lie beside each other, so no side needs more.
 DPI = 200
 MAX_SIDE = 9 * 512              # pixels
 MAX_PAGES = 1000

@@ -1,9 +1,11 @@
 """Questions about images, in a JSONL file."""
 import json
+import os
 from pathlib import Path
 
 from plumbing.images import read_pages
 from plumbing.settings import InputError
+from plumbing.tokenizers import TextError, check_surrogates
 
 
 def read_questions(path: Path) -> list[dict]:
@@ -32,7 +34,11 @@ def read_question(line: str, folder: Path, where: str) -> dict:
         image = prompt = None
     if not isinstance(image, str) or not isinstance(prompt, str):
         raise InputError(f'{where}: not JSON with an "image" and a "prompt", both strings')
-    if not (folder / image).is_file():
+    try:
+        check_surrogates(prompt)
+    except TextError as error:
+        raise InputError(f"{where}: {error}") from None
+    if not os.path.isfile(folder / image):      # Path's own raises for a name that is too long
         raise InputError(f"{where}: no file {str(folder / image)[:200]!r}")
     read_pages(folder / image)
     return row

@@ -6,7 +6,7 @@
 A page is drawn for the encoder. It can be written out as plain text too: so the toy's LLM learns to
 read in stage 0, before it meets an image.
 
-Every function that draws takes a random.Random. The order of its calls is part of the data: what
+Every function that chooses at random takes a random.Random. The order of its calls is part of the data: what
 toy/README.md measures holds for exactly these pages.
 """
 import argparse
@@ -529,10 +529,7 @@ def main() -> None:
     args = parser.parse_args()
     if args.draw < 1:
         parser.error("--draw is at least 1")
-    try:
-        draw_pages(args.out, args.draw, args.seed, args.train)
-    except OSError as error:
-        parser.error(f"{args.out}: {error.strerror or error}")
+    draw_pages(args.out, args.draw, args.seed, args.train)
     print(f"{args.draw} pages and questions.jsonl in {args.out}")
 
 

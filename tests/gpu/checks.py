@@ -201,7 +201,6 @@ def test_a_prompt_after_a_kept_prefix():
         x = torch.randn(1, 90, llm.config.hidden_size, device=DEVICE, dtype=dtype)
         whole = llm.hidden(x)[:, 70:].double().cpu()
         prefix = llm.new_cache(1, 70)
-        prefix.reach = 70
         llm.hidden(x[:, :70], cache=prefix)
         cache = llm.new_cache(1, 20, prefix)
         after = llm.hidden(x[:, 70:], None, cache, torch.arange(70, 90, device=DEVICE)[None])

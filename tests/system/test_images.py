@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from plumbing import images
 from plumbing.images import ImageError, read_image
 from vision import SIGLIP_PRESETS, tile
 
@@ -92,6 +93,21 @@ def test_read_image_16_bit_grey(tmp_path, dtype, name):
     assert image.mode == "RGB" and image.size == (3, 2)
     expected = np.array([[0, 4, 128], [195, 255, 255]])
     assert np.array_equal(np.asarray(image), np.repeat(expected[..., None], 3, axis=-1))
+
+
+def test_grey_of_16_bits_may_be_clear(tmp_path):
+    """tRNS names the grey that is no ink: paper is seen through it."""
+    path = tmp_path / "a.png"
+    Image.fromarray(RAMP.astype(np.uint16)).save(path, transparency=0)
+    with Image.open(path) as image:
+        assert image.mode.startswith("I") and image.info["transparency"] == 0
+    assert np.asarray(read_image(path))[..., 0].tolist() == [[255, 4, 128], [195, 255, 255]]
+
+
+def test_a_device_without_end_is_too_large(monkeypatch):
+    monkeypatch.setattr(images, "MAX_BYTES", 1000)
+    with pytest.raises(ImageError, match="/dev/zero: larger than 1,000 bytes"):
+        read_image("/dev/zero")
 
 
 # What a viewer must do with the stored picture for each value of the EXIF tag 274, "Orientation".

@@ -75,6 +75,17 @@ def test_answers_over_what_is_asked(page, questions, answers):
     assert sums(page.parent) == before
 
 
+@pytest.mark.parametrize("row, said", [
+    ({"prompt": "\ud800"}, "line 2: text with the lone surrogate"),
+    ({"image": "x" * 300, "prompt": "?"}, "line 2: no file")])
+def test_a_bad_row_is_found_before_the_first_answer(page, questions, row, said):
+    with questions.open("a") as file:
+        file.write(json.dumps({"image": page.name, **row}) + "\n")
+    done = sample("--questions", questions, "--answers", page.parent / "a.jsonl", code=2)
+    assert f"{questions}, {said}" in done.stderr.splitlines()[-1]
+    assert not list(page.parent.glob("a.jsonl*"))
+
+
 def test_a_file_that_is_written_on_the_way_counts_too(page, questions):
     """answers.jsonl is written as answers.jsonl.partial first."""
     mine = page.with_name("answers.jsonl.partial")

@@ -72,6 +72,23 @@ def test_plot_draws_joined_logs(tmp_path):
         assert bad in run("-m", "paper.curves", tmp_path / bad, code=2).stderr
 
 
+def test_a_picture_takes_the_name_that_it_was_given(tmp_path):
+    """Whatever the name and those of the runs: no mathematics, no other format, none lost."""
+    log = write_log(tmp_path / r"$\frac$")
+    run("-m", "paper.curves", log, "--out", tmp_path / "picture")
+    assert Image.open(tmp_path / "picture").format == "PNG"
+    assert not list(tmp_path.glob("picture?*"))
+    steps = [{"step": 100_000 + i, "loss": 1.0} for i in range(3)]
+    log.write_text("".join(json.dumps(row) + "\n" for row in steps))
+    run("-m", "paper.curves", log, "--csv", tmp_path / "a.csv")
+    [rows] = read_curves(tmp_path / "a.csv").values()
+    assert [row["step"] for row in rows] == [100_000, 100_001, 100_002]
+    (tmp_path / "b.csv").write_text((tmp_path / "a.csv").read_text())
+    done = run("-m", "paper.curves", tmp_path / "a.csv", tmp_path / "b.csv", "--out",
+               tmp_path / "both.png", code=2)
+    assert "has the name of an earlier one" in done.stderr and not (tmp_path / "both.png").exists()
+
+
 def test_a_thinned_table_has_the_means_of_the_steps(tmp_path):
     """A short log stays as it is. A table is drawn as a log is."""
     log, table = write_log(tmp_path / "a"), tmp_path / "a.csv"
