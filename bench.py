@@ -1,6 +1,6 @@
 """How fast it is, measured beside transformers in one run.
 
-    pip install transformers
+    pip install 'transformers>=5'
     python bench.py                                     # all of it
     python bench.py prefill decode --json               # some, a JSON line per row
     python bench.py decode --llm meta-llama/Llama-3.2-1B    # released weights, not random ones
@@ -9,7 +9,7 @@
 Both sides do the same with the same weights, in turns, and the median counts: absolute times on a
 shared CPU mean little, ratios do. Ours is made fast by plumbing/fast.py, as in sample.py and
 train.py. of_ceiling is the share of the machine's best in the same run: a large matrix product; for
-decoding the model's matrices times one vector (on a GPU a large copy); for loading a copy.
+decoding the model's matrices times the step's vectors (on a GPU a large copy); for loading a copy.
 """
 import argparse
 import copy
@@ -582,7 +582,8 @@ def parse_args() -> argparse.Namespace:
         "random weights)")
     add("--alone", action="store_true", help="ours alone (vision, prefill, decode, connector, "
         "train)")
-    add("--repeats", type=int, help="calls of each side (default: 3 to 20, as long as they take)")
+    add("--repeats", type=int, help="calls of each side (default: 3 to 20, fewer of what takes "
+        "longer)")
     add("--threads", type=int, help="CPU threads (default: all cores; pages always takes one)")
     add("--json", action="store_true", help="a JSON line per row instead of a table")
     args = parser.parse_args()
@@ -617,7 +618,7 @@ def main() -> None:
         try:
             print_rows(work(options), args.json)
         except ImportError as error:
-            raise InputError(f"{name} needs `pip install transformers` ({error})") from None
+            raise InputError(f"{name} needs `pip install 'transformers>=5'` ({error})") from None
 
 
 if __name__ == "__main__":

@@ -133,7 +133,7 @@ def evaluate_with_noise(model: AlignVLM, tokenizer: Tokenizer, benchmark: Benchm
     unit, std = "", 1.0
     if args.noise_relative:
         unit = "std"
-        pages = [benchmark.images(i) for i in range(min(STD_PAGES, len(benchmark.rows)))]
+        pages = (benchmark.images(i) for i in range(min(STD_PAGES, len(benchmark.rows))))
         std = feature_std(model, pages, args.max_tiles)
     runs = []
     for given in args.noise or args.noise_relative or []:
@@ -165,9 +165,8 @@ def predict(model: AlignVLM, tokenizer: Tokenizer, benchmark: Benchmark, stem: s
     n = len(benchmark.rows)
     questions = json.dumps([benchmark.rows, benchmark.prompts]).encode()
     settings = {**settings, "samples": n, "questions": zlib.crc32(questions)}
-    done = [begin_predictions(stem, settings, n) if rank == 0 else None]
-    dist.broadcast_object_list(done)
-    left = [i for i in range(n) if i not in done[0]]
+    done = on_first_rank(lambda: begin_predictions(stem, settings, n))
+    left = [i for i in range(n) if i not in done]
     mine = left[rank::world]
     if mine:
         answer_samples(model, tokenizer, benchmark, mine, stem, settings, batch_size)
@@ -205,7 +204,8 @@ def count_tiles(model: AlignVLM, pages: list[Image.Image], max_tiles: int) -> in
 
 
 def fingerprint(model: AlignVLM) -> int:
-    """What tells one training from another: a checksum of a thousand numbers of each tensor."""
+    """What tells one training from another: a checksum of one to two thousand numbers of each
+    tensor, or of all that it has."""
     crc = 0
     for name, p in model.state_dict().items():
         step = max(1, p.numel() // 1000)
@@ -255,11 +255,16 @@ def parse_args() -> argparse.Namespace:
                      "least 1")
     if not all(0 < sigma < math.inf for sigma in args.noise or args.noise_relative or []):
         parser.error("the noise is more than 0: without any the benchmark is evaluated anyway")
+    noisy = args.noise or args.noise_relative
+    if args.score and (args.limit or args.vocab or noisy):
+        parser.error("--score takes predictions as they are: without --limit, --vocab and --noise")
+    if args.vocab and (args.limit or noisy):
+        parser.error("--vocab N takes the first N samples: without --limit and --noise")
     return args
 
 
 def default_out(model: str | Path) -> Path:
-    """Where a model's scores go: into its folder, but nothing is written into the repository, or
+    """Where a model's scores go: into its folder, but nothing is written into the shipped model, or
     into the hub's cache."""
     folder = Path(model)
     if not folder.exists():
@@ -301,7 +306,6 @@ def report_vocab(model: AlignVLM, tokenizer: Tokenizer, benchmarks: list[Benchma
     samples = [(benchmark, i) for benchmark in benchmarks for i in range(len(benchmark.rows))]
     pages = (tile(page, model.config.vision, args.max_tiles)
              for benchmark, i in samples[:args.vocab] for page in benchmark.images(i))
-    args.out.mkdir(parents=True, exist_ok=True)
     found = vocab_report(model, tokenizer, pages, args.out / "vocab.png")
     print(summary_line(found, args.out))
 
@@ -324,7 +328,8 @@ def main() -> None:
     fast.use(model, inference=True)
     tokenizer = Tokenizer(folder, model.config.llm.vocab_size)
     if args.vocab:
-        report_vocab(model, tokenizer, benchmarks, args)
+        if dist.get_rank() == 0:
+            report_vocab(model, tokenizer, benchmarks, args)
         return
     results = {"model": str(args.checkpoint), "weights": weights,
                **earlier_results(args.out / "scores.json", weights)}

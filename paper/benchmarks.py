@@ -7,11 +7,11 @@
     VCR-easy=VCR-wiki-en-easy/data  VCR-wiki's parquet files: a folder, of which those of the test
                                     split count
     reader-pages, reader-a4, reader-scans, reader-hard, reader-drawn
-                                    pages of print, each read aloud and asked about: 25 that other
-                                    programs set (reader/printed), whole A4 pages of small type by
-                                    such programs, cuttings of old print that was scanned, pages as
-                                    cameras have them and the like, and 200 held-out pages that
-                                    were drawn
+                                    pages of print, each read aloud, and asked about if it has a
+                                    question: 25 that other programs set (reader/printed), whole A4
+                                    pages of small type by such programs, cuttings of old print that
+                                    was scanned, pages photographed, turned, small or in Greek and
+                                    Cyrillic type, and 200 held-out pages that were drawn
     toy, toy=1000                   the toy's held-out documents, 200 or as many as one likes
 
 NAME= may be left out where the name of the file, or of a folder above it, tells. A benchmark is
@@ -20,7 +20,6 @@ of another benchmark.
 """
 import ast
 import base64
-import binascii
 import csv
 import io
 import json
@@ -116,7 +115,7 @@ def open_benchmark(spec: str) -> Benchmark:
             raise InputError(f"{path}: neither .tsv nor .jsonl nor .parquet nor a folder of the "
                              "latter")
     except OSError as error:
-        raise InputError(f"{path}: {error.strerror or error}") from None
+        raise InputError(f"{error.filename or path}: {error.strerror or error}") from None
     if not benchmark.rows:
         raise InputError(f"{path}: not a single question there")
     benchmark.path = path
@@ -202,7 +201,7 @@ def tsv_benchmark(name: str, path: Path) -> Benchmark:
         record, _ = next(tsv_records(path, starts[index]))
         try:
             return tsv_images(dict(zip(header, record)), path)
-        except (ImageError, binascii.Error) as error:
+        except ValueError as error:     # ImageError, and base64's
             raise InputError(f"{where}: {error}") from None
 
     return Benchmark(name, rows, prompts, images)
@@ -256,7 +255,7 @@ def tsv_images(cells: dict[str, str], path: Path) -> list[Image.Image]:
     """The images of a row, in base64 or as names of files below the TSV's folder.
 
     VLMEvalKit keeps DATASET.tsv's images in LMUData/images/DATASET. Raises ImageError, and
-    binascii.Error for what is no base64.
+    ValueError for what is no base64.
     """
     folder = path.parent
     image = cells.get("image", "")
@@ -279,7 +278,7 @@ def as_list(text: str) -> list[str]:
     if stripped.startswith("[") and stripped.endswith("]"):
         try:
             return [str(item) for item in ast.literal_eval(stripped)]
-        except (ValueError, SyntaxError, RecursionError, MemoryError):
+        except (ValueError, TypeError, SyntaxError, RecursionError, MemoryError):
             pass
     return [text]
 
@@ -356,6 +355,8 @@ def take_variants(rows: list[dict], meta: Path, every_value: bool) -> None:
         try:
             name = record["file_name"].split("/")[-1].split(".pdf")[0]
             question = json.loads(record["ground_truth"])["gt_parses"][0]["question"]
+            if not isinstance(question, str):
+                raise ValueError
         except (ValueError, LookupError, TypeError, AttributeError):
             raise InputError(f"{meta / 'metadata.jsonl'}, line {number}: no file_name and "
                              "ground_truth as DocDownstream has them") from None
@@ -381,11 +382,13 @@ def document_values(path: Path) -> dict[str, dict[str, list[list[str]]]]:
         try:
             of_document = documents.setdefault(record["name"], {})
             for annotation in record["annotations"]:
+                key = annotation["key"]
                 spellings = [[value["value"], *(value.get("value_variants") or [])]
                              for value in annotation["values"]]
                 if spellings:
-                    of_document.setdefault(annotation["key"], []).extend(spellings)
-                if not all(isinstance(text, str) for of_value in spellings for text in of_value):
+                    of_document.setdefault(key, []).extend(spellings)
+                texts = [key, *(text for of_value in spellings for text in of_value)]
+                if not all(isinstance(text, str) for text in texts):
                     raise ValueError
         except (ValueError, LookupError, TypeError, AttributeError):
             raise InputError(f"{path}, line {number}: no name and annotations with values as DUE "

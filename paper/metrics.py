@@ -1,10 +1,11 @@
 """How the paper's benchmarks score an answer (section 4, Tables 1 and 2): one function per metric.
 
 METRICS[benchmark](rows) takes rows with "prediction" (what the model wrote), "answers" (the golds,
-never empty), "question" and "split". It returns scores from 0 to 1 by name, the headline first, and
-nan without rows. They have to compare with published numbers, so each does what the benchmark's own
-evaluation does, oddities included: VLMEvalKit's (ms-vlmeval 0.0.20) for DocVQA, InfoVQA, ChartQA,
-TextVQA, TableVQABench and VCR, DocOwl 1.5's for DeepForm, KLC, WTQ and TabFact.
+never empty), "question" and "split". It returns scores by name, the headline first, from 0 to 1
+(the reader's character_errors may be more), and nan without rows. They have to compare with
+published numbers, so each does what the benchmark's own evaluation does, oddities included:
+VLMEvalKit's (ms-vlmeval 0.0.20) for DocVQA, InfoVQA, ChartQA, TextVQA, TableVQABench and VCR,
+DocOwl 1.5's for DeepForm, KLC, WTQ and TabFact.
 
 METRICS[benchmark].intervals(rows) says how sure the scores are; paper/compare.py compares two
 models.
@@ -306,8 +307,8 @@ APOSTROPHES = apostrophes(CONTRACTIONS)
 def vqa_normalise(text: str) -> str:
     """The VQA evaluation's normal form: lower case, no marks, no articles, number words as digits.
 
-    A mark becomes a space, as in "red/blue", or nothing if the text has it beside a space, or a
-    comma within a number.
+    A mark becomes a space, as in "red/blue", or nothing: if that mark stands beside a space
+    anywhere in the text, or if the text has a number like 1,000.
     """
     original = text.replace("\n", " ").replace("\t", " ").strip()
     text = original

@@ -8,7 +8,7 @@ of F, so that is measured too.
 """
 import contextlib
 import zlib
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 
 import torch
 import torch.nn.functional as nnf       # F is the paper's name for the features
@@ -95,7 +95,8 @@ def standard_deviation(n: int, total: float, squares: float) -> float:
 
 
 @torch.inference_mode()
-def feature_std(model: AlignVLM, pages: list[list[Image.Image]], max_tiles: int | None) -> float:
+def feature_std(model: AlignVLM, pages: Iterable[list[Image.Image]],
+                max_tiles: int | None) -> float:
     """The standard deviation of F over some samples' pages.
 
     It has three digits: another device computes the same.

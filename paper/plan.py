@@ -24,7 +24,7 @@ from plumbing.hub import hub_folder
 from plumbing.logs import PEAKS
 from plumbing.processes import run_main
 from plumbing.released import llama_sizes, siglip_sizes
-from vision import SigLIPConfig, read_siglip
+from vision import SigLIPConfig
 
 
 @dataclass
@@ -53,7 +53,7 @@ def step_flops(config: AlignVLMConfig, trainable: tuple[str, ...], counts: Count
 
     counts: train.match_ranks's. A token's product with a matrix of n numbers is 2 n; backward as
     much again for the weights' gradient, if they train, and for the input's, if anything before
-    does.
+    does. Of a frozen LLM's attention half of the backward pass is left out.
     """
     flops, any_before = 0, False
     for module, multiplications in products(config, counts):
@@ -193,7 +193,7 @@ def print_stage(stage: int, recipe: Recipe, config: AlignVLMConfig,
     """What a stage takes on --gpus: memory per GPU, FLOPs and time of a step, days."""
     data = (LOW_RESOURCE_DATA if args.preset == "low-resource" else PAPER_DATA)[stage]
     most_tiles = 1 if args.max_tiles == 1 else args.max_tiles + 1       # with the whole page
-    tiles = data.tiles or most_tiles
+    tiles = min(data.tiles or most_tiles, most_tiles)
     length = tiles * config.tile_tokens + data.text
     print(f"\nstage {stage} of {args.preset} on {args.gpus} GPUs, one copy on {args.shard_size} of "
           f"them: {' + '.join(recipe.trainable)} trained, {recipe.batch_size} samples a step, each "
@@ -237,7 +237,7 @@ def print_memory(recipe: Recipe, config: AlignVLMConfig, data: StageData, tiles:
         if offload:
             on_cpu = sum(memory(config, recipe.trainable, args.shard_size, 0, 0, 0)[name]
                          for name in ("parameters", "gradients", "optimizer")) / 1e9
-            verdict += f", and {on_cpu:.3g} GB of the CPU's memory"
+            verdict += f", and {on_cpu:.3g} GB of the CPU's memory for each GPU"
         print(f"  {flags}: {total:.3g} GB a GPU, {verdict}")
         print("    " + ", ".join(f"{name} {size / 1e9:.3g}" for name, size in parts.items()))
         if fits:
@@ -250,8 +250,8 @@ def parse_args() -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m paper.plan", description=__doc__,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
-    # The reader's sizes are those of its own backbones, which a plan does not know.
-    add("--preset", choices=[name for name in RECIPES if name != "reader"],
+    # The toy and the reader learn from drawn pages, whose sizes a plan does not know.
+    add("--preset", choices=[name for name in RECIPES if name not in ("toy", "reader")],
         help="recipe (default: by the size of --llm; without one llama-3.2-1b)")
     add("--stage", type=int, choices=[1, 2, 3], help="this stage only (default: all)")
     add("--gpus", type=positive(int), default=64, help="how many (default: %(default)s)")
@@ -286,10 +286,8 @@ def parse_args() -> argparse.Namespace:
 def released_config(vision: str, llm: str) -> AlignVLMConfig:
     """Of a SigLIP's and a Llama's folders, or names on the hub, of which only config.json is
     fetched: nobody waits for weights to learn whether they fit. Raises InputError."""
-    if os.path.exists(vision):
-        vision_config, _ = read_siglip(Path(vision))
-    else:
-        vision_config = SigLIPConfig(**siglip_sizes(hub_folder(vision, weights=False)))
+    folder = Path(vision) if os.path.exists(vision) else hub_folder(vision, weights=False)
+    vision_config = SigLIPConfig(**siglip_sizes(folder))
     if os.path.exists(llm):
         llm_config, _ = read_llama(Path(llm))
     else:

@@ -1,8 +1,8 @@
 """What each stage trains, and how: the paper's recipes (appendix A.1), the second version's small
 one, the toy's and the reader's.
 
-train.py follows them, paper/plan.py says what they take. The flags with which both commands change
-a recipe are read here too.
+train.py follows them, paper/plan.py says what they take. The types of the flags with which both
+commands change a recipe are here too.
 """
 import argparse
 import math
@@ -118,7 +118,7 @@ def positive(kind: Callable[[str], float]) -> Callable[[str], float]:
     def read(text: str) -> float:
         number = kind(text)
         if not 0 < number < math.inf:
-            raise argparse.ArgumentTypeError(f"{text} is not more than 0")
+            raise argparse.ArgumentTypeError(f"{text} is no finite number above 0")
         return number
 
     read.__name__ = kind.__name__       # argparse names it where kind refuses the text

@@ -18,7 +18,7 @@ from tqdm import tqdm
 from data import READ
 from paper.benchmarks import READERS, open_benchmark
 from paper.metrics import METRICS
-from plumbing.files import write_text
+from plumbing.files import OwnFiles
 from plumbing.processes import run_main
 from plumbing.settings import InputError
 
@@ -29,29 +29,30 @@ def read_aloud(image: Image.Image) -> str:
         image.save(file.name)
         command = ["tesseract", file.name, "-", "--psm", "6"]
         try:
-            return subprocess.run(command, check=True, capture_output=True, text=True).stdout
+            return subprocess.run(command, check=True, capture_output=True,
+                                  encoding="utf-8").stdout
         except FileNotFoundError:
             raise InputError("tesseract is not installed: apt-get install tesseract-ocr") from None
         except subprocess.CalledProcessError as error:
-            raise InputError(f"tesseract: {error.stderr.strip()}") from None
+            raise InputError(f"tesseract: {' '.join(error.stderr.split())}") from None
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__,
+    parser = argparse.ArgumentParser(prog="python -m paper.tesseract", description=__doc__,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
     add("benchmarks", nargs="+", choices=READERS, help="which pages")
     add("--out", type=Path, default=Path("out/tesseract/eval"),
         help="where the predictions go (default: %(default)s)")
     args = parser.parse_args()
-    args.out.mkdir(parents=True, exist_ok=True)
+    files = OwnFiles(args.out, [f"{name}.jsonl" for name in args.benchmarks])
     for name in args.benchmarks:
         benchmark, lines = open_benchmark(name), []
         for i, row in enumerate(tqdm(benchmark.rows, desc=name)):
             if row["question"] == READ:
                 [image] = benchmark.images(i)
                 lines.append({**row, "prediction": read_aloud(image)})
-        write_text(args.out / f"{name}.jsonl", "".join(json.dumps(line) + "\n" for line in lines))
+        files.write(f"{name}.jsonl", "".join(json.dumps(line) + "\n" for line in lines).encode())
         scores = METRICS[name](lines)
         intervals = METRICS[name].intervals(lines)
         low, high = intervals["character_errors"]

@@ -1,9 +1,9 @@
 """Names of the Hugging Face hub, `owner/name` or `owner/name@revision`, in a folder's place.
 
 The package huggingface_hub fetches the files, shows how far it is, and keeps them in its cache.
-Only what is read here is fetched: config.json, the tokenizer's file and safetensors, and before
-gigabytes of these, whether they can be used. HF_ENDPOINT, HF_HOME, HF_TOKEN and HF_HUB_OFFLINE
-mean what they mean there.
+Only what is read here is fetched: config.json, the tokenizer's file, our align_vocab.json and
+safetensors, and before gigabytes of these, whether they can be used. HF_ENDPOINT, HF_HOME, HF_TOKEN
+and HF_HUB_OFFLINE mean what they mean there.
 """
 import functools
 import os
@@ -111,6 +111,9 @@ class Repository:
         except errors.RepositoryNotFoundError:
             raise self.error("has no model of that name, or a private one, for which there is "
                              "`hf auth login`") from None
+        except errors.HFValidationError:
+            raise InputError(f"{self.name}: no such folder, and no name that the hub can "
+                             "have") from None
         except Exception as error:      # its network packages' own, which differ between versions
             raise InputError(f"{self.name}: {file} did not arrive ({one_line(error)}): the same "
                              "command goes on") from None

@@ -90,7 +90,8 @@ def read_hub(folder: Path) -> tuple[dict, Weights]:
 def llama_sizes(folder: Path) -> dict:
     """A folder's config.json -> LlamaConfig's settings.
 
-    What it leaves out has transformers' default. Raises CheckpointError.
+    The sizes must be there; the rest, where left out, has transformers' default. Raises
+    CheckpointError.
     """
     s = Settings(folder / "config.json")
     s.model_type("llama")
