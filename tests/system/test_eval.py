@@ -240,8 +240,25 @@ def test_dues_golds_are_taken_where_they_lie_beside(tmp_path, file, folder, gold
     assert [row["document"] for row in rows] == ["a1", "a1", "b2"]
     (meta / "metadata.jsonl").write_text("")
     refused("0 lines for 3", "metadata.jsonl", open_benchmark, str(path))
-    (meta / "document.jsonl").write_text('{"name": "a1"}')
-    refused("line 1: no name and annotations", "document.jsonl", open_benchmark, str(path))
+    for bad in ('{"name": "a1"}', json.dumps({"name": "a1", "annotations": [
+            {"key": 7, "values": [{"value": "b"}]}]})):
+        (meta / "document.jsonl").write_text(bad)
+        refused("line 1: no name and annotations", "document.jsonl", open_benchmark, str(path))
+    (meta / "document.jsonl").write_text("")
+    truth = json.dumps({"gt_parses": [{"question": None}]})
+    record = json.dumps({"file_name": "x.pdf_0.png", "ground_truth": truth})
+    (meta / "metadata.jsonl").write_text(3 * (record + "\n"))
+    refused("line 1: no file_name and", "metadata.jsonl", open_benchmark, str(path))
+    (meta / "metadata.jsonl").unlink()
+    refused("No such file", "metadata.jsonl", open_benchmark, str(path))
+
+
+def test_odd_cells_of_a_tsv_are_texts_or_one_line(tmp_path):
+    path = write_tsv(tmp_path / "DocVQA_VAL.tsv", HEADER,
+                     [["0", 70 * "é", "q", "[{[1]: 2}]"]])
+    benchmark = open_benchmark(str(path))
+    assert benchmark.rows[0]["answers"] == ["[{[1]: 2}]"]
+    refused("ASCII", f"{path.name}, index 0", benchmark.images, 0)
 
 
 def test_table_vqas_cells_are_taken_as_they_are(tmp_path):
