@@ -28,8 +28,8 @@ from vision import SigLIPConfig, choose_grid
 # often: where a reader loses its place, and where it has to look for an answer.
 TO_READ = (*KINDS, "article", "columns", "table", "notes", "snippets", "snippets", "echoes",
            "facts")
-TO_ASK = ("receipt", "receipt", "invoice", "letter", "form", "table", "table", "article",
-          "columns", "screenshot", *["facts"] * 5)
+TO_ASK = (*2 * ("receipt", "invoice", "letter", "form", "table", "screenshot", "facts"), "article",
+          "columns")
 # Of a patch's mixture, in reading order. What a slot without a character has goes to the blank
 # token, so that "l" and "ll" are not the same; no two sums of them are equal.
 WEIGHTS = (0.52, 0.26, 0.14, 0.08)
