@@ -6,8 +6,8 @@
 A page is drawn for the encoder. It can be written out as plain text too: so the toy's LLM learns to
 read in stage 0, before it meets an image.
 
-Every function that chooses at random takes a random.Random. The order of its calls is part of the data: what
-toy/README.md measures holds for exactly these pages.
+Every function that chooses at random takes a random.Random. The order of its calls is part of the
+data: what toy/README.md measures holds for exactly these pages.
 """
 import argparse
 import base64

@@ -84,7 +84,7 @@ def test_chosen_tokens_are_stored_and_used(vlm, tmp_path):
     with pytest.raises(CheckpointError, match="no such file: choose this model's tokens"):
         use_align_vocab(vlm, tmp_path)
     for K in (0, 24):
-        with pytest.raises(InputError, match="has 23"):
+        with pytest.raises(InputError, match="from 1 to 23"):
             choose_align_vocab(vlm, tmp_path, [pixels], K)
     assert not list(tmp_path.iterdir())
     deviation = choose_align_vocab(vlm, tmp_path, list(pixels[:, None]), 9)

@@ -13,9 +13,8 @@ from commands import run
 from data import READ
 from paper.benchmarks import READERS
 from paper.compare import compare, of_samples
-from paper.metrics import METRICS, RESAMPLES
+from paper.metrics import METRICS, PAGE_KINDS, RESAMPLES
 from plumbing.settings import InputError
-from reader.pages import KINDS
 
 
 def row(i, prediction, gold="yes", **more):
@@ -56,8 +55,8 @@ def test_every_score_of_every_benchmark_has_an_interval_around_it(benchmark):
     name = benchmark if not benchmark.startswith(("toy", "reader")) else "TextVQA"
     rows = cases(name)
     if benchmark in READERS:            # each kind is read aloud, and asked about
-        kinds = itertools.cycle(KINDS)
-        asks = itertools.cycle([READ] * len(KINDS) + ["what?"] * len(KINDS))
+        kinds = itertools.cycle(PAGE_KINDS)
+        asks = itertools.cycle([READ] * len(PAGE_KINDS) + ["what?"] * len(PAGE_KINDS))
         rows = [{**row, "split": next(kinds), "question": next(asks)} for row in rows]
     scores, intervals = METRICS[benchmark](rows), METRICS[benchmark].intervals(rows)
     assert scores.keys() == intervals.keys()
