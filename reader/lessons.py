@@ -24,8 +24,8 @@ from reader.fonts import BESIDES
 from reader.pages import GRIDS, KINDS, write_page
 from vision import SigLIPConfig, choose_grid
 
-# The kinds of pages that are read aloud, and of those that are mostly asked about. Some come more
-# often: where a reader loses its place, and where it has to look for an answer.
+# The kinds of pages that are read aloud, and of those that are mostly asked about. More often come
+# those where a reader loses its place, and those that have many answers.
 TO_READ = (*KINDS, "article", "columns", "table", "notes", "snippets", "snippets", "echoes",
            "facts")
 TO_ASK = (*2 * ("receipt", "invoice", "letter", "form", "table", "screenshot", "facts"), "article",

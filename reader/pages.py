@@ -17,7 +17,6 @@ from plumbing.files import OwnFiles
 from plumbing.processes import run_main
 from reader import words
 from reader.drawing import Page, Run
-from reader.fonts import Face
 from reader.sheet import Sheet, asked, fit_one_tile, value_and_question, value_for
 from reader.words import FIELDS, GOODS, amount, code, company, date, email, money, person, phone
 from vision import SigLIPConfig, choose_grid
@@ -241,22 +240,14 @@ def table(sheet: Sheet) -> None:
                          lambda r: f"{r.randint(0, 100)}%"]) for _ in range(n)]
     kinds[0] = rng.choice([code, person, words.invented, lambda r: r.choice(GOODS).title(),
                            lambda r: r.choice(words.MONTHS), lambda r: r.choice(words.PLACES)])
-
-    def row(texts: list[str], face: Face | None = None) -> list[Run]:
-        runs = [sheet.put(text, x + (room if right and i else 0), float(right and i > 0), face,
-                          room=room) for i, (text, x) in enumerate(zip(texts, stops))]
-        sheet.page.line(*runs)
-        sheet.down()
-        return runs
-
-    header = row(names, sheet.bold)
+    header = sheet.row(names, stops, room, right, sheet.bold)
     if ruled < 0.4:
         sheet.rule()
     named, asks = Counter(), []
     for _ in range(rng.randint(2, 12 * sheet.plenty)):
         if sheet.full:
             break
-        cells = row([kind(rng) for kind in kinds])
+        cells = sheet.row([kind(rng) for kind in kinds], stops, room, right)
         name = cells[0].text
         named[name] += 1
         if named[name] == 1:
@@ -491,15 +482,7 @@ def facts_in_table(sheet: Sheet) -> None:
     names = labels_alike(rng, n)
     stops = [sheet.left + (sheet.right - sheet.left) * j / n for j in range(n)]
     right, room = rng.random() < 0.4, (sheet.right - sheet.left) / n - 0.7 * sheet.size
-
-    def row(texts: list[str], face: Face | None = None) -> list[Run]:
-        runs = [sheet.put(text, x + (room if right and j else 0), float(right and j > 0), face,
-                          room=room) for j, (text, x) in enumerate(zip(texts, stops))]
-        sheet.page.line(*runs)
-        sheet.down()
-        return runs
-
-    header = [run.text for run in row(names, sheet.bold)]
+    header = [run.text for run in sheet.row(names, stops, room, right, sheet.bold)]
     if rng.random() < 0.4:
         sheet.rule()
     makers = [rng.choice([money, date, code, words.clock, words.word, person, words.some_value,
@@ -510,7 +493,8 @@ def facts_in_table(sheet: Sheet) -> None:
         if sheet.full:
             break
         first = rng.choice(words.FIRST) if named else first
-        shown.append([run.text for run in row([first, *[make(rng) for make in makers]])])
+        texts = [first, *[make(rng) for make in makers]]
+        shown.append([run.text for run in sheet.row(texts, stops, room, right)])
     columns = Counter(name.lower() for name in header)
     rows = Counter(cells[0].lower() for cells in shown)
     for cells in shown:

@@ -91,6 +91,16 @@ class Sheet:
         self.down()
         return second
 
+    def row(self, texts: list[str], stops: list[float], room: float, right: bool,
+            face: Face | None = None) -> list[Run]:
+        """A table's row: a text at each stop, `room` wide at most. right: all but the first end
+        where their column does."""
+        runs = [self.put(text, x + (room if right and i else 0), float(right and i > 0), face,
+                         room=room) for i, (text, x) in enumerate(zip(texts, stops))]
+        self.page.line(*runs)
+        self.down()
+        return runs
+
     def prose(self, text: str, left: float | None = None, right: float | None = None) -> None:
         """A paragraph, broken into lines, as far as there is room."""
         left, right = left or self.left, right or self.right

@@ -6,12 +6,14 @@ Six pages of reader/printed/ unchanged, as a camera might have them, askew, on t
 half their size; and a letter in Greek and one in Cyrillic type.
 """
 import argparse
+import io
 import json
 from pathlib import Path
 
 import numpy as np
 from PIL import Image, ImageDraw, ImageFilter, ImageFont
 
+from plumbing.files import OwnFiles
 from plumbing.processes import run_main
 
 PRINTED = Path(__file__).resolve().parents[1] / "printed"
@@ -84,24 +86,29 @@ def main() -> None:
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("folder", type=Path, help="where the images and questions.jsonl go")
     folder = parser.parse_args().folder
-    folder.mkdir(parents=True, exist_ok=True)
     numbers = np.random.default_rng(0)
-    known = {row["image"]: row for row in map(json.loads, open(PRINTED / "questions.jsonl"))}
-    rows = []
+    lines = (PRINTED / "questions.jsonl").read_text(encoding="utf-8").splitlines()
+    known = {row["image"]: row for row in map(json.loads, lines)}
+    rows, images = [], {}
     for name in PAGES:
         with Image.open(PRINTED / name) as page:
-            images = changed(page, numbers)
-        for kind, image in images.items():
+            of_page = changed(page, numbers)
+        for kind, image in of_page.items():
             file = f"{kind.replace(' ', '-')}-{name[:-4]}.webp"
-            image.save(folder / file, quality=90)
+            images[file] = image
             rows.append({key: known[name][key] for key in ("prompt", "answer", "text")} |
                         {"image": file, "kind": kind})
     for kind, (text, prompt, answer) in LETTERS.items():
         file = f"{kind.lower()}.webp"
-        letter(text).save(folder / file, quality=90)
+        images[file] = letter(text)
         rows.append({"image": file, "prompt": prompt, "answer": answer, "kind": kind, "text": text})
+    files = OwnFiles(folder, [*images, "questions.jsonl"])
+    for file, image in images.items():
+        data = io.BytesIO()
+        image.save(data, "WEBP", quality=90)
+        files.write(file, data.getvalue())
     lines = [json.dumps(row, ensure_ascii=False) + "\n" for row in rows]
-    (folder / "questions.jsonl").write_text("".join(lines))
+    files.write("questions.jsonl", "".join(lines).encode())
     print(f"{len(rows)} pages and questions.jsonl in {folder}")
 
 
