@@ -92,7 +92,8 @@ class Tokenizer:
     def find_chat_format(self) -> ChatFormat | None:
         """The first format whose special tokens are all there."""
         for chat in CHAT_FORMATS.values():
-            needed = {*chat.header[0], chat.end[0]}
+            parts = [*chat.begin, *chat.header[0], *chat.header[1], *chat.end]
+            needed = {part for part in parts if part.startswith("<|")}
             if needed <= self.special.keys():
                 return chat
         return None

@@ -40,7 +40,7 @@ from plumbing.files import refuse_inputs, write_text
 from plumbing.logs import open_log
 from plumbing.processes import name_stalled_rank, on_first_rank, run_main, start_processes
 from plumbing.runs import claim
-from plumbing.settings import InputError, read_json
+from plumbing.settings import InputError, read_json, tile_limit
 from plumbing.texts import edit_distance
 from plumbing.weights import model_folder
 from sample import SHIPPED, answer
@@ -240,7 +240,7 @@ def parse_args() -> argparse.Namespace:
         "(default: %(default)s)")
     add("--max-new-tokens", type=int, help="longest answer (default: 256; of pages of print "
         "1500, of reader-a4 3000)")
-    add("--max-tiles", type=int, help="tiles a page is cut into at most (default: what the model's "
+    add("--max-tiles", type=tile_limit, help="tiles a page is cut into at most (default: what the model's "
         "config.json says)")
     noise = parser.add_mutually_exclusive_group()
     noise.add_argument("--noise", type=float, nargs="+", metavar="SIGMA", help="evaluate once more "
@@ -249,10 +249,9 @@ def parse_args() -> argparse.Namespace:
     noise.add_argument("--noise-relative", type=float, nargs="+", metavar="R", help="the same, in "
                        "standard deviations of F")
     args = parser.parse_args()
-    numbers = args.limit, args.vocab, args.batch_size, args.max_new_tokens, args.max_tiles
+    numbers = args.limit, args.vocab, args.batch_size, args.max_new_tokens
     if any(number is not None and number < 1 for number in numbers):
-        parser.error("--limit, --vocab, --batch-size, --max-new-tokens and --max-tiles are at "
-                     "least 1")
+        parser.error("--limit, --vocab, --batch-size and --max-new-tokens are at least 1")
     if not all(0 < sigma < math.inf for sigma in args.noise or args.noise_relative or []):
         parser.error("the noise is more than 0: without any the benchmark is evaluated anyway")
     noisy = args.noise or args.noise_relative

@@ -34,7 +34,7 @@ from model import AlignVLM, AlignVLMConfig, Llama
 from plumbing import fast
 from plumbing.examples import IMAGE, Turn
 from plumbing.images import read_pages
-from plumbing.settings import InputError
+from plumbing.settings import InputError, tile_limit
 from plumbing.weights import model_folder
 from vision import choose_grid, coverage, tile_boxes
 
@@ -277,8 +277,10 @@ def parse_args() -> argparse.Namespace:
     add("--max-new-tokens", type=int, default=3000, help="longest answer; a token of the shipped "
         "model is a character (default: %(default)s)")
     add("--temperature", type=float, default=0.0, help="0 is greedy (default: %(default)s)")
+    add("--top-p", type=float, default=1.0, help="above temperature 0: draw from the likeliest "
+        "tokens that hold this share of the probability (default: %(default)s, all)")
     add("--seed", type=int, default=0, help="of the sampling (default: %(default)s)")
-    add("--max-tiles", type=int, help="of a page, at most (default: what the model's config.json "
+    add("--max-tiles", type=tile_limit, help="of a page, at most (default: what the model's config.json "
         "says, 9 for most, 1 for the shipped model)")
     add("--device", choices=["cpu", "cuda", "mps"], help="default: the fastest there is")
     args = parser.parse_args()
@@ -313,9 +315,10 @@ def impossible(args: argparse.Namespace) -> list[tuple[bool, str]]:
          "--explain writes OUT.html, with an answer, or OUT.png, which goes without --prompt"),
         (args.interactive and (args.explain or folders or args.prompt is not None),
          "--interactive goes without --prompt and --explain, and its --image is no folder"),
-        (not 0 <= args.temperature < math.inf or not 0 <= args.seed < 2 ** 63,
-         "--temperature is at least 0, --seed from 0 to 2**63 - 1"),
-        (args.max_tiles is not None and args.max_tiles < 1, "--max-tiles is at least 1"),
+        (args.temperature != 0 and not 1e-6 <= args.temperature < math.inf,
+         "--temperature is 0, or at least 0.000001"),
+        (not 0 < args.top_p <= 1, "--top-p is above 0, and at most 1"),
+        (not 0 <= args.seed < 2 ** 63, "--seed is from 0 to 2**63 - 1"),
         (not 1 <= args.max_new_tokens <= 100_000, "--max-new-tokens is from 1 to 100,000"),
     ]
 
@@ -376,7 +379,7 @@ def main() -> None:
         if hasattr(stream, "reconfigure"):
             stream.reconfigure(errors=errors)
     generation = {"max_new_tokens": args.max_new_tokens, "temperature": args.temperature,
-                  "seed": args.seed}
+                  "top_p": args.top_p, "seed": args.seed}
     try:
         if args.llm is not None:
             ask_llm(args.llm, args, **generation)

@@ -47,7 +47,7 @@ from plumbing.logs import Step, StepLog
 from plumbing.processes import (gather_model, name_stalled_rank, on_first_rank, run_main,
                                 start_processes)
 from plumbing.runs import begin, check_recipe, claim, is_complete, recorded, refuse_foreign
-from plumbing.settings import InputError
+from plumbing.settings import InputError, tile_limit
 from plumbing.signals import stop_on_signal
 from plumbing.states import States, drop_states, newest_state
 from plumbing.streams import (BAD_KINDS, Documents, Position, agree_on_files, agree_on_position,
@@ -92,9 +92,10 @@ def build(stage: int, start: Path | None, recipe: Recipe, connector: ConnectorCo
     if stage == 1 and args.llm:
         return AlignVLM.from_backbones(args.vision, args.llm, torch.float32, home, set_up,
                                        connector)
-    # Later stages keep what the folder has, and so does the reader, whose Align has had a lesson.
-    taught = args.preset == "reader" and connector.kind == "align"
-    new_connector = connector if stage == 1 and not taught else None
+    # Later stages keep the folder's connector. So does the reader's stage 1: reader/join.py has
+    # trained its Align already.
+    is_trained = args.preset == "reader" and connector.kind == "align"
+    new_connector = connector if stage == 1 and not is_trained else None
     return AlignVLM.from_pretrained(start, torch.float32, home, set_up, new_connector)
 
 
@@ -232,8 +233,10 @@ def accumulate_gradients(model: AlignVLM, rows: list[list[Sample]],
     match_ranks' counts, and the sums of this rank's rows. The losses stay on the device.
     """
     rows, counts = match_ranks(rows, model.config)
-    text_alone = counts["tiles"] == 0                   # passes the LLM and nothing else
-    if counts["supervised"] == 0 or text_alone and not model.llm.norm.weight.requires_grad:
+    # Text alone passes only the LLM: if that is frozen, backward() would find no gradient.
+    text_alone = counts["tiles"] == 0
+    llm_is_frozen = not model.llm.norm.weight.requires_grad
+    if counts["supervised"] == 0 or text_alone and llm_is_frozen:
         return None, counts, []
     losses = []
     for i, row in enumerate(rows):
@@ -413,12 +416,13 @@ def check_learnt(stage: int, progress: Progress, args: argparse.Namespace) -> No
 
 def open_documents(stage: int, recipe: Recipe, tokenizer: Tokenizer, config: AlignVLMConfig,
                    args: argparse.Namespace) -> tuple[Dataset, Dataset | None]:
-    """What a stage learns from, and what it is evaluated on: --data and --eval-data, or the toy's
-    pages. Raises InputError."""
+    """What a stage learns from, and what it is evaluated on: --data and --eval-data, or else the
+    pages that its preset, toy or reader, draws. Raises InputError."""
     if not args.data or stage == 0:
         def drawn(n: int, split: str) -> Dataset:
             if args.preset == "reader":
-                return ReaderDocuments(stage, n, args.seed, tokenizer, config.vision, split)
+                return ReaderDocuments(stage, n, args.seed, tokenizer, config.vision, split,
+                                       config.tile_tokens)
             return ToyDocuments(stage, n, args.seed, tokenizer, config.vision, split,
                                 config.tile_tokens)
 
@@ -473,7 +477,8 @@ def evaluate_held_out(stage: int, model: AlignVLM, tokenizer: Tokenizer, held_ou
                       ) -> dict[str, float]:
     """The held-out loss (nats per supervised token, all ranks'); from stage 2 on also how the toy
     reads and answers."""
-    references = (reference for reference, _ in held_out.draws(Position()) if reference is not None)
+    draws = held_out.draws(Position())
+    references = itertools.takewhile(lambda reference: reference is not None, (r for r, _ in draws))
     references = itertools.islice(references, EVAL_SAMPLES)
     share = itertools.islice(references, dist.get_rank(), None, dist.get_world_size())
     samples = [held_out[reference] for reference in share]
@@ -522,7 +527,7 @@ def run_stage(stage: int, args: argparse.Namespace, device: torch.device) -> boo
 
     on_first_rank(lambda: refuse_foreign(folder, partial))  # now, not after days of training
     model = build(stage, start, recipe, connector, args, device)
-    # It will answer as it learns.
+    # config.json gets the tiles of a page that this stage learns with: sample.py takes as many.
     model.config = replace(model.config, vision=replace(model.config.vision, max_tiles=max_tiles))
     # A tokenizer goes with its LLM: the released one's, or that of the folder from which the stage
     # starts. It is read before anything is written; stage 0 writes its own.
@@ -728,7 +733,7 @@ def add_data_flags(add) -> None:
         "files or globs of tar (img2dataset), parquet (BigDocs, VCR-wiki), JSONL or JSON "
         "(DocDownstream, MS-Swift, LLaVA); with weights the data sets are mixed in that ratio "
         "(default: the drawn pages of the preset, toy or reader)")
-    add("--max-tiles", type=positive(int), help="tiles a page is cut into at most (default: as in "
+    add("--max-tiles", type=tile_limit, help="tiles a page is cut into at most (default: as in "
         "the folder from which the stage starts; of released weights 9)")
     add("--max-bad", type=float, default=0.01, help="share of bad samples above which training "
         "stops, judged from a thousand samples or an epoch on (default: %(default)s)")
@@ -770,8 +775,10 @@ def impossible(args: argparse.Namespace) -> list[tuple[bool, str]]:
         (not args.data and of_data, "--epochs, --max-length, --max-tiles and --eval-data are of "
          "--data: drawn pages have --steps"),
         (args.data and not args.stage, "--data is for one stage: add --stage 1, 2 or 3"),
-        (args.data and args.eval_every and not args.eval_data,
-         "--eval-every needs --eval-data beside --data"),
+        (args.data and bool(args.eval_every) != bool(args.eval_data),
+         "beside --data, --eval-every and --eval-data go together: how often, and on what"),
+        (args.epochs and args.steps,
+         "--epochs or --steps, not both: a stage ends after one of them"),
         (bool(args.vision) != bool(args.llm),
          "--vision and --llm go together: two folders with released weights"),
     ]

@@ -5,7 +5,7 @@ S x S pixels, and a SigLIP vision transformer (https://arxiv.org/abs/2303.15343)
 features of size d, one for each patch.
 
     config = SIGLIP_PRESETS["so400m-patch14-384"]
-    pixels = tile(Image.open("page.png"), config)                       # (T, 3, 384, 384)
+    pixels = tile(read_image("page.png"), config)       # plumbing/images.py; (T, 3, 384, 384)
     F = SigLIP.from_pretrained("google/siglip-so400m-patch14-384")(pixels)  # (T, 729, 1152)
 
 Parameters are named as in the released checkpoints (transformers' SiglipVisionModel), without a
@@ -144,7 +144,8 @@ def cut(image: Image.Image, config: SigLIPConfig,
         max_tiles: int | None = None) -> tuple[Tensor, list[Area]]:
     """A page -> its tiles as bytes (T, 3, S, S), uint8, and their T areas.
 
-    Each box is resized (bicubic) onto a canvas.
+    image: upright, and without transparency, as plumbing/images.py reads it; what is transparent
+    would come out black. Each box is resized (bicubic) onto a canvas.
     """
     if image.mode != "RGB":
         image = image.convert("RGB")

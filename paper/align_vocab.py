@@ -19,7 +19,7 @@ from model import AlignVLM
 from plumbing.files import write_text
 from plumbing.images import read_pages
 from plumbing.processes import run_main
-from plumbing.settings import CheckpointError, InputError, Settings
+from plumbing.settings import CheckpointError, InputError, Settings, tile_limit
 from plumbing.weights import model_folder
 from vision import tile
 
@@ -119,11 +119,9 @@ def main() -> None:
         "into its copy in the cache)")
     add("K", type=int, help="tokens to keep")
     add("images", nargs="+", metavar="image", help="pages that say which")
-    add("--max-tiles", type=int, help="tiles a page is cut into at most (default: what the model's "
+    add("--max-tiles", type=tile_limit, help="tiles a page is cut into at most (default: what the model's "
         "config.json says)")
     args = parser.parse_args()
-    if args.max_tiles is not None and args.max_tiles < 1:
-        parser.error("--max-tiles is at least 1")
     args.checkpoint = model_folder(args.checkpoint)
     device = "cuda" if torch.cuda.is_available() else "cpu"
     model = AlignVLM.from_pretrained(args.checkpoint, device=device).eval()

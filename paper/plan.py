@@ -24,6 +24,7 @@ from plumbing.hub import hub_folder
 from plumbing.logs import PEAKS
 from plumbing.processes import run_main
 from plumbing.released import llama_sizes, siglip_sizes
+from plumbing.settings import tile_limit
 from vision import SigLIPConfig
 
 
@@ -270,7 +271,7 @@ def parse_args() -> argparse.Namespace:
          help="passes over the stage's data (default: the recipe's)")
     same("--lr-scale", type=lr_share, nargs="+", default=[], metavar="MODULE=SHARE",
          help="0 freezes a module, any other share trains it (default: the recipe's)")
-    same("--max-tiles", type=positive(int), default=9, help="tiles a page is cut into at most "
+    same("--max-tiles", type=tile_limit, default=9, help="tiles a page is cut into at most "
          "(default: %(default)s)")
     same("--shard-size", type=positive(int),
          help="GPUs that hold one copy of the model (default: all)")

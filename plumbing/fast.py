@@ -1,9 +1,10 @@
 """What is fast on some machine, applied to a model from outside: `use(model)`.
 
-The book (vision.py, connector.py, model.py) is plain PyTorch. `use` exchanges the classes of its
+The method (vision.py, connector.py, model.py) is plain PyTorch. `use` exchanges the classes of its
 nn.Linear and nn.RMSNorm, whose parameters, hooks and state-dict keys stay, and the functions that
-modules hold for it to exchange: `attend`, `gate`, `linear` and `multiply`. Results are the same up
-to rounding, at best that of fp32.
+modules hold for it to exchange: `attend`, `gate`, `linear` and `multiply`. A decoder's `new_cache`
+makes its cache in fp32 on a CPU; on a GPU `next_hidden` becomes a CUDA graph. Results are the same
+up to rounding, at best that of fp32.
 
 - fp32 products on an AMD processor are done by oneDNN, which PyTorch takes for bf16 and for
   convolutions only. Its own choice in fp32, Intel's MKL, leaves half of such a processor's

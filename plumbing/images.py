@@ -174,6 +174,8 @@ def eight_bits(image: Image.Image) -> Image.Image:
     grey *= 255 / white
     np.clip(grey, 0, 255, out=grey)                     # in place: a page may have 100 M pixels
     np.round(grey, out=grey)
+    if getattr(image, "tag_v2", {}).get(262) == 0:      # a TIFF, 0 is white: Pillow turns 8 bits
+        np.subtract(255, grey, out=grey)
     return Image.fromarray(grey.astype(np.uint8))
 
 

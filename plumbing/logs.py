@@ -2,6 +2,7 @@
 import json
 import math
 import os
+import re
 import sys
 import time
 from collections import Counter
@@ -30,7 +31,7 @@ def mfu(flops_per_s: float, device: torch.device) -> float | str:
         return "unknown"
     name = torch.cuda.get_device_name(device)
     for part, peak in PEAKS.items():
-        if part in name:
+        if re.search(rf"{part}(?!\d)", name):       # no A1000
             return flops_per_s / peak
     return "unknown"
 

@@ -2,10 +2,13 @@
 
 An error is one line that names the file and what to do; the commands exit with status 2.
 """
+import argparse
 import json
 import math
 from dataclasses import fields
 from pathlib import Path
+
+MAX_TILES = 100         # of a page: among more it takes seconds to choose a grid
 
 
 class InputError(ValueError):
@@ -107,6 +110,13 @@ def saved_config(part: type, settings: Settings, **choices: tuple):
             continue                                                    # an older folder
         else:
             number = settings.number(key, kind=kind)
-            if key == "max_tiles" and number > 1000:
-                raise settings.error(key, f"is {value}, more than 1,000")   # a page would never end
+            if key == "max_tiles" and number > MAX_TILES:
+                raise settings.error(key, f"is {value}, more than {MAX_TILES}")
     return part(**settings.values)
+
+
+def tile_limit(text: str) -> int:
+    """The argparse type of --max-tiles."""
+    if not text.isdecimal() or not 1 <= int(text) <= MAX_TILES:
+        raise argparse.ArgumentTypeError(f"{text!r} is no number from 1 to {MAX_TILES}")
+    return int(text)

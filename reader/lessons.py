@@ -202,13 +202,13 @@ def packed(samples: list[tuple]) -> tuple[Tensor, Tensor, Tensor, Tensor, list[i
 class ReaderDocuments(Dataset):
     """The samples of a stage of the paper: sample i depends on (seed, split, stage, i, n).
 
-    1: one tile read aloud. 2: pages of one tile and of several read aloud. 3: questions too.
+    1: one tile read aloud. 2: pages of one tile and of several, and questions. 3: more of these.
     """
 
     def __init__(self, stage: int, n: int, seed: int, tokenizer: Tokenizer, config: SigLIPConfig,
-                 split: str = "train"):
+                 split: str = "train", tile_tokens: int | None = None):
         self.stage, self.n, self.seed, self.split = stage, n, seed, split
-        self.tokenizer, self.config = tokenizer, config
+        self.tokenizer, self.config, self.tile_tokens = tokenizer, config, tile_tokens
 
     def draws(self, start: Position) -> Iterator[tuple[int | None, Position]]:
         """As plumbing/streams.py's Documents.draws, for one epoch, in the order of the numbers."""
@@ -221,14 +221,16 @@ class ReaderDocuments(Dataset):
             return index
         rng = random.Random(f"{self.seed}/{self.split}/{self.stage}/{index}")
         progress = index / self.n if self.split == "train" else 1.0
-        single = self.stage == 1 or rng.random() < 0.97
-        tiles = round(2 + 2 * progress)     # a page of nine costs as much as ten of one
-        read, ask = (0.15, 0.75) if self.stage == 3 else (1.0, 0.0)
-        kinds = TO_ASK if self.stage == 3 and rng.random() < 0.8 else TO_READ
+        single = self.stage == 1 or self.config.max_tiles == 1 or rng.random() < 0.97
+        # A page of nine costs as much as ten of one.
+        tiles = min(round(2 + 2 * progress), self.config.max_tiles)
+        read, ask = {1: (1.0, 0.0), 2: (0.35, 0.4), 3: (0.25, 0.6)}[self.stage]
+        kinds = TO_ASK if self.stage > 1 and rng.random() < 0.7 else TO_READ
         pages = [lesson_page(rng, self.split, self.config, single, most_tiles=tiles, kinds=kinds)]
         if self.stage == 3 and rng.random() < 0.06:         # two images, as the pages of a PDF
             pages.append(lesson_page(rng, self.split, self.config, True, kinds=TO_ASK))
         turns = turns_about(rng, pages, read, ask, 8)
         example = Example([page.draw() for page in pages], turns, f"reader/{self.stage}/{index}")
-        sample = prepare(example, self.tokenizer, self.config, max_tiles=9)
+        sample = prepare(example, self.tokenizer, self.config, self.config.max_tiles,
+                         tile_tokens=self.tile_tokens)
         return replace(sample, tokens=misread(rng, sample.tokens, sample.labels))

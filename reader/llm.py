@@ -21,7 +21,7 @@ from reader.quick import quicken
 
 
 def llm_config(tokenizer: Tokenizer) -> LlamaConfig:
-    return LlamaConfig(vocab_size=len(tokenizer), hidden_size=256, n_layers=4, n_heads=4,
+    return LlamaConfig(vocab_size=len(tokenizer), hidden_size=256, n_layers=5, n_heads=4,
                        n_kv_heads=4, head_dim=64, intermediate_size=768, rope_theta=10_000.0,
                        rope_factor=1.0, tie_embeddings=False)
 

@@ -15,6 +15,7 @@ from PIL import Image, ImageDraw, ImageFilter, ImageFont
 
 from plumbing.files import OwnFiles
 from plumbing.processes import run_main
+from plumbing.settings import InputError
 
 PRINTED = Path(__file__).resolve().parents[1] / "printed"
 PAGES = ["browser-1-receipt.png", "browser-5-letter.png", "office-1-letter.png",
@@ -74,10 +75,13 @@ def changed(page: Image.Image, numbers: np.random.Generator) -> dict[str, Image.
 
 
 def letter(text: str) -> Image.Image:
-    """A letter on white, 16 pixels an em."""
+    """A letter on white, 16 pixels an em. Raises InputError where the font is not installed."""
+    try:
+        font = ImageFont.truetype(FONT, 16)
+    except OSError:
+        raise InputError(f"{FONT}: is not installed: apt-get install fonts-dejavu-core") from None
     image = Image.new("RGB", (440, 170), "white")
-    ImageDraw.Draw(image).multiline_text((16, 12), text, "black", ImageFont.truetype(FONT, 16),
-                                         spacing=8)
+    ImageDraw.Draw(image).multiline_text((16, 12), text, "black", font, spacing=8)
     return image
 
 

@@ -116,3 +116,16 @@ def test_special_tokens_of_no_chat_format_are_refused_when_it_is_needed(tmp_path
     with pytest.raises(CheckpointError, match="chat format"):
         encode_chat([Turn("user", ["abc"])], tokenizer, [])
     assert list(CHAT_FORMATS) == ["Llama 3", "ChatML"]
+
+
+@pytest.mark.parametrize("chat", CHAT_FORMATS)
+def test_a_chat_format_that_lacks_a_token_is_none(tmp_path, chat):
+    """Else the token would be spelt out as prose in every sample."""
+    layout = CHAT_FORMATS[chat]
+    names = [*layout.begin, *layout.header[0], *layout.header[1], *layout.end]
+    names = [name for name in names if name.startswith("<|")]
+    for missing in [None, *names]:
+        added = [{"id": 28 + i, "content": name, "special": True}
+                 for i, name in enumerate(names) if name != missing]
+        tokenizer = Tokenizer(small_json(tmp_path / "tokenizer.json", added_tokens=added))
+        assert tokenizer.chat is (layout if missing is None else None)

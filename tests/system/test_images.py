@@ -95,6 +95,15 @@ def test_read_image_16_bit_grey(tmp_path, dtype, name):
     assert np.array_equal(np.asarray(image), np.repeat(expected[..., None], 3, axis=-1))
 
 
+def test_a_tiff_of_16_bits_may_count_from_white(tmp_path):
+    """WhiteIsZero: Pillow turns grey of 8 bits round, and leaves 16 as they are."""
+    path = tmp_path / "a.tiff"
+    Image.fromarray(RAMP.astype(np.uint16)).save(path, tiffinfo={262: 0})
+    with Image.open(path) as image:
+        assert image.mode.startswith("I;16") and image.tag_v2[262] == 0
+    assert np.asarray(read_image(path))[..., 0].tolist() == [[255, 251, 127], [60, 0, 0]]
+
+
 def test_grey_of_16_bits_may_be_clear(tmp_path):
     """tRNS names the grey that is no ink: paper is seen through it."""
     path = tmp_path / "a.png"

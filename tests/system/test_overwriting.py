@@ -6,10 +6,12 @@ import shutil
 from pathlib import Path
 
 import pytest
+from PIL import Image
 
 from conftest import run, sample
 from plumbing.files import OwnFiles, refuse_inputs
 from plumbing.settings import InputError
+from reader.hard import make
 from shipped import ANSWER, CHECKPOINT, PAGE, PROMPT
 
 
@@ -194,6 +196,27 @@ def test_drawn_pages_replace_their_own_and_nothing_else(tmp_path, module):
     before = sums(tmp_path)
     line = run(*draw, "--seed", 2, code=2).stderr.splitlines()[-1]
     assert "questions.jsonl: is not from this command, or was changed" in line
+    assert sums(tmp_path) == before
+
+
+def test_tesseracts_predictions_do_not_replace_a_models(tmp_path):
+    (tmp_path / "reader-pages.jsonl").write_text("a model's")
+    line = run("-m", "paper.tesseract", "reader-pages", "--out", tmp_path,
+               code=2).stderr.splitlines()[-1]
+    assert "reader-pages.jsonl: is not from this command" in line
+    assert (tmp_path / "reader-pages.jsonl").read_text() == "a model's"
+
+
+def test_hard_pages_do_not_replace_others(tmp_path, monkeypatch):
+    (tmp_path / "questions.jsonl").write_text("mine")
+    before = sums(tmp_path)
+    monkeypatch.setattr("sys.argv", ["make.py", str(tmp_path)])
+    monkeypatch.setattr(make, "FONT", "nowhere.ttf")
+    with pytest.raises(InputError, match="^nowhere.ttf: is not installed: apt-get install"):
+        make.main()
+    monkeypatch.setattr(make, "letter", lambda text: Image.new("RGB", (8, 8)))
+    with pytest.raises(InputError, match="questions.jsonl: is not from this command"):
+        make.main()
     assert sums(tmp_path) == before
 
 

@@ -26,7 +26,8 @@ from reader.enlarge import POSITIONS, enlarge, enlarged
 from reader.fonts import HELD_OUT, NEVER, face_paths, faces
 from reader.hard.make import KINDS as HARD
 from reader.hard.make import LETTERS, PAGES, changed
-from reader.lessons import WEIGHTS, class_tokens, misread, mixtures, write_tokenizer
+from reader.lessons import (WEIGHTS, ReaderDocuments, class_tokens, misread, mixtures,
+                            write_tokenizer)
 from reader.pages import KINDS, PRACTICE, SIDE, held_out, write_page
 from train import make_larger
 from vision import SigLIPConfig, choose_grid, tile_boxes
@@ -187,6 +188,17 @@ def test_a_fact_is_asked_for_once_and_stands_on_its_page():
                 rows = [row for row in page.text.split("\n") if found[1] in row[len(answer):]]
                 assert [row for row in rows if row.startswith(answer)]
     assert seen > 20
+
+
+@needs_fonts
+def test_samples_have_as_many_tiles_and_tokens_as_the_model(tmp_path):
+    write_tokenizer(tmp_path / "tokenizer.model")
+    tokenizer = Tokenizer(tmp_path)
+    one = replace(CONFIG, max_tiles=1)
+    data = ReaderDocuments(3, 40, 0, tokenizer, one, tile_tokens=64)    # as the Perceiver's
+    for sample in map(data.__getitem__, range(20)):
+        assert len(sample.pixels) == sample.n_images <= 2
+        assert (sample.tokens == IMAGE).sum() == 64 * sample.n_images
 
 
 @needs_fonts

@@ -128,7 +128,10 @@ def test_a_complete_stage_is_not_trained_again_unless_its_folder_is_deleted(trai
     ["--row-tokens", -2], ["--workers", -1], ["--held-out", -5], ["--preset", "llama-3.2-1b"],
     ["--preset", "low-resource", "--stage", 3], ["--lr-scale", "head=1"], ["--seed", 2 ** 63],
     ["--epochs", 2], ["--max-length", 2],
-    ["--max-tiles", 2], ["--eval-data", 2]])
+    ["--max-tiles", 2], ["--eval-data", 2],
+    ["--data", ".", "--stage", 2, "--eval-data", "."],
+    ["--data", ".", "--stage", 2, "--max-tiles", 101],
+    ["--data", ".", "--stage", 2, "--steps", 3, "--epochs", 1]])
 def test_impossible_flags_are_one_line(tmp_path, flags):
     done = run("train.py", *flags, "--out", tmp_path / "out", code=2)
     assert "Traceback" not in done.stderr and not (tmp_path / "out").exists()
