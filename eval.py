@@ -240,8 +240,8 @@ def parse_args() -> argparse.Namespace:
         "(default: %(default)s)")
     add("--max-new-tokens", type=int, help="longest answer (default: 256; of pages of print "
         "1500, of reader-a4 3000)")
-    add("--max-tiles", type=tile_limit, help="tiles a page is cut into at most (default: what the model's "
-        "config.json says)")
+    add("--max-tiles", type=tile_limit, help="tiles a page is cut into at most (default: what the "
+        "model's config.json says)")
     noise = parser.add_mutually_exclusive_group()
     noise.add_argument("--noise", type=float, nargs="+", metavar="SIGMA", help="evaluate once more "
                        "with Gaussian noise of this standard deviation on the visual features F "

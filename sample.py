@@ -280,8 +280,8 @@ def parse_args() -> argparse.Namespace:
     add("--top-p", type=float, default=1.0, help="above temperature 0: draw from the likeliest "
         "tokens that hold this share of the probability (default: %(default)s, all)")
     add("--seed", type=int, default=0, help="of the sampling (default: %(default)s)")
-    add("--max-tiles", type=tile_limit, help="of a page, at most (default: what the model's config.json "
-        "says, 9 for most, 1 for the shipped model)")
+    add("--max-tiles", type=tile_limit, help="of a page, at most (default: what the model's "
+        "config.json says, 9 for most, 1 for the shipped model)")
     add("--device", choices=["cpu", "cuda", "mps"], help="default: the fastest there is")
     args = parser.parse_args()
     cuda, mps = torch.cuda.is_available(), torch.backends.mps.is_available()

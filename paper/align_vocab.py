@@ -119,8 +119,8 @@ def main() -> None:
         "into its copy in the cache)")
     add("K", type=int, help="tokens to keep")
     add("images", nargs="+", metavar="image", help="pages that say which")
-    add("--max-tiles", type=tile_limit, help="tiles a page is cut into at most (default: what the model's "
-        "config.json says)")
+    add("--max-tiles", type=tile_limit, help="tiles a page is cut into at most (default: what the "
+        "model's config.json says)")
     args = parser.parse_args()
     args.checkpoint = model_folder(args.checkpoint)
     device = "cuda" if torch.cuda.is_available() else "cpu"
