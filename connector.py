@@ -27,6 +27,7 @@ from plumbing.weights import local_rows
 BLOCK_BYTES = 256 * 2 ** 20     # of a block's V-wide matrices: one (R, V) forward, two backward
 GPU_BLOCK_BYTES = 512 * 2 ** 20     # the same on a GPU: in bf16 dE_text is rounded less often
 CACHE_BYTES = 2 * 2 ** 20       # of the rows of a block that are in fp32 at a time: a CPU's cache
+GPU_CHUNK_BYTES = 64 * 2 ** 20  # the same on a GPU: an eighth of a block, of whole kernels' work
 
 
 class Align(nn.Module):
@@ -189,6 +190,7 @@ def softmax_layer_norm_backward(z: Tensor, dP: Tensor, weight: Tensor, bias: Ten
     With * for products number by number, and sums and means over a row:
 
         du = P * (dP - sum(P * dP))                                 the softmax's
+        rstd = 1 / sqrt(variance(z) + eps)
         z_hat = (z - mean(z)) rstd,   a = du * weight
         dz = rstd (a - mean(a) - z_hat * mean(a * z_hat))           the LayerNorm's
         dweight = du * z_hat,   dbias = du                          summed over the rows
@@ -214,7 +216,7 @@ def softmax_layer_norm_backward(z: Tensor, dP: Tensor, weight: Tensor, bias: Ten
 
 
 def block_bytes(h: Tensor) -> int:
-    """Of a block's V-wide matrices, where h is."""
+    """The most bytes that a block's V-wide matrices take on h's device."""
     return BLOCK_BYTES if h.device.type == "cpu" else GPU_BLOCK_BYTES
 
 
@@ -231,8 +233,8 @@ def token_blocks(n_tokens: int, bytes_per_token: int, most_bytes: int | None = N
 
 
 def row_chunks(matrix: Tensor) -> list[slice]:
-    """The rows of a block's matrix (R, V), as many at a time as are in fp32 together."""
-    most = CACHE_BYTES if matrix.device.type == "cpu" else BLOCK_BYTES // 4
+    """A block's matrix (R, V) in slices of its rows: those that are in fp32 at the same time."""
+    most = CACHE_BYTES if matrix.device.type == "cpu" else GPU_CHUNK_BYTES
     few = max(most // (4 * matrix.shape[1]), 1)
     return [slice(i, i + few) for i in range(0, len(matrix), few)]
 

@@ -5,8 +5,9 @@
     sample = prepare(example, tokenizer, SIGLIP_PRESETS["toy"])
     tokens, labels, pixels, lengths = pack_row([sample], SIGLIP_PRESETS["toy"])
 
-A sample is one sequence of tokens: begin-of-text, the user's header, IMAGE at the place of every
-visual token, the prompt, the assistant's header, the answer. pack_row() joins several into a row.
+A sample is one sequence of tokens: begin-of-text (Llama 3's), the user's header, IMAGE at the place
+of every visual token, the prompt, end-of-turn, the assistant's header, the answer, end-of-turn.
+pack_row() joins several into a row.
 Pixels stay bytes until they are on the device: a quarter of what the encoder takes. Only answers
 and their end-of-turn token are supervised. The toy's examples come from toy/, the reader's from
 reader/, those of --data from plumbing/streams.py.

@@ -146,7 +146,8 @@ class AlignVLM(nn.Module):
         most = max(1, LOGITS // self.config.llm.vocab_size)
         if len(gold) <= most:
             return self.token_loss(h, gold)
-        # Several blocks make their logits again in the backward pass: one at a time has them.
+        # Too many logits for one block. The backward pass makes each block's again: so only one
+        # block's are there at a time.
         losses = [checkpoint(self.token_loss, h_block, gold_block, use_reentrant=False,
                              preserve_rng_state=False)
                   for h_block, gold_block in zip(h.split(most), gold.split(most))]
@@ -269,8 +270,9 @@ class Llama(nn.Module):
 
         lengths: the row (B = 1) holds samples of these lengths, packed. Each is read by itself,
         from position 0.
-        cache, positions (B, L): keys and values are kept there. A longer x starts at position
-        cache.start, the same in every row; L = 1 continues each row from a position of its own.
+        cache, positions (B, L): keys and values are written to the cache at these positions. Those
+        of L > 1 start at cache.start in every row; with L = 1 each row has its own. By default they
+        are 0, 1, ..., which is right only where nothing stands before x.
         """
         if positions is None:
             each = [torch.arange(n, device=x.device) for n in lengths or [x.shape[1]]]
@@ -298,7 +300,8 @@ class Llama(nn.Module):
     def generate(self, x: Tensor, lengths: list[int], stop: set[int], max_new_tokens: int = 256,
                  temperature: float = 0.0, top_p: float = 1.0, seed: int = 0,
                  prefix: "KVCache | None" = None) -> Iterator[list[int | None]]:
-        """Continue B prompts together: embeddings x (B, L, D), padded on the right to L.
+        """Continue B prompts together: embeddings x (B, L, D), each of its own length, padded on
+        the right to L.
 
         A greedy answer is that which the prompt would get alone. Yields at each step the B new
         token ids, None for a row that has met a token of `stop` (which is not yielded). Raises

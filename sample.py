@@ -54,7 +54,7 @@ def answer(model: AlignVLM, tokenizer: Tokenizer, images: list[Image.Image | lis
     Yields the answers so far after every token, and once more at the end.
 
     generation: what AlignVLM.generate takes (max_new_tokens, temperature, top_p, seed).
-    An empty prompt asks for a caption: the user's turn is the image alone, as in stage 1.
+    An empty prompt leaves the image alone in the user's turn: a caption, as in the paper's stage 1.
     """
     questions = []
     for pages, prompt in zip(images, prompts):
@@ -103,7 +103,8 @@ class Conversation:
             model.llm.hidden(x, cache=self.read)
 
     def ask(self, prompt: str, **generation) -> Iterator[list[str]]:
-        """The answer so far, after every token. Raises TextError for a question that is no text."""
+        """The answer so far, after every token. Raises TextError for a question that is no text, or
+        is too long."""
         turn = Turn("user", [IMAGE] * self.n_images + [prompt])
         tokens, _ = encode_chat([turn], self.tokenizer, [1] * self.n_images)
         tokens = tokens[after_images(tokens):]                                  # (L,)
@@ -261,7 +262,8 @@ def parse_args() -> argparse.Namespace:
         "..., of any size; several, like the pages of a file, are shown together; of a folder each "
         "file is answered by itself")
     add("--pages", help="of each --image only these, counted from 1: 2, 2-3, 2,5-7")
-    add("--prompt", help=f"what to ask about it (default: {READ!r}); '' gives a caption")
+    add("--prompt", help=f"what to ask about it (default: {READ!r}); '' shows the image "
+        "alone: a model that has learnt captions gives one")
     add("--interactive", action="store_true", help="read --image once, then answer the questions "
         "that are typed, a line each, until an empty one; none knows of those before it")
     add("--explain", type=Path, metavar="OUT.html", help="a document in which a browser shows what "

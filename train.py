@@ -1,7 +1,7 @@
 """Train AlignVLM's three stages: captions, documents, instructions (paper section 3.3).
 
     python train.py                         # the toy: all stages, on a laptop, in ten minutes
-    python train.py --stage 1               # one of them; it starts from the stage before's folder
+    python train.py --stage 1               # one of them; the next starts from its folder
     torchrun --nproc_per_node 8 train.py --stage 1 --data cc12m/ --out out/1b \\
         --vision google/siglip-so400m-patch14-384 --llm meta-llama/Llama-3.2-1B-Instruct   # 8 GPUs
 
@@ -543,6 +543,7 @@ def run_stage(stage: int, args: argparse.Namespace, device: torch.device) -> boo
             print(f"stage {stage} has stopped, its state is in {newest_state(partial)}: the same "
                   "command goes on")
         return False
+    # A stage is handed on in bf16, but for the small models: there fp32 costs next to nothing.
     small = args.preset == "toy" or args.preset == "reader" and stage < 3
     dtype = torch.float32 if small else torch.bfloat16
     model.save_pretrained(folder, tokenizer.path, dtype)
@@ -644,12 +645,15 @@ def main() -> None:
 
 
 def choose_preset(args: argparse.Namespace) -> str:
-    """The recipe for the LLM's size: that of --llm, or of the folder where --stage starts; without
-    either the toy's."""
+    """Without --preset: by the size of --llm. Or as the folder was trained from which --stage
+    starts; where nothing says so, by its LLM's size. Without either the toy's."""
     if args.llm:
         return preset_for(read_llama(args.llm)[0])
     if args.out and args.stage:
         start = args.out / f"stage{args.stage - 1}"
+        trained_with = recorded(start, "preset")
+        if trained_with in list(RECIPES):
+            return trained_with
         if (start / "config.json").exists():
             return preset_for(read_config(start).llm)
     return "toy"
@@ -700,13 +704,14 @@ def parse_args() -> argparse.Namespace:
 
 
 def add_recipe_flags(add) -> None:
-    add("--preset", choices=list(RECIPES), help="recipe (default: by the size of --llm or of the "
-        "model in --out, that of llama-3.2-1b for a size that is none of these; without either the "
-        "toy's)")
+    add("--preset", choices=list(RECIPES), help="recipe (default: by the size of --llm, or that "
+        "of the stage before in --out; for an unknown size that of llama-3.2-1b; without either "
+        "the toy's)")
     add("--vision",
         help="folder with a released SigLIP, or its name on the hub, `owner/name@revision`, for "
-        "stage 1 (default: the toy's own)")
-    add("--llm", help="the same of a released Llama with its tokenizer (default: the toy's own)")
+        "stage 1 (default: that of the preset, toy or reader)")
+    add("--llm", help="the same of a released Llama with its tokenizer (default: that of the "
+        "preset, toy or reader)")
     add("--connector", choices=CONNECTORS,
         help="between the two, new in stage 1, kept from then on (default: align)")
     add("--stage", type=int, choices=[0, 1, 2, 3],
@@ -748,11 +753,12 @@ def add_run_flags(add) -> None:
     add("--save-every", type=positive(int), default=200,
         help="steps between training states (default: %(default)s)")
     add("--max-steps", type=positive(int),
-        help="save and leave after so many steps of the stage; more, or none, goes on")
+        help="save and leave after so many steps of the stage; a larger number, or none, goes on")
     add("--eval-every", type=positive(int),
         help="steps between evaluations of the held-out loss (default: none)")
     add("--held-out", type=int, default=200,
-        help="documents the toy reads at the end (default: %(default)s; 0: none)")
+        help="documents the toy reads at the end, and up to 50 of them at each --eval-every "
+        "(default: %(default)s; 0: none)")
     add("--shard-size", type=positive(int),
         help="processes that hold one copy of the model between them (default: all of them)")
     add("--recompute", action="store_true",

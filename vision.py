@@ -145,7 +145,8 @@ def cut(image: Image.Image, config: SigLIPConfig,
     """A page -> its tiles as bytes (T, 3, S, S), uint8, and their T areas.
 
     image: upright, and without transparency, as plumbing/images.py reads it; what is transparent
-    would come out black. Each box is resized (bicubic) onto a canvas.
+    would show the colour that lies under it, often black. Each box is resized (bicubic) onto a
+    canvas.
     """
     if image.mode != "RGB":
         image = image.convert("RGB")

@@ -71,7 +71,7 @@ class KitModel(BaseModel):
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__,
+    parser = argparse.ArgumentParser(prog="python -m kit.vlmevalkit", description=__doc__,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--checkpoint", default=SHIPPED, help="model folder, or a name on the hub, "
                         "`owner/name` (default: the shipped model, reader/stage3)")

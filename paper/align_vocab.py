@@ -56,7 +56,7 @@ def choose_tokens(align: Align, pages: list[Tensor], E_text: Tensor,
 def probability_mass(align: Align, F: Tensor, V: int, dtype: torch.dtype) -> Tensor:
     """P_vocab summed over the features F (N, d) of a page -> (V,)."""
     mass = torch.zeros(V, dtype=dtype, device=F.device)
-    for block in token_blocks(len(F), 12 * V):
+    for block in token_blocks(len(F), 12 * V):      # three fp32 rows: the logits, their norm, P
         mass += align.p_vocab(F[block]).sum(0, dtype=dtype)
     return mass
 

@@ -28,7 +28,7 @@ RIGHT = 0.5         # the score of a sample that counts as right; most metrics g
 class Comparison:
     """Of samples that both files have: the rows, and what each model scores on them.
 
-    scores_a and scores_b (n,) are of the samples alone, from 0 to 1. rows holds for each of the
+    scores_a and scores_b (n,) are of the samples alone, from 0 to 1. table holds, for each of the
     metric's scores, in %: its name, A's, B's, their difference, and the interval [low, high].
     """
     rows_a: list[dict]
@@ -119,7 +119,8 @@ def apart(found: Comparison) -> str:
 
 def main() -> None:
     parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+        prog="python -m paper.compare", description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("files", nargs=2, metavar="[NAME=]FILE", help="predictions of eval.py, of "
                         "the benchmark that the first one's name or NAME says")
     parser.add_argument("--out", type=Path, help="write the samples that are scored differently to "

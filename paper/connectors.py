@@ -195,7 +195,8 @@ def paper_cells(kind: str) -> list[str]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+        prog="python -m paper.connectors", description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
     add("--connectors", nargs="+", choices=CONNECTORS, default=CONNECTORS,
         help="which (default: all four)")

@@ -341,9 +341,10 @@ def vqa_accuracy(prediction: str, answers: list[str]) -> float:
 
 
 def denotation(prediction: str, answers: list[str]) -> float:
-    """WTQ (Pasupat and Liang 2015; as in DUE and TableVQABench): 1 if the answer has all values.
+    """WTQ (Pasupat and Liang 2015; as in DUE and TableVQABench): 1 if the answer has all the
+    values and no others, else 0.
 
-    And no more, else 0. The golds together are one list, as is a prediction with "|" or "||"
+    The golds together are one list, as is a prediction with "|" or "||"
     between its values; order and repetitions do not count. "1,000" and "5%" are texts: the original
     reads the golds with CoreNLP, the other two do not. An empty answer is one value, wrong unless
     the gold is empty.

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from model import AlignVLM
 from vision import tile
 
-STD_PAGES = 32          # pages that say what sigma / std(F) is
+STD_PAGES = 32          # samples whose pages say what std(F) is
 
 
 class Noise:
@@ -46,7 +46,7 @@ class Noise:
     def compare(self, connector: nn.Module, inputs: tuple, noisy: Tensor) -> None:
         """The connector's output (T, n, D) beside what it makes of F without noise.
 
-        A forward hook; `forward` itself has no hooks. Sets `measured`.
+        A forward hook. It calls `forward` itself, which calls no hooks. Sets `measured`.
         """
         clean = connector.forward(self.F, *inputs[1:])                              # (T, n, D)
         distance = 1 - nnf.cosine_similarity(noisy.float(), clean.float(), dim=-1)  # (T, n)

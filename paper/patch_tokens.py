@@ -57,6 +57,7 @@ def distributions_of(model: AlignVLM, F: Tensor) -> Iterator[tuple[slice, Tensor
     """
     connector = model.connector
     E_text = model.llm.embed_tokens.weight                                      # (V, D)
+    # A patch has three rows in fp32: the logits, their norm, and P.
     for block in token_blocks(len(F), 12 * len(E_text)):
         P = connector.p_vocab(F[block])                                         # (n, V)
         if isinstance(connector, AlignTopK):
@@ -169,12 +170,12 @@ def explain_files(model: AlignVLM, tokenizer: Tokenizer, files: list[Path], out:
     for path in paths:
         refuse_inputs(path, files)
     for (file, page), path in zip(tqdm(pages, desc="explaining"), paths):
-        explain(model, tokenizer, page, path, max_tiles, file.name)
+        draw_tokens(model, tokenizer, page, path, max_tiles, file.name)
         tqdm.write(f"{file}: the token of every patch is drawn in {path}")
 
 
-def explain(model: AlignVLM, tokenizer: Tokenizer, page: Image.Image, out: Path,
-            max_tiles: int | None = None, title: str = "") -> None:
+def draw_tokens(model: AlignVLM, tokenizer: Tokenizer, page: Image.Image, out: Path,
+                max_tiles: int | None = None, title: str = "") -> None:
     """Write to `out` the page with its likeliest token over every patch.
 
     The likelier a token, the more opaque it is. Of several tiles the whole page, which the LLM

@@ -17,7 +17,7 @@ from pathlib import Path
 
 import torch
 
-from connector import BLOCK_BYTES, CACHE_BYTES, CONNECTORS, GPU_BLOCK_BYTES
+from connector import BLOCK_BYTES, CACHE_BYTES, CONNECTORS, GPU_BLOCK_BYTES, GPU_CHUNK_BYTES
 from model import ALIGNVLM_PRESETS, LOGITS, AlignVLM, AlignVLMConfig, LlamaConfig, read_llama
 from paper.recipes import RECIPES, Recipe, lr_share, positive, preset_for, recipe_for
 from plumbing.hub import hub_folder
@@ -30,13 +30,14 @@ from vision import SigLIPConfig
 
 @dataclass
 class StageData:
-    """What a stage is taken to learn from, and how much of that the paper has."""
+    """What a stage is taken to learn from."""
     samples: int
     tiles: int | None           # of a sample; None: as many as --max-tiles allows
     text: int                   # tokens of a sample that are no visual ones
     supervised: int             # of these, those to be learnt
 
 
+# The paper gives the samples of stages 1 and 2 (section 3.3); the other numbers are assumed.
 # Captions come with one tile, documents with as many as they may have.
 PAPER_DATA = {1: StageData(8_100_000, 1, 64, 32),
               2: StageData(7_500_000, None, 768, 640),
@@ -180,7 +181,7 @@ def connector_bytes(config: AlignVLMConfig, tiles: int, size: int) -> float:
     wide = {"align": l.vocab_size, "ovis": c.table_size}.get(c.kind, 0)    # a row of Mixture's
     most_block, most_rows, copies = BLOCK_BYTES, CACHE_BYTES, 1.5
     if size == 2:
-        most_block, most_rows, copies = GPU_BLOCK_BYTES, BLOCK_BYTES // 4, 4
+        most_block, most_rows, copies = GPU_BLOCK_BYTES, GPU_CHUNK_BYTES, 4
     block = min(most_block, 2 * size * 16 * math.ceil(visual / 16) * wide)
     return size * keeps + block + copies * min(most_rows, 4 * visual * wide)
 

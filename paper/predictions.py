@@ -57,7 +57,7 @@ def read_parts(parts: list[Path]) -> dict[int, dict]:
 def join_predictions(benchmark: Benchmark, stem: str, settings: dict) -> list[dict]:
     """The ranks' files -> STEM.jsonl, whose rows are returned; the ranks' files go.
 
-    Beside the settings it is written what the noise did. Raises InputError.
+    What the noise did is added to STEM.settings.json. Raises InputError.
     """
     complete = Path(f"{stem}.jsonl")
     parts = partial_files(stem)

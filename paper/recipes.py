@@ -54,7 +54,7 @@ RECIPES = {
         2: replace(TOY, lr=1e-3, steps=300),
         3: replace(TOY, trainable=LATE, lr=5e-4, steps=900, final_lr=0.0),
     },
-    # Stage 0 is reader.join's. Then single tiles read aloud, whole pages, and questions.
+    # Stage 0 is reader.join's. Then single tiles read aloud, pages with questions, more of these.
     "reader": {
         1: replace(READER, lr=8e-4, steps=2500, lr_scale=SLOWER),
         2: replace(READER, lr=8e-4, steps=1040, batch_size=6, lr_scale=SLOWER),
@@ -85,7 +85,7 @@ RECIPES = {
 
 
 def preset_for(llm: LlamaConfig) -> str:
-    """The preset whose LLM has this size, or llama-3.2-1b for a size that is none of theirs."""
+    """The released LLM's preset, or the toy's, whose LLM has this size; llama-3.2-1b for others."""
     for name, preset in LLAMA_PRESETS.items():
         if (preset.hidden_size, preset.n_layers) == (llm.hidden_size, llm.n_layers):
             return name

@@ -3,16 +3,17 @@
 The method (vision.py, connector.py, model.py) is plain PyTorch. `use` exchanges the classes of its
 nn.Linear and nn.RMSNorm, whose parameters, hooks and state-dict keys stay, and the functions that
 modules hold for it to exchange: `attend`, `gate`, `linear` and `multiply`. A decoder's `new_cache`
-makes its cache in fp32 on a CPU; on a GPU `next_hidden` becomes a CUDA graph. Results are the same
-up to rounding, at best that of fp32.
+makes its cache in fp32 on a CPU; on a GPU, to answer, `next_hidden` becomes a CUDA graph. Results
+are the same up to rounding, at best that of fp32.
 
 - fp32 products on an AMD processor are done by oneDNN, which PyTorch takes for bf16 and for
   convolutions only. Its own choice in fp32, Intel's MKL, leaves half of such a processor's
   arithmetic unused, and a product with one vector to one of its cores. On Intel's CPUs MKL is as
   fast or faster and stays.
-- Attention on a CPU is in fp32: PyTorch's in bf16 takes longer, for a token up to four times. It is
-  in bf16 for a prompt without a prefix where a CPU has AMX (half the time), and to learn from
-  samples of 1,000 tokens and more where it has AVX-512's products of bf16 (a fifth less).
+- The LLM's attention on a CPU is in fp32: PyTorch's in bf16 takes longer, for a token up to four
+  times. It is in bf16 for a prompt without a prefix where a CPU has AMX (half the time), and to
+  learn from samples of 1,000 tokens and more where it has AVX-512's products of bf16 (a fifth
+  less).
 - To answer, weights in bf16 on a CPU are laid out as oneDNN reads them. What is fast on a GPU is in
   plumbing/cuda.py.
 """

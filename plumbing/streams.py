@@ -342,6 +342,14 @@ class Documents(Dataset):
 # Steps
 
 
+def numbered_draws(n: int, start: Position) -> Iterator[tuple[int | None, Position]]:
+    """As Documents.draws, of n samples that are drawn by their number: one epoch, in order."""
+    first = start.taken[0] if start.taken else 0
+    for i in range(first, n):
+        yield i, Position(0, [i + 1])
+    yield None, Position(1)
+
+
 def deal(draws: Iterator[tuple], batch_size: int, rank: int, world: int) -> Iterator:
     """The references of one rank, and after those of each step the Position that all ranks have
     then reached.

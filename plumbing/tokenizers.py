@@ -1,7 +1,8 @@
 """A tokenizer's file -> text to ids and back: Llama 3's tokenizer.model, or a tokenizer.json.
 
 tiktoken does the work. Here lies what it needs to know, and what it does not catch: bytes that are
-no token, text that is no UTF-8, text that its regular expressions cannot split.
+no token, text that is no UTF-8, text that its regular expressions cannot split. The toy and the
+reader write a tokenizer.model of their own.
 """
 import base64
 import re
@@ -34,6 +35,17 @@ DIGITS_PATTERN = (GPT2_PATTERN
 
 # A file's content: the rank of each token, the split pattern, the special tokens' ids by name.
 Vocabulary = tuple[dict[bytes, int], str, dict[str, int]]
+
+
+def write_tokenizer_model(path: Path, texts: list[str]) -> None:
+    """A tokenizer.model of 256 bytes, then these texts as tokens, each by way of its prefixes."""
+    tokens = [bytes([byte]) for byte in range(256)]
+    for text in texts:
+        spelling = text.encode()
+        prefixes = [spelling[:n] for n in range(2, len(spelling) + 1)]
+        tokens += [prefix for prefix in prefixes if prefix not in tokens]
+    lines = [f"{base64.b64encode(token).decode()} {rank}\n" for rank, token in enumerate(tokens)]
+    path.write_text("".join(lines))
 
 
 class TextError(InputError):

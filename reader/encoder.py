@@ -50,7 +50,7 @@ def normalise(pixels: Tensor, config: SigLIPConfig) -> Tensor:
     return pixels.permute(0, 3, 1, 2).contiguous()
 
 
-def named(modules: nn.ModuleDict, pixels: Tensor) -> Tensor:
+def character_scores(modules: nn.ModuleDict, pixels: Tensor) -> Tensor:
     """pixels (B, 3, S, S) -> scores (B, N, SLOTS, N_CLASSES), calculated in bf16."""
     with training.in_bf16():
         scores = modules["readout"](modules["vision"](pixels))      # (B, N, SLOTS * N_CLASSES)
@@ -71,7 +71,8 @@ def scores_on(modules: nn.ModuleDict, held_out: tuple[Tensor, Tensor]) -> dict[s
     of blank patches."""
     right = []
     for pixels, classes in zip(*(t.split(16) for t in held_out)):
-        found = named(modules, normalise(pixels, CONFIG)).argmax(-1)            # (16, N, SLOTS)
+        scores = character_scores(modules, normalise(pixels, CONFIG))
+        found = scores.argmax(-1)                                               # (16, N, SLOTS)
         right.append(found == classes)
     right, printed = torch.cat(right), held_out[1][..., 0] > 0                  # (n, N)
     share = lambda these: these.float().mean().item()
@@ -90,14 +91,15 @@ def train(args: argparse.Namespace) -> None:
     held_out = training.on_device(Scraps(args.seed, "held-out", CONFIG, 96)[0])
 
     def loss(pixels: Tensor, classes: Tensor) -> Tensor:
-        return loss_of(named(modules, normalise(pixels, CONFIG)), classes)
+        return loss_of(character_scores(modules, normalise(pixels, CONFIG)), classes)
 
     training.train(modules, Scraps(args.seed, "train", CONFIG, args.batch_size), loss,
                    lambda: scores_on(modules, held_out), (0.9, 0.98), 0.05, args)
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
+    parser = argparse.ArgumentParser(
+        prog="python -m reader.encoder", description=__doc__.split("\n\n")[0])
     parser.add_argument("--batch-size", type=int, default=16,
                         help="tiles a step (default: %(default)s)")
     training.add_flags(parser, "out/reader/encoder", 10_000)

@@ -154,7 +154,8 @@ def font(face: Face, size: float) -> ImageFont.FreeTypeFont:
 
 
 def main() -> None:
-    argparse.ArgumentParser(description=__doc__.split("\n\n")[0]).parse_args()
+    argparse.ArgumentParser(
+        prog="python -m reader.fonts", description=__doc__.split("\n\n")[0]).parse_args()
     found = find_faces()
     rows = ",\n".join(json.dumps(asdict(face), ensure_ascii=False) for face in found)
     partial = LIST.with_suffix(".partial")

@@ -4,7 +4,6 @@ Stage 0's LLM meets no image. In an image's place it gets what an Align connecto
 page that was read well: each patch a mixture of the embeddings of its characters, with weights that
 fall in reading order, so that a mixture says which comes first.
 """
-import base64
 import random
 from collections import Counter
 from collections.abc import Iterator
@@ -18,7 +17,8 @@ from torch.utils.data import Dataset
 
 from data import IGNORE, READ, Sample, Tokenizer, encode_chat, prepare
 from plumbing.examples import IMAGE, Example, Turn
-from plumbing.streams import Position
+from plumbing.streams import Position, numbered_draws
+from plumbing.tokenizers import write_tokenizer_model
 from reader.drawing import BLANK, CHARACTERS, SLOTS, Page
 from reader.fonts import BESIDES
 from reader.pages import GRIDS, KINDS, write_page
@@ -37,12 +37,8 @@ BLANK_TOKEN, SMUDGE_TOKEN = 0, 1        # bytes that no text has
 
 
 def write_tokenizer(path: Path) -> None:
-    """The reader's tokenizer.model: 256 bytes, characters of several bytes, and a blank line."""
-    tokens = [bytes([b]) for b in range(256)]
-    for text in [*BESIDES, "\n\n"]:
-        pieces = [text.encode()[:n] for n in range(2, len(text.encode()) + 1)]
-        tokens += [piece for piece in pieces if piece not in tokens]
-    path.write_text("".join(f"{base64.b64encode(t).decode()} {i}\n" for i, t in enumerate(tokens)))
+    """The reader's tokenizer.model: all bytes, characters of several bytes, and a blank line."""
+    write_tokenizer_model(path, [*BESIDES, "\n\n"])
 
 
 def class_tokens(tokenizer: Tokenizer) -> np.ndarray:
@@ -167,6 +163,7 @@ class LaidOut(Dataset):
         return packed(samples)
 
     def sample(self, rng: random.Random, step: int, config: SigLIPConfig, single: bool) -> tuple:
+        """A page and turns about it: tokens (L,), labels (L,), ids (P, n), weights (P, n)."""
         lines = 1 + step // 60 if step < 700 else 10 ** 6           # longer by and by
         tiles = 2 + (step - 1000) // 150                            # more of them by and by
         most = 3 if config is self.large else max(2, min(9, tiles))
@@ -211,10 +208,7 @@ class ReaderDocuments(Dataset):
         self.tokenizer, self.config, self.tile_tokens = tokenizer, config, tile_tokens
 
     def draws(self, start: Position) -> Iterator[tuple[int | None, Position]]:
-        """As plumbing/streams.py's Documents.draws, for one epoch, in the order of the numbers."""
-        for i in range(*(start.taken or [0]), self.n):
-            yield i, Position(0, [i + 1])
-        yield None, Position(1)
+        return numbered_draws(self.n, start)
 
     def __getitem__(self, index: "int | Position") -> "Sample | Position":
         if isinstance(index, Position):
@@ -222,7 +216,7 @@ class ReaderDocuments(Dataset):
         rng = random.Random(f"{self.seed}/{self.split}/{self.stage}/{index}")
         progress = index / self.n if self.split == "train" else 1.0
         single = self.stage == 1 or self.config.max_tiles == 1 or rng.random() < 0.97
-        # A page of nine costs as much as ten of one.
+        # Two to four tiles: a page of nine would cost as much as ten of one.
         tiles = min(round(2 + 2 * progress), self.config.max_tiles)
         read, ask = {1: (1.0, 0.0), 2: (0.35, 0.4), 3: (0.25, 0.6)}[self.stage]
         kinds = TO_ASK if self.stage > 1 and rng.random() < 0.7 else TO_READ

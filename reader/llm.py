@@ -108,7 +108,8 @@ def held_out_steps(data: LaidOut, n: int = 2) -> dict[str, list]:
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
+    parser = argparse.ArgumentParser(
+        prog="python -m reader.llm", description=__doc__.split("\n\n")[0])
     parser.add_argument("--tokens", type=int, default=7000,
                         help="of a step, about (default: %(default)s)")
     training.add_flags(parser, "out/reader/llm", 6000)

@@ -560,7 +560,7 @@ def held_out(n: int, seed: int, config: SigLIPConfig) -> list[tuple[Page, str, s
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__,
+    parser = argparse.ArgumentParser(prog="python -m reader.pages", description=__doc__,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
     add("--draw", type=int, default=20, metavar="N", help="pages (default: %(default)s)")

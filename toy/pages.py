@@ -10,7 +10,6 @@ Every function that chooses at random takes a random.Random. The order of its ca
 data: what toy/README.md measures holds for exactly these pages.
 """
 import argparse
-import base64
 import functools
 import io
 import json
@@ -28,7 +27,8 @@ from model import IGNORE
 from plumbing.examples import IMAGE, Example, Turn
 from plumbing.files import OwnFiles
 from plumbing.processes import run_main
-from plumbing.streams import Position
+from plumbing.streams import Position, numbered_draws
+from plumbing.tokenizers import write_tokenizer_model
 from vision import SigLIPConfig, tile_boxes
 
 # The toy's LLM has learnt to read plain text here: stage 1 starts from it.
@@ -41,14 +41,8 @@ PROMPT_TOKENS = ["user", "assistant", "\n\n", "what", " is", " the", " of", "rea
 
 
 def write_toy_tokenizer(path: Path) -> None:
-    """The toy's tokenizer.model: 256 bytes, then PROMPT_TOKENS, each by way of its prefixes."""
-    tokens = [bytes([byte]) for byte in range(256)]
-    for token in PROMPT_TOKENS:
-        spelling = token.encode()
-        prefixes = [spelling[:n] for n in range(2, len(spelling) + 1)]
-        tokens += [prefix for prefix in prefixes if prefix not in tokens]
-    lines = [f"{base64.b64encode(token).decode()} {rank}\n" for rank, token in enumerate(tokens)]
-    path.write_text("".join(lines))
+    """The toy's tokenizer.model: all bytes, and PROMPT_TOKENS."""
+    write_tokenizer_model(path, PROMPT_TOKENS)
 
 
 # --------------------------------------------------------------------------------------------------
@@ -433,12 +427,7 @@ class ToyDocuments(Dataset):
         self.tile_tokens = tile_tokens
 
     def draws(self, start: Position) -> Iterator[tuple[int | None, Position]]:
-        """As plumbing/streams.py's Documents.draws, for one epoch: the lessons in the order of
-        their numbers."""
-        first = start.taken[0] if start.taken else 0
-        for i in range(first, self.n):
-            yield i, Position(0, [i + 1])
-        yield None, Position(1)
+        return numbered_draws(self.n, start)
 
     def __getitem__(self, index: int | Position) -> Sample | Position:
         if isinstance(index, Position):

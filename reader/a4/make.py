@@ -80,7 +80,7 @@ def set_page(program: str, family: str, title: str, text: list[str],
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__,
+    parser = argparse.ArgumentParser(prog="python -m reader.a4.make", description=__doc__,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("folder", type=Path, help="where the images and questions.jsonl go")
     args = parser.parse_args()

@@ -114,7 +114,7 @@ def test_every_token_is_drawn_over_its_patch(tokenizer, tmp_path, size):
     for (row, column), dark in np.ndenumerate(black):
         corner = picture[row * CELL + 6, column * CELL + 6]         # beside the token
         assert (corner[2] > corner[0]) == dark, (row, column)
-    patch_tokens.explain(model, tokenizer, page, tmp_path / "tokens.png", title="page")
+    patch_tokens.draw_tokens(model, tokenizer, page, tmp_path / "tokens.png", title="page")
     with Image.open(tmp_path / "tokens.png") as drawn:
         assert drawn.width > picture.shape[1] and drawn.height > picture.shape[0]
     assert [path.name for path in tmp_path.iterdir()] == ["tokens.png"]
@@ -133,7 +133,8 @@ def test_opacity_is_the_probability():
 
 @pytest.mark.parametrize("size", [(1, 1), (3, 4000), (2500, 40)])
 def test_pages_of_any_shape_are_drawn(tokenizer, tmp_path, size):
-    patch_tokens.explain(vlm(), tokenizer, Image.new("RGB", size, "grey"), tmp_path / "tokens.png")
+    page = Image.new("RGB", size, "grey")
+    patch_tokens.draw_tokens(vlm(), tokenizer, page, tmp_path / "tokens.png")
     with Image.open(tmp_path / "tokens.png") as drawn:
         assert drawn.width * drawn.height < 2 * patch_tokens.MAX_PIXELS
 
@@ -154,9 +155,9 @@ def test_no_tokens_is_one_line(tokenizer, tmp_path):
     model, page = vlm(), Image.new("RGB", (30, 30))
     model.connector = nn.Linear(3, 3)
     with pytest.raises(InputError, match="Linear maps patches to no tokens"):
-        patch_tokens.explain(model, tokenizer, page, tmp_path / "tokens.png")
+        patch_tokens.draw_tokens(model, tokenizer, page, tmp_path / "tokens.png")
     with pytest.raises(InputError, match="tokens.jpg: the picture is a PNG"):
-        patch_tokens.explain(vlm(), tokenizer, page, tmp_path / "tokens.jpg")
+        patch_tokens.draw_tokens(vlm(), tokenizer, page, tmp_path / "tokens.jpg")
     assert not list(tmp_path.iterdir())
 
 

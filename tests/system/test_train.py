@@ -1,4 +1,5 @@
 """train.py and sample.py end to end on small runs, as their users start them."""
+import argparse
 import json
 import os
 import re
@@ -12,10 +13,10 @@ from PIL import Image
 from safetensors.torch import load_file
 
 import sample as sample_py
-from conftest import rows, run, sample
+from conftest import ROOT, rows, run, sample
 from model import LLAMA_PRESETS
 from paper.recipes import RECIPES
-from train import learning_rate
+from train import choose_preset, learning_rate
 
 LINE = {"stage", "step", "loss", "lr", "grad_norm", "tokens_per_s", "epoch", "bad", "images_per_s",
         "padding", "skipped", "peak_memory", "flops_per_s", "mfu"}
@@ -193,6 +194,22 @@ def test_recipes_are_the_papers():
         for stage in (1, 2, 3):
             frozen = RECIPES[preset][stage].trainable == ("connector", "llm")
             assert frozen == (stage == 3)
+
+
+def test_a_later_stage_goes_on_with_the_recipe_of_the_one_before(tmp_path):
+    """Also where the LLM's size says nothing, as the reader's; else its size decides."""
+    args = argparse.Namespace(llm=None, out=tmp_path, stage=3)
+    assert choose_preset(args) == "toy"             # there is nothing to start from
+    for shipped, preset, by_size in [("reader/stage3", "reader", "llama-3.2-1b"),
+                                     ("toy/stage0", "toy", "toy")]:
+        shutil.copytree(ROOT / shipped, tmp_path / "stage2", dirs_exist_ok=True)
+        assert choose_preset(args) == preset
+        recipe = tmp_path / "stage2" / "recipe.json"
+        for damaged in ['{"preset": ["reader"]}', '{"preset": "gone"}', "{}"]:
+            recipe.write_text(damaged)
+            assert choose_preset(args) == by_size
+        recipe.unlink()
+        assert choose_preset(args) == by_size
 
 
 def test_learning_rate_warms_up_and_decays():
