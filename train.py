@@ -46,7 +46,8 @@ from plumbing.examples import Turn
 from plumbing.logs import Step, StepLog
 from plumbing.processes import (gather_model, name_stalled_rank, on_first_rank, run_main,
                                 start_processes)
-from plumbing.runs import begin, check_recipe, claim, is_complete, recorded, refuse_foreign
+from plumbing.runs import (begin, check_recipe, check_shared, claim, is_complete, recorded,
+                           refuse_foreign)
 from plumbing.settings import InputError, tile_limit
 from plumbing.signals import stop_on_signal
 from plumbing.states import States, drop_states, newest_state
@@ -171,8 +172,8 @@ def match_ranks(rows: list[list[Sample]],
     wait otherwise. A rank with fewer rows than another gets blank ones, and a row without an image
     a blank tile if any rank has one.
 
-    Also returns what all ranks have together: tokens (visual ones too), supervised ones, blank
-    ones, tiles, images, and the sum of the samples' squared lengths.
+    Also returns what all ranks have together: tokens (visual ones too), supervised ones, tiles,
+    images, the sum of the samples' squared lengths, and, apart from these, tokens of blank samples.
     """
     has_image = any(len(sample.pixels) for row in rows for sample in row)
     most = torch.tensor([len(rows), has_image], dtype=torch.int64)
@@ -200,18 +201,19 @@ def blank_sample(config: AlignVLMConfig, n_tiles: int) -> Sample:
 
 
 def count(rows: list[list[Sample]], blank: Sample) -> Counter:
-    """What this rank's rows hold, the blank ones apart: see match_ranks."""
+    """What this rank's rows hold: see match_ranks. Of a blank sample only its tokens count, as
+    blank ones."""
     counts = Counter(tokens=0, supervised=0, blank=0, tiles=0, images=0, squares=0)
     for sample in itertools.chain(*rows):
         length = len(sample.tokens)
+        if sample is blank:
+            counts["blank"] += length
+            continue
         counts["tokens"] += length
         counts["squares"] += length ** 2
         counts["tiles"] += len(sample.pixels)
-        if sample is blank:
-            counts["blank"] += length
-        else:
-            counts["supervised"] += int((sample.labels != IGNORE).sum())
-            counts["images"] += sample.n_images
+        counts["supervised"] += int((sample.labels != IGNORE).sum())
+        counts["images"] += sample.n_images
     return counts
 
 
@@ -534,7 +536,8 @@ def run_stage(stage: int, args: argparse.Namespace, device: torch.device) -> boo
     vocab_size = model.config.llm.vocab_size
     tokenizer = Tokenizer(start, vocab_size) if stage > 0 else None
     record["start"] = recorded(start, "id") if stage > 0 else None
-    state = on_first_rank(lambda: begin(partial, record, model))
+    state, training = on_first_rank(lambda: begin(partial, record, model))
+    check_shared(partial, training, args.timeout)
     if stage == 0:
         on_first_rank(lambda: write_toy_tokenizer(partial / "tokenizer.model"))
     tokenizer = tokenizer or Tokenizer(partial, vocab_size)

@@ -136,6 +136,26 @@ def memory(config: AlignVLMConfig, trainable: tuple[str, ...], ranks: int, token
     }
 
 
+def cpu_memory(config: AlignVLMConfig, trainable: tuple[str, ...], ranks: int,
+               offload: bool) -> float:
+    """Bytes of the CPU's memory that a process takes besides PyTorch and the data: a copy of the
+    training state while it is written, weights and moments. With --offload also what the optimizer
+    works on: moments, and weights and gradients in pinned memory, which PyTorch hands out in powers
+    of two."""
+    with torch.device("meta"):
+        model = AlignVLM(config)
+    total = 0
+    for name, p in model.named_parameters():
+        is_trained = name.split(".")[0] in trainable
+        size = 4 * math.ceil(p.numel() / ranks)
+        moments = 2 * size * is_trained
+        total += size + moments
+        if offload:
+            pinned = 2 ** math.ceil(math.log2(size))
+            total += pinned + pinned * is_trained + moments
+    return total
+
+
 def n_parameters(module: torch.nn.Module) -> int:
     return sum(p.numel() for p in module.parameters())
 
@@ -235,11 +255,11 @@ def print_memory(recipe: Recipe, config: AlignVLMConfig, data: StageData, tiles:
                        supervised, recompute, offload=offload)
         total = sum(parts.values()) / 1e9
         fits = total <= 0.9 * args.gpu_memory       # the rest is for CUDA, NCCL and fragments
-        verdict = "which fits" if fits else f"more than 90 % of {args.gpu_memory:g}"
-        if offload:
-            on_cpu = sum(memory(config, recipe.trainable, args.shard_size, 0, 0, 0)[name]
-                         for name in ("parameters", "gradients", "optimizer")) / 1e9
-            verdict += f", and {on_cpu:.3g} GB of the CPU's memory for each GPU"
+        verdict = f"more than 90 % of {args.gpu_memory:g}"
+        if fits:
+            on_cpu = cpu_memory(config, recipe.trainable, args.shard_size, offload) / 1e9
+            when = "" if offload else " while a state is written"
+            verdict = f"which fits, and {on_cpu:.3g} GB of the CPU's memory for each{when}"
         print(f"  {flags}: {total:.3g} GB a GPU, {verdict}")
         print("    " + ", ".join(f"{name} {size / 1e9:.3g}" for name, size in parts.items()))
         if fits:

@@ -141,11 +141,11 @@ class StepLog:
                    seconds: float) -> None:
         """The line and the bar of a step that took so long."""
         counts = step.counts
-        tokens_per_s = (counts["tokens"] - counts["blank"]) / seconds
+        tokens_per_s = counts["tokens"] / seconds
         flops_per_s = self.flops(counts) / seconds
         self.write(**step.row, loss=loss, grad_norm=norm, tokens_per_s=tokens_per_s,
                    images_per_s=counts["images"] / seconds,
-                   padding=counts["blank"] / max(1, counts["tokens"]),
+                   padding=counts["blank"] / max(1, counts["tokens"] + counts["blank"]),
                    peak_memory=peak_memory(self.device), flops_per_s=flops_per_s,
                    mfu=mfu(flops_per_s / dist.get_world_size(), self.device), skipped=self.skipped)
         self.bar.update()

@@ -13,15 +13,21 @@ import os
 import shutil
 import socket
 import sys
+import time
 import uuid
+from datetime import timedelta
 from pathlib import Path
 
+import torch
+import torch.distributed as dist
 from torch import nn
 
 from plumbing.files import write_text
 from plumbing.saving import why_not
 from plumbing.settings import InputError, read_json
 from plumbing.states import check_room, newest_state
+
+SHOWN_WITHIN = timedelta(seconds=90)    # a new folder, by a network's file system
 
 
 def claim(out: Path) -> None:
@@ -91,12 +97,12 @@ def check_recipe(folder: Path, recipe: dict) -> None:
                          "delete that folder")
 
 
-def begin(folder: Path, recipe: dict, model: nn.Module) -> Path | None:
+def begin(folder: Path, recipe: dict, model: nn.Module) -> tuple[Path | None, str]:
     """Make a stage's folder ready to work in. Returns the training state to go on from, if there is
-    one.
+    one, and the new id of this training.
 
     Makes the folder, drops states that were not written to their end, and writes recipe.json, with
-    a new id. Raises InputError where the state is of another recipe or the disk has no room.
+    that id. Raises InputError where the state is of another recipe or the disk has no room.
     """
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -108,6 +114,24 @@ def begin(folder: Path, recipe: dict, model: nn.Module) -> Path | None:
         check_room(folder, model)
         record = {**recipe, "id": uuid.uuid4().hex}
         write_text(folder / "recipe.json", json.dumps(record, indent=2) + "\n")
-        return state
+        return state, record["id"]
     except OSError as error:
         raise InputError(f"--out {folder.parent}: {error.strerror}") from None
+
+
+def check_shared(folder: Path, training: str, timeout: timedelta) -> None:
+    """Raise InputError, on all ranks, unless all see the folder that the first one has begun, by
+    the id of its training. Every rank calls this.
+
+    Ranks write their parts of a state into it: on a node with a folder of its own they would be
+    lost. A network's file system may show a new folder a while later, so they look again, for less
+    time than after which a rank counts as stalled.
+    """
+    last_look = time.monotonic() + min(SHOWN_WITHIN, timeout / 2).total_seconds()
+    while recorded(folder, "id") != training and time.monotonic() < last_look:
+        time.sleep(1)
+    does_not_see = torch.tensor(int(recorded(folder, "id") != training))
+    dist.all_reduce(does_not_see)
+    if does_not_see > 0:
+        raise InputError(f"{folder}: {int(does_not_see)} of {dist.get_world_size()} processes do "
+                         "not see it: --out is a folder that all nodes share")

@@ -36,7 +36,8 @@ class States:
         to the state too. Every rank calls this, as all methods."""
         self.folder, self.model, self.optimizer = folder, model, optimizer
         self.step: int | None = None        # of the newest state, written or loaded
-        self.writing: tuple[Future, Path] | None = None     # what is on its way, and its place
+        # What is on its way, the stager that holds the copies, and its place.
+        self.writing: tuple[Future, DefaultStager, Path] | None = None
         # The writers talk while training does.
         self.group = dist.new_group(backend="gloo", timeout=timeout)
         self.state()                        # makes the moments, in a step that counts as one
@@ -67,7 +68,7 @@ class States:
             stager = DefaultStager(StagingOptions(False, False, False, False))
             future = dcp.async_save(self.state(), storage_writer=writer, async_stager=stager,
                                     process_group=self.group)
-            self.writing = future, path
+            self.writing = future, stager, path
         except OSError as error:
             raise self.not_written(error, partial) from None
 
@@ -77,13 +78,14 @@ class States:
         Raises InputError."""
         if self.writing is None:
             return
-        future, path = self.writing
+        future, stager, path = self.writing
         if not wait and not future.done():
             return
         self.writing = None
         partial = path.with_suffix(".partial")
         try:
             future.result()         # of the first rank: all have written
+            stager.close()          # lets go of the copies, which hold each other in a circle
             if dist.get_rank() == 0:
                 os.rename(partial, path)
                 for old in sorted(self.folder.glob("step-????????"))[:-KEPT]:

@@ -16,24 +16,24 @@ def cut(stage1, work, processes, *more):
     command = [ROOT / "tests" / "helpers" / "first_gradients.py", work / "first.safetensors",
                "--stage", 2, "--steps", 20, "--batch-size", 5, "--lr", 5e-4, "--out", work, *more]
     if processes == "2x2":
-        on_two_nodes(command)
+        for code, error in on_two_nodes(command):
+            assert code == 0, error
     else:
         torchrun(processes, *command)
     return load_file(work / "first.safetensors"), losses(work / "stage2")
 
 
-def on_two_nodes(command):
-    """Two torchruns of two processes each."""
+def on_two_nodes(command, processes=2, folders=(ROOT, ROOT)):
+    """What two torchruns, each of so many processes and in its own folder, exit with and say."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     agents = [start("-m", "torch.distributed.run", "--nnodes", 2, "--node-rank", node,
-                    "--nproc_per_node", 2, "--master-addr", "127.0.0.1", "--master-port", port,
-                    *command)
-              for node in range(2)]
-    for agent in agents:
-        error = agent.communicate(timeout=240)[1]
-        assert agent.returncode == 0, error
+                    "--nproc_per_node", processes, "--master-addr", "127.0.0.1", "--master-port",
+                    port, *command, cwd=folder)
+              for node, folder in enumerate(folders)]
+    errors = [agent.communicate(timeout=240)[1] for agent in agents]
+    return [(agent.returncode, error) for agent, error in zip(agents, errors)]
 
 
 @pytest.fixture(scope="module")
@@ -67,3 +67,14 @@ def test_the_same_losses(whole, other):
     (_, expected), (_, these, slack) = whole, other
     assert len(these) == 20 and len(set(these)) == 20
     assert these == pytest.approx(expected, rel=1e-6 * slack)
+
+
+def test_nodes_that_do_not_share_the_folder_are_told(tmp_path):
+    """Else each would write its part of a state where no other looks for it."""
+    folders = tmp_path / "a", tmp_path / "b"
+    for folder in folders:
+        folder.mkdir()
+    command = [ROOT / "train.py", "--stage", 1, "--steps", 1, "--out", "run", "--timeout", 20]
+    for code, error in on_two_nodes(command, 1, folders):
+        assert code != 0
+        assert "run/stage1.partial: 1 of 2 processes do not see it: --out is a folder" in error
