@@ -32,6 +32,10 @@ def main() -> None:
     gradients = {name: p.grad.full_tensor() for name, p in model.named_parameters()}
     waits = []
     if world > 1:
+        copies = small_vlm()
+        shard(copies, device, shard_size=1)
+        names = {p.device_mesh.mesh_dim_names for p in copies.parameters()}
+        assert names == {("replicate", "shard")}
         mesh = mesh_of(device, 1, timedelta(seconds=77))
         for name in mesh.mesh_dim_names:
             backend = mesh.get_group(name)._get_backend(torch.device("cpu"))

@@ -302,7 +302,8 @@ def test_the_statistics_are_those_of_the_full_vocabulary(offset):
     close(h @ m, z.mean(-1).float())
     close((h @ C * h).sum(-1), z.var(-1, correction=0).float())
     naive = (h @ (W2.T @ W2) * h).sum(-1) / 9000 - (h @ m) ** 2
-    assert (naive - z.var(-1, correction=0)).abs().max() < 1e-5 * z.var(-1).max() or offset > 0
+    cancels = (naive - z.var(-1, correction=0)).abs().max() > 1e-3 * z.var(-1).max()
+    assert cancels == (offset > 0)
 
 
 def test_in_bf16_the_statistics_are_fp32(small_blocks):

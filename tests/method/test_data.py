@@ -91,16 +91,18 @@ def test_a_long_sample_loses_text_and_never_an_image(tokenizer):
     example = Example(images, turns, "")
     visual = 4 * 64
     whole = prepare(example, tokenizer, TOY)
+    tokens, labels = encode_chat(turns, tokenizer, [64, 192])
+    assert torch.equal(whole.tokens, tokens) and torch.equal(whole.labels, labels)
     whole_text = whole.tokens[whole.tokens != IMAGE]
-    whole_answers = whole.labels[whole.labels != IGNORE]
     for room in (len(whole_text) + 1, len(whole_text), len(whole_text) - 10, 45):
         for limits in ({"max_text": room}, {"max_tokens": room + visual}):
             sample = prepare(example, tokenizer, TOY, **limits)
             is_visual = sample.tokens == IMAGE
             assert is_visual.sum() == visual and torch.equal(sample.pixels, whole.pixels)
             assert torch.equal(sample.tokens[~is_visual], whole_text[:room])
-            answers = sample.labels[sample.labels != IGNORE]
-            assert 0 < len(answers) and torch.equal(answers, whole_answers[:len(answers)])
+            kept = (tokens == IMAGE) | ((tokens != IMAGE).cumsum(0) <= room)
+            assert torch.equal(sample.labels, labels[kept])
+            assert (sample.labels != IGNORE).any()
     for limits in ({"max_text": 30}, {"max_tokens": visual - 1}, {"max_tokens": visual + 30}):
         with pytest.raises(BadSample) as bad:       # no answer is left
             prepare(example, tokenizer, TOY, **limits)

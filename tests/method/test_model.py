@@ -197,6 +197,19 @@ def test_packed_equals_one_by_one_and_the_full_logits(llm):
     close_gradients(packed_gradients, full_gradients)
 
 
+def test_the_loss_of_a_model_in_bf16_is_fp32():
+    """Summed in bf16 it would be off by a hundredth."""
+    vlm = small_vlm().bfloat16()
+    tokens, labels, pixels, lengths = row_of(SAMPLES)
+    pixels = pixels.bfloat16()
+    loss = vlm(tokens, labels, pixels, lengths)
+    h = vlm.llm.hidden(vlm.embed(tokens, pixels), lengths)[0, labels[0] != IGNORE]
+    logits = vlm.llm.logits(h).double()
+    exact = nnf.cross_entropy(logits, labels[labels != IGNORE], reduction="sum")
+    assert loss.dtype == torch.float32
+    close(loss.double(), exact, 1e-6)
+
+
 @pytest.mark.parametrize("changed", range(len(SAMPLES)))
 def test_packed_samples_do_not_see_each_other(changed):
     """A new sample of the same shape in one's place changes nothing of the others.

@@ -235,7 +235,7 @@ def test_memory_is_about_what_it_takes(kind):
 # As users run them
 
 
-def test_two_ranks_start_and_learn_as_one():
+def test_two_ranks_start_and_step_as_one():
     one = json.loads(run(HELPERS / "connector_steps.py").stdout.splitlines()[-1])
     two = json.loads(torchrun(2, HELPERS / "connector_steps.py").stdout.splitlines()[-1])
     assert set(one) == set(OTHERS)

@@ -1,5 +1,6 @@
 """The reader's pages: the same every time, in no font that is kept apart, and labelled as drawn."""
 import json
+import os
 import random
 import re
 from dataclasses import replace
@@ -42,7 +43,9 @@ def has_fonts() -> bool:
         return False
 
 
-needs_fonts = pytest.mark.skipif(not has_fonts(), reason="not all fonts of reader/fonts.json")
+# .ci/run installs them: there these tests fail without.
+needs_fonts = pytest.mark.skipif(not has_fonts() and not os.environ.get("CI"),
+                                 reason="not all fonts of reader/fonts.json")
 
 
 def test_no_face_is_of_a_family_that_is_kept_apart():
@@ -170,7 +173,8 @@ def test_a_page_is_the_same_every_time_and_answers_stand_on_it(kind):
 def test_the_held_out_pages_are_those_that_the_code_draws():
     folder = ROOT / "reader" / "held-out"
     there = [json.loads(line) for line in (folder / "questions.jsonl").open()]
-    for row, (page, prompt, answer) in zip(there, held_out(20, 0, SigLIPConfig(image_size=SIDE))):
+    drawn = held_out(20, 0, SigLIPConfig(image_size=SIDE))
+    for row, (page, prompt, answer) in zip(there[:len(drawn)], drawn, strict=True):
         assert (row["text"], row["prompt"], row["answer"]) == (page.text, prompt, answer)
 
 

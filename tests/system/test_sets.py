@@ -201,6 +201,17 @@ def test_an_epoch_ends_with_its_last_sample(started, tmp_path):
         assert len(stage_log(out, 3)) == steps
 
 
+def test_the_learning_rate_falls_over_all_epochs(started, tmp_path):
+    """Four steps of two epochs, from the toy's 5e-4 along a cosine to 0."""
+    path = tmp_path / "train.jsonl"
+    write_lines(path, [{"messages": messages(("?", "!"))}] * 8)
+    out = from_stage(started, 3, tmp_path / "run")
+    train("--stage", 3, "--data", path, "--batch-size", 4, "--epochs", 2, "--held-out", 0,
+          "--out", out)
+    rates = [line["lr"] for line in stage_log(out, 3)]
+    assert rates == pytest.approx([5e-4, 5e-4, 3.75e-4, 1.25e-4])
+
+
 def test_steps_beyond_an_epoch_go_on_where_they_stopped(started, tmp_path):
     """Text alone: the encoder gets no gradient before the state is saved."""
     path = tmp_path / "train.jsonl"

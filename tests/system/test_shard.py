@@ -1,6 +1,7 @@
 """train.shard: what is compiled, what is calculated in bf16, and who finds no GPU."""
 import functools
 import json
+from dataclasses import replace
 
 import pytest
 import torch
@@ -10,10 +11,12 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 from conftest import HELPERS, close, run, torchrun
-from data import Sample
+from data import Sample, pack_row
+from model import IGNORE
 from paper.recipes import RECIPES
-from small_models import SAMPLES, gradients_of, in_bytes, labelled, row_of, small_vlm
-from train import optimizer_of, shard, take_step
+from small_models import (SAMPLES, VISION, gradients_of, in_bytes, labelled, row_of,
+                          small_vlm)
+from train import match_ranks, optimizer_of, shard, take_step
 
 CPU = torch.device("cpu")
 
@@ -63,6 +66,58 @@ def test_compiled_blocks_are_graphs_recomputed_ones_too(one_process, graphs):
             weight = gradients[name.replace("k_proj.bias", "k_proj.weight")]
             close(ours[name], gradient, scale=weight.abs().max().item())
     assert made[0] == made[1] >= 2          # a block of either tower at least
+
+
+def test_a_recomputed_block_runs_twice(one_process):
+    for recompute, times in (False, 1), (True, 2):
+        vlm, ran = small_vlm(), []
+        vlm.llm.layers[0].input_layernorm.register_forward_pre_hook(lambda *_: ran.append(1))
+        shard(vlm, CPU, recompute=recompute)
+        vlm(*row_of(SAMPLES)).backward()
+        assert len(ran) == times
+
+
+def test_a_step_is_adamw_on_the_mean_over_supervised_tokens(one_process):
+    """Three steps of two rows, written out: the loss, the clipped gradient, the modules' shares of
+    the rate, weight decay on matrices alone."""
+    shares = {"vision": 0.2, "llm": 3.0}
+    recipe = replace(RECIPES["toy"][2], lr_scale=shares, weight_decay=0.5)
+    lr, clip = 1e-2, 1e-3
+    rows = [[Sample(tokens, labelled(tokens), *in_bytes(pixels), "") for tokens, pixels in some]
+            for some in (SAMPLES[:3], SAMPLES[3:])]
+    n = sum(int((sample.labels != IGNORE).sum()) for row in rows for sample in row)
+    plain, ours = small_vlm(), small_vlm()
+    groups = [{"params": [p], "lr": lr * shares.get(name.split(".")[0], 1.0),
+               "weight_decay": 0.5 if p.ndim > 1 else 0.0}
+              for name, p in plain.named_parameters()]
+    theirs = torch.optim.AdamW(groups, betas=recipe.betas, eps=recipe.eps)
+    shard(ours, CPU)
+    optimizer = optimizer_of(ours, recipe)
+    for _ in range(3):
+        theirs.zero_grad()
+        loss = sum(plain(*pack_row(row, VISION)) for row in rows) / n
+        loss.backward()
+        norm = sum(p.grad.square().sum() for p in plain.parameters()).sqrt()
+        assert norm > clip
+        for p in plain.parameters():
+            p.grad *= clip / norm
+        theirs.step()
+        numbers, _, _ = take_step(ours, optimizer, rows, lr, clip, CPU)
+        close(numbers[:2], torch.stack([loss.detach(), norm]))
+    for mine, other in zip(ours.parameters(), plain.parameters(), strict=True):
+        close(mine.full_tensor().detach(), other.detach())
+
+
+def test_a_step_counts_what_all_rows_hold(one_process):
+    """A row of text alone gets a blank tile beside one with images: that counts as blank only."""
+    samples = [Sample(tokens, labelled(tokens), *in_bytes(pixels), "", n_images)
+               for (tokens, pixels), n_images in zip(SAMPLES, [1, 0, 2, 0])]
+    matched, counts = match_ranks([samples[:3], samples[3:]], small_vlm().config)
+    lengths = [len(sample.tokens) for sample in samples]
+    supervised = sum(int((sample.labels != IGNORE).sum()) for sample in samples)
+    assert counts == {"tokens": sum(lengths), "supervised": supervised, "blank": 4, "tiles": 4,
+                      "images": 3, "squares": sum(n * n for n in lengths)}
+    assert [len(row) for row in matched] == [3, 2]
 
 
 def test_offloaded_steps_are_the_same(one_process):

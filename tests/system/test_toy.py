@@ -112,6 +112,33 @@ def test_toy_samples_depend_on_seed_and_index_alone(tokenizer, stage):
     assert any(not torch.equal(documents[i].tokens, other[i].tokens) for i in range(5))
 
 
+def test_what_is_smudged_is_not_asked_for(tokenizer, monkeypatch):
+    """And of a chart's cells all others are, each by its own place."""
+    smudged = []
+
+    def remember(self, rng, sample, smudge=ToyDocuments.smudge):
+        before = sample.tokens.clone()
+        smudge(self, rng, sample)
+        smudged.append((before, sample))
+
+    monkeypatch.setattr(ToyDocuments, "smudge", remember)
+    documents = ToyDocuments(0, 100, 7, tokenizer, TOY)
+    for i in range(20):
+        documents[i]
+    assert len(smudged) > 3
+    n_asked = 0
+    for before, sample in smudged:
+        header_ends = (before == tokenizer.special["<|end_header_id|>"]).nonzero()[:, 0]
+        cells, answers = header_ends[0] + 2, header_ends[1] + 1     # labels: a place earlier
+        characters = before[cells:cells + TOY.n_patches]
+        labels = sample.labels[answers:answers + TOY.n_patches]
+        stays = sample.tokens[cells:cells + TOY.n_patches] == characters
+        n_asked += (labels != IGNORE).sum()
+        assert torch.equal(labels[labels != IGNORE], characters[labels != IGNORE])
+        assert stays[labels != IGNORE].all() and not stays.all()
+    assert n_asked > 50
+
+
 # --------------------------------------------------------------------------------------------------
 # The command
 
