@@ -1,4 +1,5 @@
 """The reader's pages: the same every time, in no font that is kept apart, and labelled as drawn."""
+import argparse
 import json
 import os
 import random
@@ -11,6 +12,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from PIL import Image
+from safetensors.torch import load_file
 
 from conftest import ROOT
 from data import IGNORE, READ, Tokenizer, encode_chat
@@ -20,13 +22,14 @@ from paper.metrics import METRICS
 from plumbing.examples import IMAGE, Turn
 from plumbing.runs import recorded
 from plumbing.settings import InputError
-from reader import words
+from reader import encoder, llm, training, words
 from reader.drawing import CHARACTERS, CLASS, SMUDGE, Page
 from reader.encoder import LARGE
 from reader.enlarge import POSITIONS, enlarge, enlarged
 from reader.fonts import HELD_OUT, NEVER, face_paths, faces
 from reader.hard.make import KINDS as HARD
 from reader.hard.make import LETTERS, PAGES, changed
+from reader.join import join, teach_align
 from reader.lessons import (WEIGHTS, ReaderDocuments, class_tokens, misread, mixtures,
                             write_tokenizer)
 from reader.pages import KINDS, PRACTICE, SIDE, held_out, write_page
@@ -299,3 +302,42 @@ def test_a_damaged_folder_of_pages_is_named(tmp_path, line):
     (tmp_path / "questions.jsonl").write_text(line + "\n")
     with pytest.raises(InputError, match="questions.jsonl"):
         folder_pages(tmp_path)
+
+
+# --------------------------------------------------------------------------------------------------
+# Stage 0
+
+
+def log_of(folder: Path) -> list[dict]:
+    return [json.loads(line) for line in (folder / "log.jsonl").open()]
+
+
+@needs_fonts
+def test_stage0s_lessons_go_on_and_are_joined(tmp_path):
+    """Two steps of each. The readout is left behind, W2 is the LLM's head, and Align's lesson
+    changes the encoder and the connector alone."""
+    few = ["--workers", "0", "--log-every", "1", "--threads", str(torch.get_num_threads())]
+    lessons = [(encoder, "encoder", ["--batch-size", "2", "--eval-every", "2"]),
+               (llm, "llm", ["--tokens", "1500"])]
+    for lesson, name, more in lessons:
+        for steps in ("1", "2"):
+            flags = ["--out", str(tmp_path / name), "--steps", steps, *few, *more]
+            lesson.train(lesson.parse_args(flags))
+        assert [row["step"] for row in log_of(tmp_path / name)] == [1, 2]
+    assert {"first", "patch", "characters", "blank"} <= log_of(tmp_path / "encoder")[-1].keys()
+
+    model, tokenizer = join(tmp_path)
+    assert torch.equal(model.connector.W2.weight, model.llm.head)
+    states = [load_file(tmp_path / name / "state.safetensors") for name in ("encoder", "llm")]
+    learnt = states[0] | states[1]
+    for name, tensor in model.state_dict().items():
+        assert name.startswith("connector") or torch.equal(tensor, learnt[name])
+
+    before = {key: tensor.clone() for key, tensor in model.state_dict().items()}
+    parser = argparse.ArgumentParser()
+    training.add_flags(parser, str(tmp_path / "connector"), 2)
+    teach_align(model, tokenizer, parser.parse_args([*few, "--eval-every", "2"]))
+    moved = {key.split(".")[0] for key, tensor in model.state_dict().items()
+             if not torch.equal(tensor, before[key])}
+    assert moved == {"vision", "connector"}
+    assert {"held_out", "first"} <= log_of(tmp_path / "connector")[-1].keys()
