@@ -98,7 +98,7 @@ def test_our_own_model_by_its_name_and_revision(hub, tmp_path):
     Path("link.html").hardlink_to((snapshots / COMMIT / WEIGHTS).resolve())
     done = ask("us/reader", "--explain", "link.html", code=2)
     assert "would be written over" in done.stderr.splitlines()[-1]
-    run("-m", "paper.align_vocab", "us/reader", 300, PAGE)      # becomes part of the copy
+    run("-m", "paper.align_vocab", "us/reader", 400, PAGE)      # becomes part of the copy
     assert ask("us/reader", "--align-vocab").stdout == f"{ANSWER}\n"
 
 

@@ -43,8 +43,8 @@ def whole(stage1, tmp_path_factory):
 
 
 @pytest.fixture(scope="module", params=[
-    (2, []), (4, []), ("2x2", []), (4, ["--shard-size", 2, "--row-tokens", 300]), (1, ["--row-tokens", 300]),
-    (2, ["--recompute"]), (1, ["--compile"])],
+    (2, []), (4, []), ("2x2", []), (4, ["--shard-size", 2, "--row-tokens", 300]),
+    (1, ["--row-tokens", 300]), (2, ["--recompute"]), (1, ["--compile"])],
     ids=["2", "4", "2 nodes x 2", "2 x 2 hybrid", "accumulated", "recompute", "compile"])
 def other(request, stage1, tmp_path_factory):
     """The same in another way, and how many times further off it may be."""
