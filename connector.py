@@ -27,7 +27,7 @@ from plumbing.weights import local_rows
 BLOCK_BYTES = 256 * 2 ** 20     # of a block's V-wide matrices: one (R, V) forward, two backward
 GPU_BLOCK_BYTES = 512 * 2 ** 20     # the same on a GPU: in bf16 dE_text is rounded less often
 CACHE_BYTES = 2 * 2 ** 20       # of the rows of a block that are in fp32 at a time: a CPU's cache
-GPU_CHUNK_BYTES = 64 * 2 ** 20  # the same on a GPU: an eighth of a block, of whole kernels' work
+GPU_CHUNK_BYTES = 64 * 2 ** 20  # the same on a GPU, which has no such cache and likes large kernels
 
 
 class Align(nn.Module):

@@ -233,7 +233,7 @@ def parse_args() -> argparse.Namespace:
         "shipped model)")
     add("--score", nargs="+", metavar="[NAME=]FILE", help="only score files of predictions again")
     add("--vocab", type=int, metavar="N", help="only average P_vocab over the first N samples' "
-        "pages (one of two samples counts twice), into OUT/vocab.png and vocab.json (needs `pip "
+        "pages (a page of two samples counts twice), into OUT/vocab.png and vocab.json (needs `pip "
         "install matplotlib`)")
     add("--limit", type=int, metavar="N", help="the first N samples of each benchmark (default: "
         "all)")
