@@ -124,8 +124,8 @@ def check_shared(folder: Path, training: str, timeout: timedelta) -> None:
     the id of its training. Every rank calls this.
 
     Ranks write their parts of a state into it: on a node with a folder of its own they would be
-    lost. A network's file system may show a new folder a while later, so they look again, for less
-    time than after which a rank counts as stalled.
+    lost. A network's file system may show a new folder a while later, so they look again, for half
+    of `timeout` at most: after all of it a rank counts as stalled.
     """
     last_look = time.monotonic() + min(SHOWN_WITHIN, timeout / 2).total_seconds()
     while recorded(folder, "id") != training and time.monotonic() < last_look:
