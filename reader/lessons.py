@@ -69,21 +69,57 @@ def mixtures(rng: random.Random, classes: np.ndarray, tokens: np.ndarray,
     return np.concatenate([ids, other], -1), weights.astype(np.float32)
 
 
+# Who is asked for these has to find a place by a word that stands there, and no more.
+FOR_A_LINE = ["which line has {}?", "read the line with {}", "which line says {}?"]
+FOR_THE_NEXT_LINE = ["which line comes after the one with {}?", "what is the line after {}?"]
+FOR_THE_REST = ["what comes after {}?", "what stands behind {}?", "what is next to {}?"]
+
+
+def places(rng: random.Random, page: Page, most: int) -> list[tuple[str, str]]:
+    """Up to `most` prompts, with their answers, that name one or two words of a line and ask for
+    that line, for what stands behind them in it, or for the next line. What is named stands on the
+    page once. Every page has such questions; few kinds have many others."""
+    text, found = page.text.lower(), {}
+    for i in rng.sample(range(len(page.lines)), len(page.lines)):
+        line = page.lines[i].split()
+        n = rng.randint(1, min(2, len(line)))
+        at = rng.randint(0, len(line) - n)
+        named, rest = " ".join(line[at:at + n]).strip(" .,:;"), " ".join(line[at + n:])
+        if len(named) < 3 or text.count(named.lower()) > 1:
+            continue
+        asks = [(FOR_A_LINE, page.lines[i])]
+        if rest:
+            asks += [(FOR_THE_REST, rest)] * 2
+        if i + 1 < len(page.lines):
+            asks += [(FOR_THE_NEXT_LINE, page.lines[i + 1])]
+        prompts, answer = rng.choice(asks)
+        if len(answer) <= 60:
+            found[rng.choice(prompts).format(rng.choice([named, named.lower()]))] = answer
+        if len(found) == most:
+            break
+    return list(found.items())
+
+
 def turns_about(rng: random.Random, pages: list[Page], read: float, ask: float,
-                most: int = 4) -> list[Turn]:
-    """The pages read aloud, some of their questions, or one after the other.
+                most: int = 4, least: int = 0) -> list[Turn]:
+    """The pages read aloud, some of their questions, or both, one of them first.
 
     Of samples with questions a share `read` has the pages read aloud and no more, a share `ask` up
     to `most` questions and no more, the rest both; without a question all are read aloud. Several
-    turns cost the images once. A prompt that two pages share is not asked.
+    turns cost the images once. A prompt that two pages share is not asked. least: how many
+    questions a single page has; where its own are fewer, `places` adds to them.
     """
     prompts = Counter(prompt for page in pages for prompt, _ in page.questions)
     questions = [(prompt, answer) for page in pages for prompt, answer in page.questions
                  if prompts[prompt] == 1]
-    kind = rng.random() if questions else 0.0
-    asks = [(READ, "\n\n".join(page.text for page in pages))] if kind < 1 - ask else []
+    kind = rng.random() if questions else rng.random() * (1 - ask)
+    asks = []
     if kind >= read:
-        asks += rng.sample(questions, min(most, len(questions)))
+        asks = rng.sample(questions, min(most, len(questions)))
+        if len(pages) == 1 and len(asks) < least:
+            asks += places(rng, pages[0], least - len(asks))
+    if kind < 1 - ask:
+        asks.insert(rng.choice([0, len(asks)]), (READ, "\n\n".join(page.text for page in pages)))
     turns = []
     for i, (prompt, answer) in enumerate(asks):
         images = [IMAGE] * len(pages) if i == 0 else []
@@ -223,7 +259,7 @@ class ReaderDocuments(Dataset):
         pages = [lesson_page(rng, self.split, self.config, single, most_tiles=tiles, kinds=kinds)]
         if self.stage == 3 and rng.random() < 0.06:         # two images, as the pages of a PDF
             pages.append(lesson_page(rng, self.split, self.config, True, kinds=TO_ASK))
-        turns = turns_about(rng, pages, read, ask, 8)
+        turns = turns_about(rng, pages, read, ask, 12, 6)
         example = Example([page.draw() for page in pages], turns, f"reader/{self.stage}/{index}")
         sample = prepare(example, self.tokenizer, self.config, self.config.max_tiles,
                          tile_tokens=self.tile_tokens)

@@ -471,8 +471,9 @@ def facts_in_prose(sheet: Sheet) -> None:
 
 ABOUT_CELLS = ["what is the {column} of {row}?", "what is {column} for {row}?",
                "what is the {column} in {row}?", "what {column} does {row} have?",
-               "which {column} has {row}?", "how much is the {column} of {row}?",
-               "what stands under {column} for {row}?"]
+               "how much is the {column} of {row}?",
+               "what stands under {column} for {row}?", "which {column} has {row}?",
+               "what is the {column} where {row} stands?"]
 
 
 def facts_in_table(sheet: Sheet) -> None:
@@ -495,18 +496,19 @@ def facts_in_table(sheet: Sheet) -> None:
         first = rng.choice(words.FIRST) if named else first
         texts = [first, *[make(rng) for make in makers]]
         shown.append([run.text for run in sheet.row(texts, stops, room, right)])
+    by = rng.randrange(n) if rng.random() < 0.4 else 0      # the column that tells the rows apart
     columns = Counter(name.lower() for name in header)
-    rows = Counter(cells[0].lower() for cells in shown)
+    rows = Counter(cells[by].lower() for cells in shown)
     for cells in shown:
-        if rows[cells[0].lower()] > 1:                  # a name twice is none
+        name = cells[by]
+        if rows[name.lower()] > 1 or not name:          # a name twice is none
             continue
-        for column, cell in zip(header[1:], cells[1:]):
-            if columns[column.lower()] == 1:
-                sheet.ask(rng.choice(ABOUT_CELLS).format(column=column, row=cells[0]), cell)
-        at = rng.randrange(1, n)
-        once = [other[at] for other in shown].count(cells[at]) == 1
-        if once and columns[header[at].lower()] == 1:
-            sheet.ask(f"which {header[0]} has {cells[at]} as {header[at]}?", cells[0])
+        if rng.random() < 0.15:
+            name = f"{header[by].lower()} {name}"
+        for at in range(n):
+            if at != by and columns[header[at].lower()] == 1:
+                column = rng.choice([header[at], header[at].lower()])
+                sheet.ask(rng.choice(ABOUT_CELLS).format(column=column, row=name), cells[at])
 
 
 # Pages to learn from, which nobody has.

@@ -4,6 +4,7 @@ import json
 import os
 import random
 import re
+from collections import Counter
 from dataclasses import replace
 from pathlib import Path
 
@@ -30,9 +31,9 @@ from reader.fonts import HELD_OUT, NEVER, face_paths, faces
 from reader.hard.make import KINDS as HARD
 from reader.hard.make import LETTERS, PAGES, changed
 from reader.join import join, teach_align
-from reader.lessons import (WEIGHTS, ReaderDocuments, class_tokens, misread, mixtures,
-                            write_tokenizer)
-from reader.pages import KINDS, PRACTICE, SIDE, held_out, write_page
+from reader.lessons import (FOR_A_LINE, FOR_THE_NEXT_LINE, FOR_THE_REST, WEIGHTS, ReaderDocuments,
+                            class_tokens, misread, mixtures, places, turns_about, write_tokenizer)
+from reader.pages import KINDS, PRACTICE, SIDE, facts_in_table, held_out, write_page
 from train import make_larger
 from vision import SigLIPConfig, choose_grid, tile_boxes
 
@@ -183,18 +184,78 @@ def test_the_held_out_pages_are_those_that_the_code_draws():
 
 @needs_fonts
 def test_a_fact_is_asked_for_once_and_stands_on_its_page():
-    seen = 0
     for i in range(40):
         page = write_page(random.Random(f"facts/{i}"), "facts", "train", CONFIG, [(1, 1)])
         prompts = [prompt for prompt, _ in page.questions]
         assert len(set(prompts)) == len(prompts)
         assert all(answer in page.text.replace("\n", " ") for _, answer in page.questions)
+
+
+@needs_fonts
+def test_a_cell_is_asked_for_by_its_column_and_by_what_its_row_alone_has(monkeypatch):
+    monkeypatch.setitem(PRACTICE, "facts", facts_in_table)
+    cells, earlier = 0, 0
+    for i in range(60):
+        page = write_page(random.Random(f"cells/{i}"), "facts", "train", CONFIG, [(1, 1)])
         for prompt, answer in page.questions:
-            if (found := re.fullmatch(r"which .+ has (.+) as .+\?", prompt)):
-                seen += 1
-                rows = [row for row in page.text.split("\n") if found[1] in row[len(answer):]]
-                assert [row for row in rows if row.startswith(answer)]
-    assert seen > 20
+            if (found := re.fullmatch(r"what stands under (.+) for (.+)\?", prompt)) is None:
+                continue
+            column, name = found[1].lower(), found[2].split()
+            first = [column in line.lower() for line in page.lines].index(True)
+            rows = page.lines[first + 1:]               # below the header
+            # The name of its column may stand before that of the row: "parcel 3".
+            tails = [rf"(^| ){re.escape(' '.join(name[i:]))}( |$)" for i in range(len(name))]
+            named = next(some for tail in tails
+                         if (some := [row for row in rows if re.search(tail, row)]))
+            assert any(answer in row for row in named)
+            cells += 1
+            earlier += named[0].startswith(answer)      # its row is named by a later column
+    assert cells > 30 and earlier > 3
+
+
+@needs_fonts
+@pytest.mark.parametrize("kind", ["columns", "notes", "receipt"])
+def test_a_place_is_named_by_what_stands_there_once(kind):
+    n = Counter()
+    for i in range(10):
+        rng = random.Random(f"places/{i}")
+        page = write_page(rng, kind, "train", CONFIG, [(1, 1)])
+        asked = places(rng, page, 5)
+        assert len(asked) <= 5
+        for prompt, answer in asked:
+            form, words = next((form, found[1]) for form in (*FOR_A_LINE, *FOR_THE_NEXT_LINE,
+                                                             *FOR_THE_REST)
+                               if (found := re.fullmatch(re.escape(form).replace(r"\{\}", "(.+)"),
+                                                         prompt)))
+            [at] = [at for at, line in enumerate(page.lines) if words.lower() in line.lower()]
+            line = page.lines[at]
+            if form in FOR_A_LINE:
+                assert answer == line
+            elif form in FOR_THE_NEXT_LINE:
+                assert answer == page.lines[at + 1]
+            else:
+                assert line.endswith(answer)
+                assert words.lower() in line.removesuffix(answer).lower()
+            n[form] += 1
+    assert len(n) > 4
+
+
+def test_a_page_is_read_first_or_last_and_has_questions_enough():
+    page = Page("test", 224, 224, lines=["Tea 1.50", "Bread 2.25", "Milk 3.75", "Rice 4.10"],
+                questions=[("what is the total?", "7.50")])
+    n = Counter()
+    for i in range(200):
+        turns = turns_about(random.Random(i), [page], 0.3, 0.4, 4, 3)
+        prompts = [turn.parts[-1].lower() for turn in turns[::2]]
+        assert [i for i, turn in enumerate(turns) if IMAGE in turn.parts] == [0]
+        if prompts == [READ]:
+            n["read"] += 1
+            continue
+        assert len(prompts) == 3 + (READ in prompts)
+        n["first" if prompts[0] == READ else "last" if prompts[-1] == READ else "ask"] += 1
+    assert n["read"] + n["first"] + n["last"] + n["ask"] == 200
+    assert 40 < n["read"] < 80 and 60 < n["ask"] < 100 and n["first"] > 15 and n["last"] > 15
+    assert len(turns_about(random.Random(0), [page], 0, 1)) == 2        # its own question alone
 
 
 @needs_fonts
