@@ -11,7 +11,7 @@ P_vocab of a page of 10 tiles is 7,290 x 128,256 numbers. `Align.p_vocab` makes 
 and looked at. The model runs `Mixture`, which gives the same F' and gradients up to rounding. It
 makes P_vocab for a block of visual tokens at a time, and keeps none of it for the backward pass.
 
-Below Align stand `AlignTopK`, which is Align with K of the tokens, and the three connectors that
+Below Align stand `AlignTopK`, which is Align with k of the tokens, and the three connectors that
 the paper compares Align with (Table 2): MLP, Perceiver and Ovis.
 """
 import math
@@ -24,10 +24,15 @@ from torch.autograd.function import once_differentiable
 
 from plumbing.weights import local_rows
 
-BLOCK_BYTES = 256 * 2 ** 20     # of a block's V-wide matrices: one (R, V) forward, two backward
-GPU_BLOCK_BYTES = 512 * 2 ** 20     # the same on a GPU: in bf16 dE_text is rounded less often
-CACHE_BYTES = 2 * 2 ** 20       # of the rows of a block that are in fp32 at a time: a CPU's cache
-GPU_CHUNK_BYTES = 64 * 2 ** 20  # the same on a GPU, which has no such cache and likes large kernels
+# Mixture works on blocks of R visual tokens. So many bytes may a block's (R, V) matrices take: one
+# forward, two backward. A GPU has more of them, so fewer blocks: in bf16 dE_text is rounded once a
+# block.
+BLOCK_BYTES = 256 * 2 ** 20
+GPU_BLOCK_BYTES = 512 * 2 ** 20
+# So many bytes may those rows of a block take that are in fp32 at a time: a CPU's cache. A GPU has
+# no such cache, and likes large kernels.
+CACHE_BYTES = 2 * 2 ** 20
+GPU_CHUNK_BYTES = 64 * 2 ** 20
 
 
 class Align(nn.Module):
@@ -57,7 +62,7 @@ class Align(nn.Module):
 
             F_align = self.p_vocab(F) @ E_text
 
-        The paper's P_vocab has a column for each feature, ours a row: so its transposition goes.
+        The paper's P_vocab has a column for each feature, ours a row: so nothing is transposed.
         Mixture calculates this line, and all of its gradients, block by block.
         """
         h = self.norm_D(self.W1(F))                # (..., D)
@@ -97,8 +102,9 @@ class Mixture(torch.autograd.Function):
 
     For Ovis h is F (..., d), W2 is (K, d) and E_text is a table (K, D) of its own.
 
-    Nothing that is V wide is kept. The backward pass makes z and P again: that is seven products
-    with a (V, D) matrix, where autograd does six and keeps z and P. LayerNorm and softmax are
+    Nothing that is V wide is kept: the backward pass makes z and P again. In all that is seven
+    products with a (V, D) matrix, two forward and five backward; autograd does six, but keeps z
+    and P. LayerNorm and softmax are
     never less than fp32; in bf16 dW2 and dE_text are rounded once a block.
     """
 
@@ -166,12 +172,12 @@ class Mixture(torch.autograd.Function):
                 dbias.to(bias.dtype), dE_text, None, None)
 
 
-def multiply(a: Tensor, B: Tensor, out: Tensor, add: float = 0.0) -> Tensor:
-    """out (n, m) becomes a B + add * out, of a (n, k) and B (k, m), and is returned.
+def multiply(a: Tensor, B: Tensor, out: Tensor, add: float = 0.0) -> None:
+    """out (n, m) becomes a B + add * out, of a (n, k) and B (k, m).
 
     With add 0 it does not matter what out held. Outside of autograd.
     """
-    return torch.addmm(out, a, B, beta=add, out=out)
+    torch.addmm(out, a, B, beta=add, out=out)
 
 
 def softmax_layer_norm(z: Tensor, weight: Tensor, bias: Tensor, eps: float, out: Tensor) -> None:
@@ -179,7 +185,7 @@ def softmax_layer_norm(z: Tensor, weight: Tensor, bias: Tensor, eps: float, out:
     wide = torch.promote_types(z.dtype, torch.float32)
     weight, bias = weight.to(wide), bias.to(wide)                       # (V,)
     for rows in row_chunks(z):
-        u = nnf.layer_norm(z[rows].to(wide), weight.shape, weight, bias, eps)
+        u = nnf.layer_norm(z[rows].to(wide), weight.shape, weight, bias, eps)   # (few, V)
         out[rows] = u.softmax(-1)
 
 
@@ -203,10 +209,10 @@ def softmax_layer_norm_backward(z: Tensor, dP: Tensor, weight: Tensor, bias: Ten
     for rows in row_chunks(z):
         z_wide, dP_wide = z[rows].to(wide), dP[rows].to(wide)           # (few, V)
         u, mean, rstd = torch.native_layer_norm(z_wide, weight.shape, weight, bias, eps)
-        P = u.softmax(-1)
+        P = u.softmax(-1)                                               # (few, V)
         del u                                                           # as large as P
         total = (P * dP_wide).sum(-1, keepdim=True)                     # (few, 1)
-        du = dP_wide.sub_(total).mul_(P)                                # P (dP - sum(P dP))
+        du = dP_wide.sub_(total).mul_(P)                                # (few, V)
         dz, dweight_rows, dbias_rows = torch.ops.aten.native_layer_norm_backward(
             du, z_wide, weight.shape, mean, rstd, weight, bias, [True, True, True])
         dweight += dweight_rows
@@ -240,12 +246,12 @@ def row_chunks(matrix: Tensor) -> list[slice]:
 
 
 # ------------------------------------------------------------------------------------------------
-# Align with K of the tokens, for inference (the paper's second version). paper/align_vocab.py
+# Align with k of the tokens, for inference (the paper's second version). paper/align_vocab.py
 # chooses them.
 
 
 class AlignTopK(nn.Module):
-    """Align for inference, with K of the V tokens, the same for every patch: the softmax of
+    """Align for inference, with k of the V tokens, the same for every patch: the softmax of
     equation 1 runs over these alone.
 
     F' stays convex. The paper's second version keeps the 3.4 K of 128 K tokens that carry nearly
@@ -259,25 +265,25 @@ class AlignTopK(nn.Module):
     """
 
     def __init__(self, align: Align, token_ids: Tensor, m: Tensor, C: Tensor):
-        """token_ids (K,): distinct, int64; m (D,) and C (D, D): spread(align.W2.weight)."""
+        """token_ids (k,): distinct, int64; m (D,) and C (D, D): spread(align.W2.weight)."""
         super().__init__()
         self.W1, self.norm_D, self.eps = align.W1, align.norm_D, align.norm_V.eps
         self.linear = nnf.linear
-        self.register_buffer("token_ids", token_ids, persistent=False)              # (K,)
-        self.register_buffer("W2", align.W2.weight.detach()[token_ids], persistent=False)   # (K, D)
+        self.register_buffer("token_ids", token_ids, persistent=False)              # (k,)
+        self.register_buffer("W2", align.W2.weight.detach()[token_ids], persistent=False)   # (k, D)
         self.register_buffer("weight", align.norm_V.weight.detach()[token_ids], persistent=False)
         self.register_buffer("bias", align.norm_V.bias.detach()[token_ids], persistent=False)
         self.register_buffer("m", m, persistent=False)
         self.register_buffer("C", C, persistent=False)
 
     def p_vocab(self, F: Tensor) -> Tensor:
-        """F (..., d) -> (..., K), equation 1: the K tokens share the probability of all."""
+        """F (..., d) -> (..., k), equation 1: the k tokens share the probability of all."""
         h = self.norm_D(self.W1(F))                                     # (..., D)
         wide = h.to(self.m.dtype)
         mean = (wide @ self.m)[..., None]                               # (..., 1)
         variance = (wide @ self.C * wide).sum(-1, keepdim=True)         # (..., 1)
         variance = variance.clamp(min=0)                                # rounding may go below
-        z = self.linear(h, self.W2)                                     # (..., K)
+        z = self.linear(h, self.W2)                                     # (..., k)
         u = (z - mean) * (variance + self.eps).rsqrt() * self.weight + self.bias
         return nnf.softmax(u, dim=-1).to(h.dtype)
 
@@ -327,7 +333,8 @@ CONNECTORS = ("align", "mlp", "perceiver", "ovis")
 
 
 def new_connector(config: ConnectorConfig, d: int, D: int, V: int) -> nn.Module:
-    """A connector: F (T, N, d), E_text (V, D) -> F' (T, n, D); init_weights(lm_head) to begin."""
+    """A connector: F (T, N, d), E_text (V, D) -> F' (T, n, D). It has no values before its
+    init_weights(lm_head). Raises ValueError for a kind that there is not."""
     match config.kind:
         case "align":
             return Align(d, D, V)

@@ -157,11 +157,15 @@ def encode_chat(turns: list[Turn], tokenizer: Tokenizer,
 
     Image i takes visual_tokens[i] positions. labels[t] is the token that should follow tokens[t],
     or IGNORE outside the assistant's answers. Unless the last turn is the assistant's, the sequence
-    ends with its header. Raises CheckpointError where the tokenizer has no chat format.
+    ends with its header. Raises CheckpointError where the tokenizer has no chat format, ValueError
+    where the turns have more or fewer places for images than visual_tokens has entries.
     """
     if tokenizer.chat is None:
         raise CheckpointError(f"{tokenizer.path}: its special tokens fit no chat format "
                               f"({' or '.join(CHAT_FORMATS)})")
+    n_places = sum(turn.parts.count(IMAGE) for turn in turns)
+    if n_places != len(visual_tokens):
+        raise ValueError(f"{n_places} places for {len(visual_tokens)} images")
     ids: list[int] = []
     learnt: list[bool] = []
     for piece, is_supervised in chat_pieces(turns, tokenizer, visual_tokens):
@@ -196,8 +200,8 @@ def prepare(example: Example, tokenizer: Tokenizer, config: SigLIPConfig,
 
     max_tiles: of a page (default: the config's). max_text: text tokens that are kept; max_tokens:
     text and visual ones. Text is cut at its end, images never are. tile_tokens: visual tokens of a
-    tile, AlignVLMConfig.tile_tokens (default: one for each of its N patches). Raises BadSample if
-    no answer is left.
+    tile, AlignVLMConfig.tile_tokens (default: one for each of its N patches). Raises BadSample
+    where the visual tokens alone are too many, or no answer is left; else as encode_chat.
     """
     if tile_tokens is None:
         tile_tokens = config.n_patches
@@ -210,9 +214,10 @@ def prepare(example: Example, tokenizer: Tokenizer, config: SigLIPConfig,
     text_so_far = (~is_visual).cumsum(0)                                    # (L,)
     kept = is_visual | (text_so_far <= room)                                # (L,) bool
     has_answer = (labels != IGNORE).any()           # a prompt that is to be continued has none
-    if room < 0 or has_answer and (labels[kept] == IGNORE).all():
-        raise BadSample("too long", f"{sum(visual_tokens)} visual tokens and room for {room} of "
-                                    "text: no answer is left")
+    has_lost_it = has_answer and (labels[kept] == IGNORE).all()
+    if room < 0 or has_lost_it:
+        raise BadSample("too long", f"{sum(visual_tokens)} visual tokens and room for "
+                                    f"{max(0, room)} of text: no answer is left")
 
     # Only now, as it costs the most: the tiles' pixels, an empty tensor for text alone.
     tiles = [torch.empty(0, 3, config.image_size, config.image_size, dtype=torch.uint8)]

@@ -6,8 +6,8 @@
     model = AlignVLM.from_backbones("google/siglip-so400m-patch14-384",
                                     "meta-llama/Llama-3.2-1B-Instruct")
     loss = model(*pack_row(samples, model.config.vision))   # data.py: one packed row of samples
-    for ids in model.generate([tokens], [pixels], stop=tokenizer.stop):     # of prepare_question
-        ...                                             # one more token of each prompt
+    for ids in model.generate([tokens], [pixels], stop=tokenizer.stop):
+        ...         # one more token of each prompt; tokens and pixels: data.prepare_question
     model.save_pretrained("folder", tokenizer_file)     # AlignVLM.from_pretrained reads it
 
 Llama's parameters are named as in the released checkpoints in hub format, without the "model."
@@ -61,8 +61,8 @@ LLAMA_PRESETS = {
     "llama-3.1-8b": LlamaConfig(hidden_size=4096, n_layers=32, head_dim=128,
                                 intermediate_size=14_336, rope_factor=8.0, tie_embeddings=False),
     # Untied: a shared head would push the 500 tokens that are never an answer all the same way.
-    # E_text would become one long vector and a direction around it, and in the connector's mean
-    # every token would drown.
+    # All embeddings would come to point nearly the same way, and the connector's means could hardly
+    # be told apart.
     "toy": LlamaConfig(vocab_size=542, hidden_size=128, n_layers=4, n_heads=4, n_kv_heads=4,
                        head_dim=64, intermediate_size=128, rope_factor=1.0, tie_embeddings=False),
 }
@@ -140,9 +140,9 @@ class AlignVLM(nn.Module):
         """
         labels = torch.as_tensor(labels)
         h = self.llm.hidden(self.embed(tokens, pixels), lengths)[0]         # (L, D)
-        supervised = (labels[0] != IGNORE).nonzero()[:, 0]                  # (M,) places
-        gold = send(labels[0, supervised], h.device)                        # (M,)
-        h = h[send(supervised, h.device)]                                   # (M, D)
+        supervised = (labels[0] != IGNORE).nonzero()[:, 0]                  # (n_supervised,) places
+        gold = send(labels[0, supervised], h.device)                        # (n_supervised,)
+        h = h[send(supervised, h.device)]                                   # (n_supervised, D)
         most = max(1, LOGITS // self.config.llm.vocab_size)
         if len(gold) <= most:
             return self.token_loss(h, gold)
@@ -154,8 +154,8 @@ class AlignVLM(nn.Module):
         return sum(losses)
 
     def token_loss(self, h: Tensor, gold: Tensor) -> Tensor:
-        """h (M, D), gold (M,) -> the sum of M cross-entropies, fp32."""
-        logits = self.llm.logits(h).float()                                 # (M, V)
+        """h (n, D), gold (n,) -> the sum of n cross-entropies, fp32."""
+        logits = self.llm.logits(h).float()                                 # (n, V)
         return nnf.cross_entropy(logits, gold, reduction="sum")
 
     @torch.inference_mode()
@@ -196,7 +196,7 @@ class AlignVLM(nn.Module):
     def from_pretrained(cls, folder: str | Path, dtype: torch.dtype | None = None, device="cpu",
                         shard: Callable[[nn.Module], None] | None = None,
                         connector: ConnectorConfig | None = None) -> "AlignVLM":
-        """The model of a folder that save_pretrained wrote, or that with a new connector.
+        """The model of a folder that save_pretrained wrote; with a new connector, if one is given.
 
         dtype, shard, and what is raised: see SigLIP.from_pretrained.
         """
@@ -270,14 +270,14 @@ class Llama(nn.Module):
 
         lengths: the row (B = 1) holds samples of these lengths, packed. Each is read by itself,
         from position 0.
-        cache, positions (B, L): keys and values are written to the cache at these positions. Those
-        of L > 1 start at cache.start in every row; with L = 1 each row has its own. By default they
-        are 0, 1, ..., which is right only where nothing stands before x.
+        cache, positions (B or 1, L): keys and values are written to the cache at these positions.
+        Those of L > 1 start at cache.start in every row; with L = 1 each row has its own. By
+        default they are 0, 1, ..., which is right only where nothing stands before x.
         """
         if positions is None:
             each = [torch.arange(n, device=x.device) for n in lengths or [x.shape[1]]]
             positions = torch.cat(each)[None]                               # (1, L)
-        cos, sin = rope(positions, self.config)                             # (B, 1, L, head_dim)
+        cos, sin = rope(positions, self.config)                     # (B or 1, 1, L, head_dim)
         cos, sin = cos.to(x.dtype), sin.to(x.dtype)
         mask = None     # a prompt that starts at position 0 is causal among itself: it needs none
         if cache is not None and (cache.start or x.shape[1] == 1):
@@ -440,9 +440,9 @@ class Attention(nn.Module):
         v = self.v_proj(x).unflatten(-1, by_head).transpose(1, 2)   # (B, kv_heads, L, head_dim)
         q, k = rotate(q, cos, sin), rotate(k, cos, sin)
         if cache is not None:
-            past_k, past_v = cache.write(self.index, positions, k, v)
+            cached_k, cached_v = cache.write(self.index, positions, k, v)
         if mask is not None:        # decoding, or a prompt after a prefix: the cache is read
-            y = self.attend(q, past_k, past_v, attn_mask=mask, enable_gqa=self.grouped)
+            y = self.attend(q, cached_k, cached_v, attn_mask=mask, enable_gqa=self.grouped)
         elif lengths is None:       # from position 0: one sample a row, padding only behind it
             y = self.attend(q, k, v, is_causal=True, enable_gqa=self.grouped)
         else:
@@ -459,9 +459,10 @@ class Attention(nn.Module):
 
 
 def rope(positions: Tensor, config: LlamaConfig) -> tuple[Tensor, Tensor]:
-    """Positions (B, L) -> cos and sin (B, 1, L, head_dim), fp32, with Llama 3.1's scaling.
+    """Positions (B or 1, L) -> cos and sin (B or 1, 1, L, head_dim), fp32.
 
-    For both halves of a head, as `rotate` needs them: [cos, cos] and [-sin, sin].
+    With Llama 3.1's scaling, and for both halves of a head, as `rotate` needs them: [cos, cos] and
+    [-sin, sin].
 
     Wavelengths over the original length are stretched by the factor, those under a quarter of it
     are kept, and in between the two are interpolated. All is computed, nothing is stored: no

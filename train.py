@@ -52,8 +52,8 @@ from plumbing.settings import InputError, tile_limit
 from plumbing.signals import stop_on_signal
 from plumbing.states import States, drop_states, newest_state
 from plumbing.streams import (BAD_KINDS, Documents, Position, agree_on_files, agree_on_position,
-                              check_bad_share, check_same_files, check_usable, deal, full_spec,
-                              keep_good, steps_of)
+                              check_bad_share, check_same_files, check_usable, deal,
+                              first_references, full_spec, keep_good, steps_of)
 from plumbing.weights import model_folder
 from plumbing.workers import loaded, start_worker
 from reader.enlarge import enlarge
@@ -109,8 +109,9 @@ def shard(model: AlignVLM, device: torch.device, shard_size: int | None = None,
     and the optimizer stay in the CPU's memory, where the model's weights must be by now.
 
     shard_size: ranks that hold one copy of the model between them; by default all (the paper's
-    ZeRO-3). Groups of fewer, say of one node, are each other's replicas, and only gradients travel
-    between them (hybrid). Raises InputError where it does not divide the ranks.
+    ZeRO-3), and so is any number above. Groups of fewer, say of one node, are each other's
+    replicas, and only gradients travel between them (hybrid). Raises InputError where it does not
+    divide the ranks. recompute, compile: see --help. timeout: of ranks that wait for each other.
     """
     policy = MixedPrecisionPolicy()
     if bf16 or device.type == "cuda":
@@ -125,14 +126,16 @@ def shard(model: AlignVLM, device: torch.device, shard_size: int | None = None,
             block.forward = functools.partial(checkpoint, block.forward, use_reentrant=False,
                                               preserve_rng_state=False)
     mesh = mesh_of(device, shard_size, timeout)
-    home = CPUOffloadPolicy(device.type == "cuda") if offload else OffloadPolicy()
+    offloading = OffloadPolicy()
+    if offload:
+        offloading = CPUOffloadPolicy(pin_memory=device.type == "cuda")
     for module in [*blocks, model.vision, model.connector, model]:
-        fully_shard(module, mesh=mesh, mp_policy=policy, offload_policy=home)
+        fully_shard(module, mesh=mesh, mp_policy=policy, offload_policy=offloading)
 
 
 def mesh_of(device: torch.device, shard_size: int | None, timeout: timedelta) -> DeviceMesh:
     """The ranks in one dimension, "shard", or, for copies of shard_size ranks, in two: "replicate"
-    and "shard". timeout: of their waiting for each other. Raises InputError."""
+    and "shard". timeout: of their waiting for each other. Raises InputError as `shard` does."""
     world = dist.get_world_size()
     size = min(shard_size or world, world)
     if world % size:
@@ -228,30 +231,30 @@ def row_loss(model: AlignVLM, row: list[Sample], device: torch.device) -> Tensor
 
 def accumulate_gradients(model: AlignVLM, rows: list[list[Sample]],
                          device: torch.device) -> tuple[Tensor | None, Counter, list[Tensor]]:
-    """Add to the parameters' grad that of the mean loss over all supervised tokens of a step, on
-    all ranks, however they are split into rows.
+    """Add a step's gradient to the parameters' grad. The step's loss is the mean over the
+    supervised tokens of all ranks: how they are split into rows changes nothing.
 
-    Returns that loss (nats per token; None, and no gradients, if there is nothing to learn from),
-    match_ranks' counts, and the sums of this rank's rows. The losses stay on the device.
+    Returns that loss (nats per token; None, and no gradient, if there is nothing to learn from),
+    match_ranks' counts, and the sums of this rank's rows. All losses stay on the device.
     """
     rows, counts = match_ranks(rows, model.config)
     # Text alone passes only the LLM: if that is frozen, backward() would find no gradient.
     text_alone = counts["tiles"] == 0
     llm_is_frozen = not model.llm.norm.weight.requires_grad
-    if counts["supervised"] == 0 or text_alone and llm_is_frozen:
+    if counts["supervised"] == 0 or (text_alone and llm_is_frozen):
         return None, counts, []
-    losses = []
+    row_sums = []
     for i, row in enumerate(rows):
         # FSDP sums gradients over ranks inside of backward(): at every row over those that share a
         # copy of the model, between replicas (--shard-size) only at the last.
         model.set_requires_all_reduce(i == len(rows) - 1)
-        loss = row_loss(model, row, device)
+        row_sum = row_loss(model, row, device)
         # FSDP's sum is a mean over the ranks: hence times their number.
-        (loss * dist.get_world_size() / counts["supervised"]).backward()
-        losses.append(loss.detach())
-    total = sum(losses)
+        (row_sum * dist.get_world_size() / counts["supervised"]).backward()
+        row_sums.append(row_sum.detach())
+    total = sum(row_sums)
     dist.all_reduce(total)
-    return total / counts["supervised"], counts, losses
+    return total / counts["supervised"], counts, row_sums
 
 
 def take_step(model: AlignVLM, optimizer: torch.optim.Optimizer, rows: list[list[Sample]],
@@ -260,11 +263,11 @@ def take_step(model: AlignVLM, optimizer: torch.optim.Optimizer, rows: list[list
     """One step of the optimizer, which changes the model, unless the loss or the gradient is not
     finite: then all ranks skip it. The device decides that, and the host does not wait for it.
 
-    Returns the loss, the gradient's norm and the losses of this rank's rows in one tensor (None if
-    there was nothing to learn from), which the host has after the event that comes with it, if one
-    does; and match_ranks' counts.
+    Returns numbers, sent and counts. numbers (2 + rows,), on the CPU: the loss, the gradient's norm
+    and the sums of this rank's rows; None if there was nothing to learn from. sent: on a GPU the
+    event after which numbers may be read; else None. counts: match_ranks'.
     """
-    loss, counts, losses = accumulate_gradients(model, rows, device)
+    loss, counts, row_sums = accumulate_gradients(model, rows, device)
     if loss is None:
         return None, None, counts
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
@@ -276,7 +279,8 @@ def take_step(model: AlignVLM, optimizer: torch.optim.Optimizer, rows: list[list
     optimizer.found_inf = bad.float().to(parameters[0].device)
     optimizer.step()
     optimizer.zero_grad()
-    numbers = torch.stack([loss, norm, *losses]).to("cpu", non_blocking=True)
+    numbers = torch.stack([loss, norm, *row_sums])                              # (2 + rows,)
+    numbers = numbers.to("cpu", non_blocking=True)
     sent = torch.cuda.current_stream().record_event() if loss.is_cuda else None
     return numbers, sent, counts
 
@@ -349,10 +353,11 @@ def train_stage(stage: int, recipe: Recipe, model: AlignVLM, tokenizer: Tokenize
         while not is_over(progress, recipe, args.steps):
             # This rank's share of the step's samples, and the place in the data after the step.
             samples, position = next(steps)
-            stop = STOP.is_set() or args.max_steps is not None and progress.step >= args.max_steps
-            if agree_on_position(position, stop):
-                log.settle()
-                progress.skipped = log.skipped
+            enough = args.max_steps is not None and progress.step >= args.max_steps
+            # Raises unless all ranks are at the same place. If one has to stop, all do.
+            must_stop = agree_on_position(position, STOP.is_set() or enough)
+            if must_stop:
+                progress.skipped = log.settle()
                 states.save(progress.step, progress.record())
                 break
 
@@ -370,12 +375,12 @@ def train_stage(stage: int, recipe: Recipe, model: AlignVLM, tokenizer: Tokenize
             log.add(step_of(progress, lr, rows, counts, numbers, sent))
             progress.step += 1
             progress.position = position
-            # Before ten bad steps the last good state is in its place.
+            # While steps are bad, wait for the state that is being written: ten of them end the
+            # training, and the last good state must be complete by then.
             states.finish(wait=log.bad_in_a_row > 0)
             over = is_over(progress, recipe, args.steps)
             if over or progress.step % args.save_every == 0:
-                log.settle()
-                progress.skipped = log.skipped
+                progress.skipped = log.settle()
                 if over or not log.bad_in_a_row:
                     states.save(progress.step, progress.record())
 
@@ -419,14 +424,12 @@ def check_learnt(stage: int, progress: Progress, args: argparse.Namespace) -> No
 def open_documents(stage: int, recipe: Recipe, tokenizer: Tokenizer, config: AlignVLMConfig,
                    args: argparse.Namespace) -> tuple[Dataset, Dataset | None]:
     """What a stage learns from, and what it is evaluated on: --data and --eval-data, or else the
-    pages that its preset, toy or reader, draws. Raises InputError."""
+    pages that the preset reader draws, or the toy for any other. Raises InputError."""
     if not args.data or stage == 0:
+        kind = ReaderDocuments if args.preset == "reader" else ToyDocuments
+
         def drawn(n: int, split: str) -> Dataset:
-            if args.preset == "reader":
-                return ReaderDocuments(stage, n, args.seed, tokenizer, config.vision, split,
-                                       config.tile_tokens)
-            return ToyDocuments(stage, n, args.seed, tokenizer, config.vision, split,
-                                config.tile_tokens)
+            return kind(stage, n, args.seed, tokenizer, config.vision, split, config.tile_tokens)
 
         n = recipe.steps * recipe.batch_size
         return drawn(n, "train"), drawn(EVAL_SAMPLES, "held-out")
@@ -479,12 +482,10 @@ def evaluate_held_out(stage: int, model: AlignVLM, tokenizer: Tokenizer, held_ou
                       ) -> dict[str, float]:
     """The held-out loss (nats per supervised token, all ranks'); from stage 2 on also how the toy
     reads and answers."""
-    draws = held_out.draws(Position())
-    references = itertools.takewhile(lambda reference: reference is not None, (r for r, _ in draws))
-    references = itertools.islice(references, EVAL_SAMPLES)
-    share = itertools.islice(references, dist.get_rank(), None, dist.get_world_size())
+    references = first_references(held_out, EVAL_SAMPLES)
+    share = references[dist.get_rank()::dist.get_world_size()]
     samples = [held_out[reference] for reference in share]
-    samples = [sample for sample in samples if isinstance(sample, Sample)]
+    samples = [sample for sample in samples if isinstance(sample, Sample)]      # not a bad one
     rows, counts = match_ranks(fill_rows(samples, recipe.row_tokens), model.config)
     total = torch.zeros((), device=device)
     for row in rows:
@@ -556,8 +557,8 @@ def run_stage(stage: int, args: argparse.Namespace, device: torch.device) -> boo
 
 
 def make_larger(folder: Path, out: Path) -> None:
-    """The reader's stage 2 has larger tiles than its stage 1: its model in `out`, again whenever
-    stage 1 was trained anew. The copy of recipe.json comes last and says of which stage 1 it is."""
+    """Write the reader's stage 1 with larger tiles to `out`, where stage 2 starts, unless that was
+    done for this very stage 1. The copy of recipe.json comes last: it says of which it is."""
     def is_due() -> bool:
         made = (out / "config.json").exists() and recorded(out, "id") == recorded(folder, "id")
         return (folder / "config.json").exists() and not made
@@ -569,9 +570,9 @@ def make_larger(folder: Path, out: Path) -> None:
 
 
 def start_of(stage: int, args: argparse.Namespace) -> Path | None:
-    """The folder from which a stage starts, or would: the stage before's, for the reader's stage 2
-    with larger tiles; for stage 1 --llm, or toy/stage0 unless this run has its own. None for
-    stage 0."""
+    """The folder from which a stage starts, or would: that of the stage before. For stage 1 that is
+    --llm, or else this run's stage0, or the toy's that is shipped; for the reader's stage 2 its
+    stage 1 with larger tiles. None for stage 0."""
     if stage == 0:
         return None
     if stage == 1 and args.llm:
@@ -648,8 +649,9 @@ def main() -> None:
 
 
 def choose_preset(args: argparse.Namespace) -> str:
-    """Without --preset: by the size of --llm. Or as the folder was trained from which --stage
-    starts; where nothing says so, by its LLM's size. Without either the toy's."""
+    """The preset where --preset is not given. With --llm by its size. With --out and --stage that
+    of the folder from which the stage starts, or, if it names none, by its LLM's size. Else the
+    toy."""
     if args.llm:
         return preset_for(read_llama(args.llm)[0])
     if args.out and args.stage:

@@ -71,8 +71,9 @@ SIGLIP_PRESETS = {
 def choose_grid(width: int, height: int, side: int, max_tiles: int = 9) -> tuple[int, int]:
     """The (rows, columns) into which a page of width x height pixels is cut (Ovis 1.6).
 
-    The fewest tiles that keep more than 90 % of the page's pixels win; if none do, the grid that
-    keeps the most. side: S, in pixels.
+    The fewest tiles that keep more than 90 % of the page's pixels win, and of as many the grid that
+    keeps the most. If none keep so much, the grid that keeps the most wins, of those that keep the
+    same the one with the fewest tiles. Of equals the one with fewer rows. side: S, in pixels.
     """
     grids = []
     for rows in range(1, max_tiles + 1):
@@ -91,13 +92,18 @@ def coverage(width: int, height: int, side: int, rows: int, columns: int) -> flo
 
     A box that is smaller keeps its pixels. The last row and column take the remainder.
     """
-    heights = [height // rows] * (rows - 1) + [height - height // rows * (rows - 1)]
-    widths = [width // columns] * (columns - 1) + [width - width // columns * (columns - 1)]
+    heights = [height // rows] * rows
+    heights[-1] += height % rows
+    widths = [width // columns] * columns
+    widths[-1] += width % columns
     covered = 0.0
     for h in heights:
         for w in widths:
             long, short = max(h, w), min(h, w)
-            covered += long * short if long <= side else side * (short / long * side)
+            if long <= side:
+                covered += long * short
+            else:
+                covered += side * (short / long * side)
     return covered / (width * height)
 
 

@@ -3,7 +3,7 @@
     python -m paper.align_vocab out/toy/stage3 100 pages/*.png  # choose 100, and store them there
     python sample.py --checkpoint out/toy/stage3 --image doc.png --align-vocab  # with these alone
 
-The K tokens that carry P_vocab on some pages are stored in the model's folder, in align_vocab.json.
+The k tokens that carry P_vocab on some pages are stored in the model's folder, in align_vocab.json.
 AlignTopK mixes only them.
 """
 import argparse
@@ -28,10 +28,10 @@ ALIGN_VOCAB = "align_vocab.json"        # in a model's folder
 
 @torch.inference_mode()
 def choose_tokens(align: Align, pages: list[Tensor], E_text: Tensor,
-                  K: int) -> tuple[Tensor, dict[str, float]]:
-    """The K tokens with most probability over all features F (N, d) of some pages.
+                  k: int) -> tuple[Tensor, dict[str, float]]:
+    """The k tokens with most probability over all features F (N, d) of some pages.
 
-    Returns their ids (K,), and what it changes in F' to mix only them. Of several pages each is
+    Returns their ids (k,), and what it changes in F' to mix only them. Of several pages each is
     measured with the tokens that the others would choose. Measured are the share of the probability
     that lies on them, the mean cosine distance of F' with them from F', and its largest relative
     error.
@@ -41,7 +41,7 @@ def choose_tokens(align: Align, pages: list[Tensor], E_text: Tensor,
     kept, distances, errors = [], [], []
     for i, F in enumerate(pages):
         others = [j for j in range(len(pages)) if j != i] or [i]
-        token_ids = mass[others].sum(0).topk(K).indices                 # (K,)
+        token_ids = mass[others].sum(0).topk(k).indices                 # (k,)
         few = AlignTopK(align, token_ids, m, C)(F, E_text).to(m.dtype)  # (N, D)
         full = align(F, E_text).to(m.dtype)                             # (N, D)
         kept.append(mass[i, token_ids].sum() / mass[i].sum())
@@ -50,7 +50,7 @@ def choose_tokens(align: Align, pages: list[Tensor], E_text: Tensor,
     deviation = {"probability": torch.stack(kept).mean().item(),
                  "mean_cosine_distance": torch.cat(distances).mean().item(),
                  "largest_relative_error": torch.cat(errors).max().item()}
-    return mass.sum(0).topk(K).indices, deviation
+    return mass.sum(0).topk(k).indices, deviation
 
 
 def probability_mass(align: Align, F: Tensor, V: int, dtype: torch.dtype) -> Tensor:
@@ -62,18 +62,18 @@ def probability_mass(align: Align, F: Tensor, V: int, dtype: torch.dtype) -> Ten
 
 
 @torch.inference_mode()
-def choose_align_vocab(model: AlignVLM, folder: Path, pixels: list[Tensor], K: int) -> dict:
-    """Choose the K tokens that carry P_vocab on some pages, tiles (T, 3, S, S) of each.
+def choose_align_vocab(model: AlignVLM, folder: Path, pixels: list[Tensor], k: int) -> dict:
+    """Choose the k tokens that carry P_vocab on some pages, tiles (T, 3, S, S) of each.
 
     Writes them to ALIGN_VOCAB in the model's folder, with what they change in F' (choose_tokens),
-    and returns the latter. Raises InputError if the vocabulary has no K tokens.
+    and returns the latter. Raises InputError if the vocabulary has no k tokens.
     """
     E_text = model.llm.embed_tokens.weight                              # (V, D)
-    if not 1 <= K <= len(E_text):
-        raise InputError(f"K is {K}: keep from 1 to {len(E_text)} tokens")
+    if not 1 <= k <= len(E_text):
+        raise InputError(f"k is {k}: keep from 1 to {len(E_text)} tokens")
     pages = [model.vision(page.to(E_text.device, E_text.dtype)).flatten(0, 1)
              for page in pixels]                                        # F (T * N, d) each
-    token_ids, deviation = choose_tokens(model.connector, pages, E_text, K)
+    token_ids, deviation = choose_tokens(model.connector, pages, E_text, k)
     deviation = {"pages": len(pages), **deviation}
     text = json.dumps({**deviation, "tokens": token_ids.tolist()}) + "\n"
     write_text(folder / ALIGN_VOCAB, text)
@@ -117,7 +117,7 @@ def main() -> None:
     add = parser.add_argument
     add("checkpoint", help="model folder, or a name on the hub (align_vocab.json is then written "
         "into its copy in the cache)")
-    add("K", type=int, help="tokens to keep")
+    add("k", type=int, help="tokens to keep")
     add("images", nargs="+", metavar="image", help="pages that say which")
     add("--max-tiles", type=tile_limit, help="tiles a page is cut into at most (default: what the "
         "model's config.json says)")
@@ -128,7 +128,7 @@ def main() -> None:
     check_align(model, args.checkpoint)
     pixels = [tile(page, model.config.vision, args.max_tiles)           # (T, 3, S, S) each
               for image in args.images for page in read_pages(image)]
-    print(json.dumps(choose_align_vocab(model, args.checkpoint, pixels, args.K)))
+    print(json.dumps(choose_align_vocab(model, args.checkpoint, pixels, args.k)))
 
 
 if __name__ == "__main__":

@@ -66,6 +66,7 @@ def use(model: nn.Module, inference: bool = False) -> None:
 
 
 def by_onednn(x: Tensor) -> bool:
+    """Whether oneDNN's products are the faster ones for x: in fp32 on an AMD CPU."""
     return (AMD and x.is_cpu and x.dtype == torch.float32 and not torch.compiler.is_compiling()
             and torch.backends.mkldnn.is_available())
 
@@ -87,6 +88,7 @@ class Product(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, x: Tensor, W: Tensor, bias: Tensor | None) -> Tensor:
+        """x (..., D), W (V, D), bias (V,) -> y (..., V)."""
         need_x, need_W, _ = ctx.needs_input_grad
         ctx.save_for_backward(x if need_W else None, W if need_x else None)
         return onednn(x, W, bias)
@@ -96,10 +98,11 @@ class Product(torch.autograd.Function):
     def backward(ctx, dy: Tensor) -> tuple[Tensor | None, ...]:
         x, W = ctx.saved_tensors
         need_x, need_W, need_bias = ctx.needs_input_grad
-        rows = dy.reshape(-1, dy.shape[-1])                                 # (n, V)
-        dx = onednn(dy, W.T) if need_x else None
-        dW = onednn(rows.T, x.reshape(len(rows), -1).T) if need_W else None
-        return dx, dW, rows.sum(0) if need_bias else None
+        rows = dy.reshape(-1, dy.shape[-1])                                     # (n, V)
+        dx = onednn(dy, W.T) if need_x else None                                # (..., D)
+        dW = onednn(rows.T, x.reshape(len(rows), -1).T) if need_W else None     # (V, D)
+        dbias = rows.sum(0) if need_bias else None                              # (V,)
+        return dx, dW, dbias
 
 
 def linear(x: Tensor, W: Tensor, bias: Tensor | None = None) -> Tensor:
@@ -124,20 +127,22 @@ class Linear(nn.Linear):
         return linear(x, self.weight, self.bias)
 
 
-def multiply(a: Tensor, B: Tensor, out: Tensor, add: float = 0.0) -> Tensor:
+def multiply(a: Tensor, B: Tensor, out: Tensor, add: float = 0.0) -> None:
     """connector.multiply: out (n, m) becomes a B + add * out, of a (n, k) and B (k, m).
 
     oneDNN's product needs memory of its own: here for a cell of out at a time.
     """
     if len(B) == 0 or not by_onednn(a):
-        return torch.addmm(out, a, B, beta=add, out=out)
+        torch.addmm(out, a, B, beta=add, out=out)
+        return
     # Some columns of a B that lies row by row would be read number by number: 1,000 times as long.
     width = CELL if B.stride(0) == 1 else B.shape[1]
     for a_rows, out_rows in zip(a.split(CELL), out.split(CELL)):
         for columns, cell in zip(B.split(width, dim=1), out_rows.split(width, dim=1)):
             product = onednn(a_rows, columns.T)                             # (2048, width) at most
-            cell.copy_(product.add_(cell, alpha=add) if add else product)
-    return out
+            if add:
+                product.add_(cell, alpha=add)
+            cell.copy_(product)
 
 
 # ------------------------------------------------------------------------------------------------
@@ -150,7 +155,9 @@ class RMSNorm(nn.RMSNorm):
     To answer, it makes less than half as many calls to PyTorch, which is most of what it costs a
     single token on a CPU.
     """
-    laid_out = None     # w sqrt(D) (D,) and sqrt(D eps): the length of x is enough then; fp32
+    # To answer: w' = w sqrt(D) (D,) and b = sqrt(D eps), fp32. With |x| for the length of x,
+    #     x w / sqrt(mean(x^2) + eps) = x w' / sqrt(|x|^2 + b^2)
+    laid_out = None
 
     def forward(self, x: Tensor) -> Tensor:
         if self.laid_out is None:
@@ -172,7 +179,8 @@ def gate(g: Tensor, u: Tensor) -> Tensor:
 
 def attend(q: Tensor, k: Tensor, v: Tensor, attn_mask: Tensor | None = None,
            is_causal: bool = False, enable_gqa: bool = False) -> Tensor:
-    """Scaled dot-product attention, on a CPU in fp32."""
+    """q (B, heads, L, head_dim), k and v (B, kv_heads, reach, head_dim) -> like q: scaled
+    dot-product attention; on a CPU in fp32, unless attends_faster_in_bf16."""
     if q.is_cuda and enable_gqa and attn_mask is not None:
         from plumbing.cuda import attend_in_groups
         return attend_in_groups(q, k, v, attn_mask)
@@ -186,6 +194,7 @@ def attend(q: Tensor, k: Tensor, v: Tensor, attn_mask: Tensor | None = None,
 
 
 def attends_faster_in_bf16(q: Tensor, mask: Tensor | None) -> bool:
+    """Whether this CPU's attention gains by q's own bf16."""
     if q.dtype != torch.bfloat16 or mask is not None:
         return False
     if torch.is_grad_enabled():
@@ -193,9 +202,12 @@ def attends_faster_in_bf16(q: Tensor, mask: Tensor | None) -> bool:
     return AMX
 
 
-def suitable_cache(new_cache, llm: nn.Module, batch: int, length: int, prefix=None):
-    """A decoder's cache: on a CPU in fp32, or attention would convert all of it for every token."""
-    dtype = torch.float32 if llm.embed_tokens.weight.is_cpu else None
+def suitable_cache(new_cache, llm: nn.Module, batch: int, length: int, prefix=None,
+                   dtype: torch.dtype | None = None):
+    """Llama.new_cache, on a CPU in fp32 unless dtype says another: attention would convert all of
+    it for every token."""
+    if dtype is None and llm.embed_tokens.weight.is_cpu:
+        dtype = torch.float32
     return new_cache(llm, batch, length, prefix, dtype)
 
 

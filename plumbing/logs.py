@@ -116,12 +116,13 @@ class StepLog:
         if step.sent is None:
             self.settle()
 
-    def settle(self) -> None:
+    def settle(self) -> int:
         """Judge and log the step that is under way, if any: waits for its numbers, counts it in
-        `skipped` if it was. Raises InputError, on all ranks, after ten skipped steps in a row."""
+        `skipped` if it was, and returns that. Raises InputError, on all ranks, after ten skipped
+        steps in a row."""
         step, self.under_way = self.under_way, None
         if step is None:
-            return
+            return self.skipped
         if step.sent:
             step.sent.synchronize()
         now = time.perf_counter()
@@ -136,6 +137,7 @@ class StepLog:
             raise diverged(self.suspects, step.row["step"])
         self.write_step(step, loss, norm, now - self.start)
         self.start = now
+        return self.skipped
 
     def write_step(self, step: Step, loss: float | None, norm: float | None,
                    seconds: float) -> None:

@@ -57,7 +57,8 @@ def start_processes(timeout: timedelta = timedelta(minutes=10)) -> torch.device:
 
     timeout: of waiting for another. Changes the process: its heap, its limit of open files, its
     default process group and, on CUDA, its device. Raises InputError where the processes do not
-    find each other, or are more than the machine's GPUs.
+    find each other or are more than the machine's GPUs, and where torchrun's variables make no
+    sense.
     """
     is_one_of_many = check_variables(os.environ)
     keep_heap()
@@ -142,16 +143,18 @@ def own_part(store: dist.Store, rank: int, world: int, timeout: timedelta) -> di
     """A part of torchrun's store that no earlier attempt has written to.
 
     torchrun keeps its store when it restarts the processes, so they would find the dead ones'
-    addresses (pytorch issue 135712), and its count of restarts differs between nodes. So the first
-    rank invents a name; another rank takes the one it finds only after it was answered under it,
-    which no rank of an earlier attempt can do.
+    addresses (pytorch issue 135712), and its count of restarts differs between nodes. So rank 0
+    invents a name. Another rank writes its own under the one that it finds, and takes that only
+    when rank 0 answers: a rank 0 of an earlier attempt is dead and cannot. Raises InputError where
+    none answers in time.
     """
     me = uuid.uuid4().hex
     if rank == 0:
         forget_dump(store)
         store.set("attempt", me)
         for other in range(1, world):
-            store.set(f"{me}/{store.get(f'{me}/{other}').decode()}", "welcome")
+            name = store.get(f"{me}/{other}").decode()      # waits until that rank has written it
+            store.set(f"{me}/{name}", "welcome")
         return dist.PrefixStore(me, store)
     until = time.monotonic() + timeout.total_seconds()
     while time.monotonic() < until:
@@ -224,7 +227,8 @@ def gather_model(model: nn.Module) -> nn.Module:
 
 def run_main(main: Callable[[], None]) -> None:
     """A program that may be one of many processes: exit status 2 and a line for bad input, 130 for
-    Ctrl-C. A second signal ends it wherever it waits (plumbing/signals.py).
+    Ctrl-C, 1 and a traceback for any other error. A second signal ends it wherever it waits
+    (plumbing/signals.py).
 
     It ends at once: other ranks, or what writes a state, may be waiting for one that has died, and
     Python would wait for its own loading processes. What was printed until then is shown.

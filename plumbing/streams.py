@@ -12,7 +12,6 @@ neither the number of ranks nor that of loading processes matters. In the place 
 cannot be used stands a Bad one. What a sample is, `prepare` says; nothing here knows of tokens.
 """
 import contextlib
-import functools
 import itertools
 import mmap
 import os
@@ -127,7 +126,6 @@ class DataSet:
             pass
         return [(0, DAMAGED)] if part == 0 else []       # damaged from its start: said once
 
-    @functools.lru_cache(maxsize=8)         # `references` fetches the next one beforehand
     def group(self, epoch: int, first: int) -> tuple[list[Reference], int]:
         """The references of a group in their order, and the place in the permuted shards where the
         next group begins. The group begins at `first`."""
@@ -145,21 +143,21 @@ class DataSet:
         """(reference, place after it) from a place on, for ever; None for a reference where an
         epoch ends. Raises InputError where there is not a single sample."""
         epoch, first, taken = start
-        with ThreadPoolExecutor(1) as ahead:    # puts the next group into group()'s cache meanwhile
+        with ThreadPoolExecutor(1) as ahead:        # indexes the next group meanwhile
+            coming = ahead.submit(self.group, epoch, first)
             while True:
-                while first < len(self.shards):
-                    references, after = self.group(epoch, first)
-                    if not references and after - first == len(self.shards):
-                        raise InputError(f"{self.files[0][1]}: not a single sample there")
-                    is_last = after == len(self.shards)
-                    ahead.submit(self.group, *((epoch + 1, 0) if is_last else (epoch, after)))
-                    for i in range(taken, len(references)):
-                        yield references[i], (epoch, first, i + 1)
-                    first = after
-                    taken = 0
-                epoch += 1
-                first = 0
-                yield None, (epoch, 0, 0)
+                references, after = coming.result()
+                if not references and after - first == len(self.shards):
+                    raise InputError(f"{self.files[0][1]}: not a single sample there")
+                is_last = after == len(self.shards)
+                following = (epoch + 1, 0) if is_last else (epoch, after)
+                coming = ahead.submit(self.group, *following)
+                for i in range(taken, len(references)):
+                    yield references[i], (epoch, first, i + 1)
+                epoch, first = following
+                taken = 0
+                if is_last:
+                    yield None, (epoch, 0, 0)
 
     def estimate(self) -> int:
         """About how many samples there are: parquet files say how many rows they have; of the other
@@ -189,7 +187,11 @@ class DataSet:
         return f"{path}, {'row' if kind == 'parquet' else 'byte'} {start}"
 
     def read(self, shard: int, start: int, stop: int) -> Example:
-        """Read and decode one sample. Raises BadSample or ImageError."""
+        """Read and decode one sample.
+
+        Raises BadSample, ImageError, OSError, tarfile.TarError, ValueError or RecursionError where
+        it is damaged, InputError where a package is missing.
+        """
         root, path, kind = self.files[self.shards[shard][0]]
         if stop == DAMAGED:
             raise BadSample("unreadable file", "damaged or cut off from here")
@@ -241,11 +243,12 @@ def full_spec(spec: str) -> str:
 class Documents(Dataset):
     """The samples of --data, ready for the model; a Bad one where a sample cannot be used.
 
-    specs: PATH, or PATH:WEIGHT for a data set of its own, of which WEIGHT samples are drawn for one
-    of a set with weight 1. An epoch ends when the first set is through; the others go on from
+    specs: PATH or PATH:WEIGHT. Without any weight all paths are one data set. With one, each path
+    is a data set of its own, of weight 1 where it names none; WEIGHT samples of it are drawn for
+    one of a set with weight 1. An epoch ends when the first set is through; the others go on from
     there, and begin anew as they end. prepare: makes a sample of an Example, as data.prepare does;
     it may raise BadSample or TextError. held_out: of folders the files for evaluation are taken
-    (plumbing/folders.py). Raises InputError.
+    (plumbing/folders.py). Raises InputError for a path without data, and for a weight of 0.
     """
 
     def __init__(self, specs: list[str], seed: int, prepare: Callable[[Example], Sample],
@@ -435,14 +438,20 @@ def keep_good(samples: list[Sample | Bad], documents: Documents,
     return good
 
 
-def check_usable(documents: Documents, n: int) -> None:
-    """Raise InputError if not one of the first n samples, or of an epoch's, can be used. It reads
-    until one can."""
+def first_references(documents: Dataset, n: int) -> list:
+    """The first n references, or those of an epoch, if it has fewer."""
     references = []
     for reference, _ in itertools.islice(documents.draws(Position()), n):
         if reference is None:
             break
         references.append(reference)
+    return references
+
+
+def check_usable(documents: Documents, n: int) -> None:
+    """Raise InputError if not one of the first n samples, or of an epoch's, can be used. It reads
+    until one can."""
+    references = first_references(documents, n)
     for reference in references:
         sample = documents[reference]
         if not isinstance(sample, Bad):

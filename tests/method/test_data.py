@@ -109,6 +109,14 @@ def test_a_long_sample_loses_text_and_never_an_image(tokenizer):
         assert bad.value.args[0] == "too long"
 
 
+@pytest.mark.parametrize("n_images", [0, 1, 3])
+def test_places_without_an_image_and_images_without_a_place_are_refused(tokenizer, n_images):
+    images = [Image.new("RGB", (50, 50))] * n_images
+    turns = [Turn("user", [IMAGE, "and", IMAGE]), Turn("assistant", ["A"])]
+    with pytest.raises(ValueError, match=f"2 places for {n_images} images"):
+        prepare(Example(images, turns, ""), tokenizer, TOY)
+
+
 def test_an_answer_that_is_not_learnt_is_read_all_the_same(tokenizer):
     """Nor is its end-of-turn token; the other answer is, as if nothing had changed."""
     turns = [Turn("user", ["?"]), Turn("assistant", ["first"]),

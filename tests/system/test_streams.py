@@ -4,7 +4,9 @@ import itertools
 import json
 import shutil
 import tarfile
+import threading
 import time
+from collections import Counter
 from dataclasses import asdict
 from pathlib import Path
 
@@ -142,6 +144,29 @@ def test_weights_mix_and_an_epoch_ends_with_the_first_set(mixture):
         keys = [key for key in drawn if name in key]
         rounds = [keys[i:i + n] for i in range(0, len(keys), n)]
         assert len(rounds) > 1 and all(len(set(keys)) == len(keys) for keys in rounds)
+
+
+@pytest.mark.parametrize("n_sets", [1, 7])
+def test_a_shard_is_indexed_once_and_before_it_is_needed(n_sets, small_groups, tmp_path, tokenizer,
+                                                         monkeypatch):
+    for i in range(n_sets):
+        write_texts(tmp_path, f"s{i}", 40)
+    documents = documents_of([f"{tmp_path / f's{i}.jsonl'}:1" for i in range(n_sets)], tokenizer)
+    indexed, index = [], streams.DataSet.index
+
+    def spy(self, shard: int) -> list:
+        indexed.append((threading.current_thread() is threading.main_thread(), id(self), shard))
+        return index(self, shard)
+
+    monkeypatch.setattr(streams.DataSet, "index", spy)
+    for reference, position in documents.draws(Position()):
+        if position.epoch == 1:
+            break
+    assert not any(in_main for in_main, _, _ in indexed)
+    # Each shard once for this epoch. The next group, which is of the next, is under way already.
+    times = Counter(indexed)
+    assert len(times) == sum(len(data_set.shards) for data_set in documents.sets)
+    assert sum(times.values()) < 1.7 * len(times) and max(times.values()) <= 2
 
 
 def test_an_epoch_is_estimated_from_all_over_the_set(small_groups, tmp_path, tokenizer):
