@@ -34,7 +34,8 @@ from paper.metrics import METRICS
 from paper.noise import STD_PAGES, feature_std, noise_on
 from paper.patch_tokens import summary_line, vocab_report
 from paper.predictions import begin_predictions, join_predictions
-from paper.tables import check_scores, headline, score_files, show
+from paper.tables import (check_scores, headline, refuse_foreign_table, score_files, show,
+                          with_nan)
 from plumbing import fast
 from plumbing.files import refuse_inputs, write_text
 from plumbing.logs import open_log
@@ -292,12 +293,14 @@ def earlier_results(path: Path, weights: int) -> dict[str, dict]:
     The table is of all that was measured. Raises InputError for those of another model.
     """
     if not path.exists():
+        refuse_foreign_table(path.parent)
         return {"scores": {}, "intervals": {}, "noise": {}}
     before = read_json(path)
     if before.get("weights") != weights:
         raise InputError(f"{path}: scores of another model: take another --out")
-    check_scores(before, path)
-    return {key: before[key] for key in ("scores", "intervals", "noise")}
+    parts = {key: with_nan(before.get(key)) for key in ("scores", "intervals", "noise")}
+    check_scores(parts, path)
+    return parts
 
 
 def report_vocab(model: AlignVLM, tokenizer: Tokenizer, benchmarks: list[Benchmark],

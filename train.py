@@ -375,8 +375,7 @@ def train_stage(stage: int, recipe: Recipe, model: AlignVLM, tokenizer: Tokenize
             log.add(step_of(progress, lr, rows, counts, numbers, sent))
             progress.step += 1
             progress.position = position
-            # While steps are bad, wait for the state that is being written: ten of them end the
-            # training, and the last good state must be complete by then.
+            # Ten bad steps in a row end the training: by then the last good state must be complete.
             states.finish(wait=log.bad_in_a_row > 0)
             over = is_over(progress, recipe, args.steps)
             if over or progress.step % args.save_every == 0:

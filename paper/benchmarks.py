@@ -38,17 +38,18 @@ from plumbing.formats import (MAX_RECORD, VCR_PROMPT, parquet_example, read_parq
                               split_images)
 from plumbing.images import read_pages
 from plumbing.settings import ImageError, InputError
+from plumbing.tokenizers import TextError, check_surrogates
 from toy.pages import draw, held_out_documents
 
 # In the order of Table 1, each with what its files are called, in lower-case letters and digits.
 FILE_NAMES = {
-    "DocVQA": "docvqa",
+    "DocVQA": "(?<!mp)(?<!slide)docvqa",        # those are other benchmarks
     "InfoVQA": "infovqa|infographicsvqa",
     "DeepForm": "deepform",
     "KLC": "klc|kleister",
-    "WTQ": "wtq|wikitablequestions",
+    "WTQ": "(?<!v)wtq|wikitablequestions",      # vwtq is one of TableVQABench's splits
     "TabFact": "tabfact",
-    "ChartQA": "chartqa",
+    "ChartQA": "chartqa(?!pro)",
     "TextVQA": "textvqa",
     "TableVQABench": "tablevqa",
     "VCR-easy": "vcr.*easy",
@@ -261,12 +262,14 @@ def tsv_images(cells: dict[str, str], path: Path) -> list[Image.Image]:
     image = cells.get("image", "")
     if len(image) > REFERENCE:
         files = [io.BytesIO(base64.b64decode(text)) for text in as_list(image)]
-        return [page for file in files for page in read_pages(file)]
-    names = cells.get("image_path")
-    if not names:
+        pages = [page for file in files for page in read_pages(file)]
+    else:
+        images, cell = folder / "images", cells.get("image_path")
+        names = as_list(cell) if cell else []
+        pages = read_images(names, [folder, images / path.stem, images], folder)
+    if not pages:
         raise ImageError("no image")
-    images = folder / "images"
-    return read_images(as_list(names), [folder, images / path.stem, images], folder)
+    return pages
 
 
 def as_list(text: str) -> list[str]:
@@ -321,7 +324,7 @@ def jsonl_benchmark(name: str, path: Path) -> Benchmark:
                 row = {**row_of(len(rows), question, [gold]), "document": names[0]}
                 rows.append({**row, "evaluation": DUE} if name in DUE_FOLDERS else row)
                 files.append((where, names))
-    above = path.parent.parent
+    above = Path(os.path.abspath(path)).parent.parent
     if name in DUE_FOLDERS:
         meta = above / "meta" / DUE_FOLDERS[name] / "test"
         if (meta / "document.jsonl").exists():
@@ -422,6 +425,9 @@ def read_record(line: bytes, where: str) -> tuple[str, str, list[str]]:
             raise ValueError
         if not all(isinstance(text, str) for text in [gold, *names]):
             raise ValueError
+        check_surrogates(question)
+    except TextError as error:
+        raise InputError(f"{where}: {error}") from None
     except (ValueError, TypeError, KeyError, RecursionError):
         raise InputError(f"{where}: not JSON with a list image and two messages, a user's question "
                          "and an assistant's answer") from None

@@ -21,7 +21,9 @@ from plumbing.files import refuse_inputs, write_text
 from plumbing.processes import run_main
 from plumbing.settings import InputError
 
-RIGHT = 0.5         # the score of a sample that counts as right; most metrics give 0 or 1
+# The score of a sample that counts as right. Most metrics give 0 or 1. Of a page that is read aloud
+# half of the characters are right then.
+RIGHT = 0.5
 
 
 @dataclass
@@ -48,20 +50,7 @@ def compare(metric: Metric, rows_a: list[dict], rows_b: list[dict]) -> Compariso
         b = totals_b[name]
         interval = [100 * end for end in middle(drawn_a[name] - drawn_b[name])]
         table.append((name, 100 * a, 100 * b, 100 * (a - b), interval))
-    return Comparison(rows_a, rows_b, of_samples(metric, counts_a), of_samples(metric, counts_b),
-                      table)
-
-
-def of_samples(metric: Metric, counts: np.ndarray) -> np.ndarray:
-    """counts (n, k) -> the headline score (n,) of each sample alone.
-
-    TableVQABench's headline is the mean of four splits: there it is that of the sample's own.
-    """
-    scores = metric.of_sums(counts)
-    first, *others = scores.values()
-    for other in others:
-        first = np.where(np.isnan(first), other, first)
-    return first
+    return Comparison(rows_a, rows_b, metric.of_rows(counts_a), metric.of_rows(counts_b), table)
 
 
 def common_samples(paths: list[Path]) -> tuple[list[dict], list[dict]]:

@@ -29,8 +29,18 @@ def read_curves(path: Path) -> dict[str, list[dict]]:
     curves = {}
     for log in logs_of(path):
         name = str(log.parent if log.name == "log.jsonl" else log)
-        curves[name] = [{column: row.get(column) for column in COLUMNS} for row in read_log(log)]
+        curves[name] = [numbers_of(row, log) for row in read_log(log)]
     return curves
+
+
+def numbers_of(row: dict, path: Path) -> dict:
+    """A row's COLUMNS. Raises InputError unless they are numbers, and there is a step."""
+    numbers = {column: row.get(column) for column in COLUMNS}
+    for column, number in numbers.items():
+        is_missing = number is None and column != "step"
+        if not (is_missing or isinstance(number, (int, float))):
+            raise InputError(f"{path}: a row has {number!r} for its {column}")
+    return numbers
 
 
 def logs_of(path: Path) -> list[Path]:
@@ -48,7 +58,7 @@ def read_table(path: Path) -> dict[str, list[dict]]:
         with path.open(newline="") as file:
             for line in csv.DictReader(file):
                 row = {column: float(line[column]) if line[column] else None for column in COLUMNS}
-                curves.setdefault(line["curve"], []).append(row)
+                curves.setdefault(line["curve"], []).append(numbers_of(row, path))
     except (OSError, ValueError, KeyError, TypeError, csv.Error) as error:
         raise InputError(f"{path}: not a table of curves ({error})") from None
     return curves
@@ -125,9 +135,10 @@ def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m paper.curves", description=__doc__,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("runs", type=Path, nargs="+", metavar="RUN")
-    parser.add_argument("--out", type=Path,
+    result = parser.add_mutually_exclusive_group()
+    result.add_argument("--out", type=Path,
                         help="the picture (default: plot.png in the first RUN, or beside it)")
-    parser.add_argument("--csv", type=Path, help="write a table of means instead of a picture")
+    result.add_argument("--csv", type=Path, help="write a table of means instead of a picture")
     args = parser.parse_args()
     first = args.runs[0]
     out = args.csv or args.out or (first if first.is_dir() else first.parent) / "plot.png"

@@ -41,6 +41,8 @@ class Metric:
     counts: Callable[[dict], list[float]]
     scores: Callable[[np.ndarray], dict[str, np.ndarray]]
     by_document: bool = False       # rows of one "document" are drawn together
+    # counts (n, k) -> (n,), what each row scores alone, where that is not the first of its scores
+    alone: Callable[[np.ndarray], np.ndarray] | None = None
 
     def __call__(self, rows: list[dict]) -> Scores:
         return self.of_counts(self.counted(rows))
@@ -57,6 +59,11 @@ class Metric:
         """sums (..., k) -> scores (...) by name, nan where nothing was counted."""
         with np.errstate(invalid="ignore", divide="ignore"):
             return self.scores(sums)
+
+    def of_rows(self, counts: np.ndarray) -> np.ndarray:
+        """counts (n, k) -> what each row scores alone (n,), from 0 to 1."""
+        with np.errstate(invalid="ignore", divide="ignore"):
+            return self.alone(counts) if self.alone else next(iter(self.scores(counts).values()))
 
     def drawn(self, rows: list[dict], *counts: np.ndarray) -> list[dict[str, np.ndarray]]:
         """The bootstrap: scores (RESAMPLES,) by name of rows drawn with replacement.
@@ -165,6 +172,13 @@ def reader_scores(sums: np.ndarray) -> dict[str, np.ndarray]:
         scores[f"exact_match {kind}".strip()] = ratio(sums, 4 * i)
         scores[f"character_errors {kind}".strip()] = ratio(sums, 4 * i + 2)
     return scores
+
+
+def reader_alone(counts: np.ndarray) -> np.ndarray:
+    """The reader, row by row: whether an answer is right; of a page that is read aloud 1 less the
+    share of wrong characters, or 0."""
+    errors = ratio(counts, 2)                                               # (n,)
+    return np.where(np.isnan(errors), counts[:, 0], np.maximum(0, 1 - errors))
 
 
 def tabfact(prediction: str, answers: list[str]) -> float:
@@ -520,6 +534,11 @@ def table_scores(sums: np.ndarray) -> dict[str, np.ndarray]:
     return {"accuracy": sum(accuracy.values()) / len(accuracy), **accuracy}
 
 
+def table_alone(counts: np.ndarray) -> np.ndarray:
+    """TableVQABench, row by row: the accuracy of the row's own split."""
+    return counts[:, ::2].sum(-1)
+
+
 # -------------------------------------------------------------------------------------------------
 # DeepForm, KLC
 
@@ -550,6 +569,12 @@ def pair_scores(sums: np.ndarray) -> dict[str, np.ndarray]:
     return {"f1": 2 * right / np.maximum(predicted + expected, 1),
             "precision": right / np.maximum(predicted, 1),
             "recall": right / np.maximum(expected, 1)}
+
+
+def pair_alone(counts: np.ndarray) -> np.ndarray:
+    """DeepForm, KLC, row by row: its F1; 1 where no value is expected and none was predicted."""
+    _, predicted, expected, _ = counts.T
+    return np.where(predicted + expected == 0, 1.0, pair_scores(counts)["f1"])
 
 
 # -------------------------------------------------------------------------------------------------
@@ -637,15 +662,16 @@ def likest_ngram(tokens: list[str], blank: list[str], gold: str) -> list[str]:
 METRICS: dict[str, Metric] = {
     "DocVQA": averaged_rows("anls", doc_vqa),
     "InfoVQA": averaged_rows("anls", doc_vqa),
-    "DeepForm": Metric(4, pair_counts, pair_scores, by_document=True),
-    "KLC": Metric(4, pair_counts, pair_scores, by_document=True),
+    "DeepForm": Metric(4, pair_counts, pair_scores, by_document=True, alone=pair_alone),
+    "KLC": Metric(4, pair_counts, pair_scores, by_document=True, alone=pair_alone),
     "WTQ": averaged("accuracy", denotation),
     "TabFact": averaged("accuracy", tabfact),
     "ChartQA": Metric(6, chart_counts, chart_scores),
     "TextVQA": averaged("vqa_accuracy", vqa_accuracy),
-    "TableVQABench": Metric(8, table_counts, table_scores),
+    "TableVQABench": Metric(8, table_counts, table_scores, alone=table_alone),
     "VCR-easy": Metric(4, vcr_counts, vcr_scores),
     "VCR-hard": Metric(4, vcr_counts, vcr_scores),
     "toy": averaged("exact_match", exact_match),
-    **dict.fromkeys(READERS, Metric(4 * (1 + len(PAGE_KINDS)), reader_counts, reader_scores)),
+    **dict.fromkeys(READERS, Metric(4 * (1 + len(PAGE_KINDS)), reader_counts, reader_scores,
+                                    alone=reader_alone)),
 }

@@ -276,9 +276,10 @@ def parse_args() -> argparse.Namespace:
     add("--preset", choices=[name for name in RECIPES if name not in ("toy", "reader")],
         help="recipe (default: by the size of --llm; without one llama-3.2-1b)")
     add("--stage", type=int, choices=[1, 2, 3], help="this stage only (default: all)")
-    add("--gpus", type=positive(int), default=64, help="how many (default: %(default)s)")
+    add("--gpus", type=positive(int, most=10 ** 6), default=64,
+        help="how many (default: %(default)s)")
     add("--gpu-memory", type=positive(float), default=80, help="GB of each (default: %(default)s)")
-    add("--mfu", type=positive(float), default=0.4,
+    add("--mfu", type=positive(float, most=1), default=0.4,
         help="share of an H100's 989 TFLOP/s that is reached (default: %(default)s)")
     add("--vision", help="folder with a released SigLIP, or its name on the hub, `owner/name`, of "
         "which only config.json is fetched (default: the preset's sizes)")

@@ -91,7 +91,7 @@ def read_predictions(path: Path) -> list[dict]:
     for number, row in enumerate(rows, 1):
         if not is_prediction(row):
             raise InputError(f"{path}, row {number}: no question, answers (a list) and prediction, "
-                             "all of them texts, or a split or document that is none")
+                             "all of them texts, or a split, document or values that are none")
     if not rows:
         raise InputError(f"{path}: not a single prediction there")
     return [{"split": None, **row} for row in rows]
@@ -105,7 +105,7 @@ def is_prediction(row: dict) -> bool:
     return (all(isinstance(text, str) for text in texts)
             and isinstance(row.get("split"), str | None)
             and isinstance(row.get("document"), str | None)
-            and isinstance(row.get("values", 1), int))
+            and type(row.get("values", 1)) is int and 1 <= row.get("values", 1) <= 10 ** 6)
 
 
 def read_lines(path: Path, text: bytes) -> list[dict]:

@@ -12,7 +12,7 @@ from paper.benchmarks import OURS
 from paper.metrics import METRICS
 from paper.predictions import read_predictions
 from plumbing.files import refuse_inputs, write_text
-from plumbing.settings import InputError
+from plumbing.settings import InputError, read_json
 
 COLUMNS = {
     "DocVQA": "DocVQA val",
@@ -57,7 +57,7 @@ def markdown(header: list[str], rows: list[list]) -> str:
 
 
 def cell_text(cell: str | float | None) -> str:
-    if cell is None:
+    if cell is None or cell != cell:        # nan: not measured
         return "-"
     return cell if isinstance(cell, str) else f"{cell:.2f}"
 
@@ -121,13 +121,16 @@ def interval_table(results: dict) -> str:
 
 
 def span(interval: list[float]) -> str:
-    """[0.7, 0.75] -> "70.00 to 75.00"."""
+    """[0.7, 0.75] -> "70.00 to 75.00"; a dash for what was not measured."""
     low, high = interval
+    if math.isnan(low):
+        return "-"
     return f"{100 * low:.2f} to {100 * high:.2f}"
 
 
 def noise_table(noise: dict[str, list[dict]], scores: dict[str, float], model: str) -> str:
-    """Table 3: for each benchmark and sigma the score (%) without and with noise.
+    """Table 3: for each benchmark and sigma the score (%) without and with noise; for each sigma
+    that all of Table 1's benchmarks here have, also their average.
 
     Beside it their difference, and how much the noise is for F and for the connector.
     noise: by benchmark, dicts of sigma, std_F, cosine_distance, score (%), and interval (0 to 1).
@@ -146,7 +149,24 @@ def noise_table(noise: dict[str, list[dict]], scores: dict[str, float], model: s
                          scores[name], run["score"], span(run["interval"]),
                          scores[name] - run["score"],
                          f"{run['cosine_distance']:.4f}"])
+    rows += [[f"**{model}**", *row] for row in noise_averages(noise, scores)]
     return markdown(header, rows)
+
+
+def noise_averages(noise: dict[str, list[dict]], scores: dict[str, float]) -> list[list]:
+    """noise_table's rows, without the model, of the averages over several benchmarks of Table 1."""
+    names = [name for name in COLUMNS if name in noise]
+    runs = [{run["sigma"]: run for run in noise[name]} for name in names]
+    if len(names) < 2:
+        return []
+    clean = mean([scores[name] for name in names])
+    rows = []
+    for sigma in sorted(set.intersection(*map(set, runs))):
+        noisy = mean([of_name[sigma]["score"] for of_name in runs])
+        distance = mean([of_name[sigma]["cosine_distance"] for of_name in runs])
+        rows.append([f"average of {len(names)}", f"{sigma:.3g}", None, None, clean, noisy, None,
+                     clean - noisy, f"{distance:.4f}"])
+    return rows
 
 
 def headline(scores: dict[str, float]) -> float:
@@ -168,8 +188,34 @@ def show(results: dict, out: Path | None) -> None:
     print("\n" + text, end="")
     if out:
         out.mkdir(parents=True, exist_ok=True)
+        # In this order: a table without scores beside it is somebody else's.
+        write_text(out / "scores.json", json.dumps(without_nan(results), indent=2) + "\n")
         write_text(out / "table.md", text)
-        write_text(out / "scores.json", json.dumps(results, indent=2) + "\n")
+
+
+def without_nan(value):
+    """nan, which JSON does not have, becomes None."""
+    if isinstance(value, dict):
+        return {key: without_nan(item) for key, item in value.items()}
+    if isinstance(value, list):
+        return [without_nan(item) for item in value]
+    return None if value != value else value
+
+
+def with_nan(value):
+    """without_nan undone."""
+    if isinstance(value, dict):
+        return {key: with_nan(item) for key, item in value.items()}
+    if isinstance(value, list):
+        return [with_nan(item) for item in value]
+    return math.nan if value is None else value
+
+
+def refuse_foreign_table(out: Path) -> None:
+    """Raise InputError if a table.md is there that `show` has not written."""
+    if (out / "table.md").exists() and not (out / "scores.json").exists():
+        raise InputError(f"{out / 'table.md'}: without a scores.json it is not from eval.py: move "
+                         "it, or take another --out")
 
 
 def score_text(name: str, score: float, interval: list[float]) -> str:
@@ -217,7 +263,8 @@ def benchmark_file(spec: str) -> tuple[str, Path]:
     """BENCHMARK.jsonl, or BENCHMARK=FILE -> benchmark and file. Raises InputError."""
     name, path = "", spec
     if not Path(spec).exists():
-        name, _, path = spec.rpartition("=")
+        before, equals, after = spec.partition("=")
+        name, path = (before, after) if equals else ("", spec)
     name = name or Path(path).name.split(".")[0]
     if name not in METRICS:
         raise InputError(f"{spec}: no benchmark {name}: say NAME={path}, with one of "
@@ -228,6 +275,10 @@ def benchmark_file(spec: str) -> tuple[str, Path]:
 def score_files(specs: list[str], out: Path | None) -> None:
     """--score: files of predictions, called BENCHMARK.jsonl or given as BENCHMARK=FILE."""
     results = {"model": "these predictions", "scores": {}, "intervals": {}, "noise": {}}
+    if out:
+        refuse_foreign_table(out)
+        if (out / "scores.json").exists() and "weights" in read_json(out / "scores.json"):
+            raise InputError(f"{out / 'scores.json'}: a model's own scores: take another --out")
     for spec in specs:
         name, path = benchmark_file(spec)
         for written in ("table.md", "scores.json") if out else ():

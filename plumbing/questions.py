@@ -22,6 +22,8 @@ def read_questions(path: Path) -> list[dict]:
     for number, line in enumerate(text.split("\n"), 1):     # splitlines() would cut inside a string
         if line.strip():
             rows.append(read_question(line, path.parent, f"{path}, line {number}"))
+    if not rows:
+        raise InputError(f"{path}: not a single question there")
     return rows
 
 

@@ -12,7 +12,7 @@ from benchmark_cases import cases
 from commands import run
 from data import READ
 from paper.benchmarks import READERS
-from paper.compare import compare, of_samples
+from paper.compare import compare
 from paper.metrics import METRICS, PAGE_KINDS, RESAMPLES
 from plumbing.settings import InputError
 
@@ -113,14 +113,36 @@ def test_two_alike_models_do_not_differ():
     assert outside <= 6         # 2 expected
 
 
-@pytest.mark.parametrize("benchmark", ["DocVQA", "ChartQA", "TableVQABench", "VCR-easy", "TextVQA"])
+@pytest.mark.parametrize("benchmark", [
+    "DocVQA", "ChartQA", "TableVQABench", "VCR-easy", "TextVQA", "WTQ", "DeepForm", "KLC"])
 def test_a_samples_score_is_that_of_the_sample_alone(benchmark):
     metric = METRICS[benchmark]
     rows = cases(benchmark)[:50]
-    for r, score in zip(rows, of_samples(metric, metric.counted(rows))):
+    for r, score in zip(rows, metric.of_rows(metric.counted(rows))):
         scores = metric([r])
         alone = scores[r["split"]] if benchmark == "TableVQABench" else next(iter(scores.values()))
-        assert score == alone
+        said = {text.strip() for text in (r["prediction"], *r["answers"])}
+        is_none = benchmark in ("DeepForm", "KLC") and said == {"None"}
+        assert score == (1 if is_none else alone)
+
+
+def test_a_page_that_is_read_well_is_ahead_of_one_that_is_not():
+    """Of the reader's two headlines one counts errors: fewer are better."""
+    read = {"question": READ, "split": "letter"}
+    asked = {"question": "who?", "split": "letter"}
+    a = [row(0, "hello  world", "hello\nworld", **read), row(1, "x" * 40, "hello world", **read),
+         row(2, "hello", "hallo", **asked)]
+    b = [row(0, "hallo world", "hello\nworld", **read),
+         row(1, "hello world", "hello world", **read), row(2, "hallo", "hallo", **asked)]
+    found = compare(METRICS["reader-pages"], a, b)
+    assert found.scores_a.tolist() == [1, 0, 0]
+    assert found.scores_b.tolist() == [pytest.approx(10 / 11), 1, 1]
+
+
+def test_a_value_that_is_rightly_none_is_ahead_of_one_that_was_made_up():
+    a, b = [row(0, "None", "None"), row(1, "yes")], [row(0, "zz", "None"), row(1, "None")]
+    found = compare(METRICS["DeepForm"], a, b)
+    assert found.scores_a.tolist() == [1, 1] and found.scores_b.tolist() == [0, 0]
 
 
 def write(path, rows):

@@ -26,10 +26,10 @@ import eval as evaluation
 from conftest import ROOT, randomise, run, torchrun
 from data import Tokenizer, encode_chat
 from model import ALIGNVLM_PRESETS, AlignVLM
-from paper.benchmarks import SHORT, as_list, open_benchmark
+from paper.benchmarks import SHORT, as_list, name_of, open_benchmark
 from paper.noise import feature_std, noise_on, summary
 from paper.predictions import read_predictions
-from paper.tables import COLUMNS, TABLE_1, score_tables
+from paper.tables import COLUMNS, TABLE_1, benchmark_file, noise_table, score_tables
 from plumbing import files
 from plumbing.examples import IMAGE, Turn
 from plumbing.formats import VCR_PROMPT
@@ -227,7 +227,7 @@ def write_meta(root, folder, asked, documents):
     ("KleisterCharity", "KleisterCharity",
      [["1 Jan", "1 Jan", "January 1"], ["kept"], ["b", "b", "c", "c", "C"]]),
     ("WikiTableQuestions", "WikiTableQuestions", [["1 Jan"], ["kept"], ["b", "c"]])])
-def test_dues_golds_are_taken_where_they_lie_beside(tmp_path, file, folder, golds):
+def test_dues_golds_are_taken_where_they_lie_beside(tmp_path, file, folder, golds, monkeypatch):
     """All spellings of a value, of WTQ's one each. A question without a key keeps its own."""
     path = write_doc_downstream(tmp_path, file, [("the date ?", "one"), ("who?", "kept"),
                                                  ("the dates?", "three")])
@@ -238,6 +238,10 @@ def test_dues_golds_are_taken_where_they_lie_beside(tmp_path, file, folder, gold
     rows = open_benchmark(str(path)).rows
     assert [row["answers"] for row in rows] == golds
     assert [row["document"] for row in rows] == ["a1", "a1", "b2"]
+    monkeypatch.chdir(path.parent)              # named without its folder
+    there = open_benchmark(path.name)
+    assert [row["answers"] for row in there.rows] == golds
+    assert same(there.images(0)[0], picture(0)[0])
     (meta / "metadata.jsonl").write_text("")
     refused("0 lines for 3", "metadata.jsonl", open_benchmark, str(path))
     for bad in ('{"name": "a1"}', json.dumps({"name": "a1", "annotations": [
@@ -280,6 +284,30 @@ def test_an_image_by_reference_to_a_reference_and_in_the_datasets_own_folder(tmp
     (folder / "5.png").write_bytes(picture(5)[1])
     path.write_text("index\tquestion\tanswer\timage_path\n0\tq\ta\t5.png\n")
     assert same(open_benchmark(str(path)).images(0)[0], picture(5)[0])
+
+
+@pytest.mark.parametrize("cell", ["[]", "[" + " " * 80 + "]"])
+def test_an_empty_list_of_images_is_no_page(tmp_path, cell):
+    column = "image_path" if len(cell) == 2 else "image"
+    path = tmp_path / "DocVQA_VAL.tsv"
+    path.write_text(f"index\tquestion\tanswer\t{column}\n0\tq\ta\t{cell}\n")
+    refused("no image", "index 0", open_benchmark(str(path)).images, 0)
+
+
+@pytest.mark.parametrize("name, benchmark", [
+    ("TableVQABench_vwtq.tsv", "TableVQABench"), ("WTQ.tsv", "WTQ"), ("DocVQA_VAL.tsv", "DocVQA"),
+    ("ChartQA_TEST.tsv", "ChartQA"), ("ChartQAPro.tsv", None), ("MPDocVQA_VAL.tsv", None),
+    ("SlideDocVQA.tsv", None), ("MP-DocVQA/val.tsv", None)])
+def test_a_name_that_only_holds_a_benchmarks_name_tells_none(name, benchmark):
+    if benchmark:
+        assert name_of(name) == benchmark
+    else:
+        refused("tells no benchmark", name, name_of, name)
+
+
+def test_a_file_of_predictions_may_lie_in_any_folder(tmp_path):
+    assert benchmark_file(f"toy={tmp_path}/lr=1e-5/mine.jsonl") == (
+        "toy", tmp_path / "lr=1e-5" / "mine.jsonl")
 
 
 def test_vcr_in_chinese_is_refused(tmp_path):
@@ -376,7 +404,8 @@ def test_a_damaged_jsonl(tmp_path):
     jsonl = write_doc_downstream(tmp_path, "WikiTableQuestions", [("q", "a"), ("r", "b")])
     first, second = jsonl.read_text().splitlines()
     for bad in ["{", "[1]", '{"messages": []}', first.replace("assistant", "user"),
-                first.replace('"a"', "3"), first.replace('"image"', '"picture"')]:
+                first.replace('"a"', "3"), first.replace('"image"', '"picture"'),
+                first.replace("|>q", r"|>\ud800")]:
         jsonl.write_text("\n".join([first, "", bad]))
         refused("line 3", jsonl.name, open_benchmark, str(jsonl))
     jsonl.write_text("\n".join([first, second.replace("pngs/1", "pngs/5")]))
@@ -646,6 +675,14 @@ def test_the_table_is_of_all_that_was_measured_and_score_says_the_same(folder, t
     assert without_model == table.replace(str(folder), "these predictions")
     with pytest.raises(InputError, match="another --out"):
         main(*common, "--benchmark", tsv, "toy=5", "--limit", 1)
+    with pytest.raises(InputError, match="a model's own scores"):
+        main("--score", *scored, "--out", out)
+    (out / "scores.json").unlink()
+    with pytest.raises(InputError, match="not from eval.py"):
+        main(*common, "--benchmark", tsv)
+    with pytest.raises(InputError, match="not from eval.py"):
+        main("--score", *scored, "--out", out)
+    assert (out / "table.md").read_text() == table
     (out / "scores.json").write_text('{"weights": 1}')
     with pytest.raises(InputError, match="another model"):
         main(*common, "--benchmark", tsv)
@@ -659,7 +696,7 @@ def test_bad_predictions_are_one_line(tmp_path):
     path = tmp_path / "WTQ.jsonl"
     row = {"index": 0, "question": "q", "answers": ["a"], "split": None, "prediction": "a"}
     wrong = [{"answers": []}, {"prediction": None}, {"split": [1]}, {"document": [1]},
-             {"values": "2"}]
+             {"values": "2"}, {"values": 0}, {"values": True}, {"values": 10 ** 400}]
     for text in ["", "{", "[]", *(json.dumps(row | change) for change in wrong)]:
         path.write_text(text)
         with pytest.raises(InputError, match="WTQ.jsonl"):
@@ -690,6 +727,33 @@ def test_impossible_options(argv, monkeypatch, capsys):
     with pytest.raises(SystemExit) as exit:
         evaluation.parse_args()
     assert exit.value.code == 2
+
+
+def test_what_was_not_measured_is_null_in_json_and_is_kept(folder, tmp_path):
+    """A set that is read aloud has no answers: that score is nan, which JSON does not have."""
+    out = tmp_path / "eval"
+    common = "--checkpoint", folder, "--max-new-tokens", 3, "--out", out, "--limit", 1
+    main(*common, "--benchmark", "reader-a4", "--noise", 1)
+    text = (out / "scores.json").read_text()
+    assert "NaN" not in text and json.loads(text)["scores"]["reader-a4"]["exact_match"] is None
+    assert "nan" not in (out / "table.md").read_text()
+    both = main(*common, "--benchmark", "toy=2")
+    assert both["scores"]["reader-a4"] == json.loads(text)["scores"]["reader-a4"]
+
+
+def test_noise_is_averaged_over_the_benchmarks_that_have_the_same():
+    def run_of(sigma, score):
+        return {"sigma": sigma, "std_F": 1.0, "cosine_distance": score / 1000, "score": score,
+                "interval": [score / 100, score / 100]}
+
+    noise = {"DocVQA": [run_of(3.0, 40.0), run_of(1.0, 50.0)], "WTQ": [run_of(3.0, 20.0)],
+             "toy": [run_of(2.0, 1.0)]}
+    table = noise_table(noise, {"DocVQA": 60.0, "WTQ": 30.0, "toy": 90.0}, "ours")
+    averages = [line for line in table.splitlines() if "| average of 2 |" in line]
+    assert averages == ["| **ours** | average of 2 | 3 | - | - | 45.00 | 30.00 | - | 15.00 "
+                        "| 0.0300 |"]
+    alone = noise_table({"WTQ": noise["WTQ"]}, {"WTQ": 30.0}, "ours")
+    assert "average of 1" not in alone
 
 
 def test_averages_are_over_what_was_measured():

@@ -41,7 +41,8 @@ def test_the_plan_follows_the_recipe_that_the_flags_make():
 
 @pytest.mark.parametrize("flags", [
     ["--preset", "low-resource", "--stage", 3], ["--stage", 0], ["--gpus", 64, "--shard-size", 7],
-    ["--gpus", 0], ["--mfu", "nan"], ["--lr-scale", "vision"]])
+    ["--gpus", 0], ["--gpus", "9" * 401], ["--mfu", "nan"], ["--mfu", 40],
+    ["--lr-scale", "vision"]])
 def test_impossible_plans_are_one_line(flags):
     done = plan(*flags, code=2)
     assert "Traceback" not in done.stderr and done.stdout == ""
@@ -67,9 +68,12 @@ def test_plot_draws_joined_logs(tmp_path):
     assert Image.open(picture).size[0] > 500 and "2 curves" in done.stdout
     (tmp_path / "other.jsonl").write_text('{"step": 1, "loss": 2.0}')     # of another program
     run("-m", "paper.curves", tmp_path / "other.jsonl", "--out", picture)
-    for bad in ("bad.jsonl", "bad.csv"):
-        (tmp_path / bad).write_text("{\n}")
-        assert bad in run("-m", "paper.curves", tmp_path / bad, code=2).stderr
+    for bad, text in [("bad.jsonl", "{\n}"), ("bad.csv", "{\n}"), ("a.jsonl", '{"step": "a"}'),
+                      ("b.jsonl", '{"step": 1, "loss": "2"}'),
+                      ("b.csv", "curve,step,loss,held_out_loss,lr,tokens_per_s\na,,1,,,\n")]:
+        (tmp_path / bad).write_text(text)
+        [line] = run("-m", "paper.curves", tmp_path / bad, code=2).stderr.splitlines()
+        assert bad in line
 
 
 def test_a_picture_takes_the_name_that_it_was_given(tmp_path):

@@ -225,5 +225,13 @@ def test_impossible_combinations_say_what_to_do(options):
     assert done.stderr.splitlines()[-1].startswith("sample.py: error: ") and done.stdout == ""
 
 
+def test_a_file_without_a_question_leaves_earlier_answers_alone(tmp_path):
+    (tmp_path / "q.jsonl").write_text("\n")
+    (tmp_path / "a.jsonl").write_text("earlier")
+    done = sample("--questions", tmp_path / "q.jsonl", "--answers", tmp_path / "a.jsonl", code=2)
+    assert "not a single question" in done.stderr
+    assert (tmp_path / "a.jsonl").read_text() == "earlier"
+
+
 def test_where_the_images_end():
     assert sample_py.after_images(torch.tensor([5, IMAGE, IMAGE, 6, IMAGE, 7, 8])) == 5
