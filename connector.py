@@ -208,11 +208,13 @@ def softmax_layer_norm_backward(z: Tensor, dP: Tensor, weight: Tensor, bias: Ten
     weight, bias = weight.to(wide), bias.to(wide)                       # (V,)
     for rows in row_chunks(z):
         z_wide, dP_wide = z[rows].to(wide), dP[rows].to(wide)           # (few, V)
+        # u (few, V), mean and rstd (few, 1)
         u, mean, rstd = torch.native_layer_norm(z_wide, weight.shape, weight, bias, eps)
         P = u.softmax(-1)                                               # (few, V)
         del u                                                           # as large as P
         total = (P * dP_wide).sum(-1, keepdim=True)                     # (few, 1)
         du = dP_wide.sub_(total).mul_(P)                                # (few, V)
+        # dz (few, V), dweight_rows and dbias_rows (V,)
         dz, dweight_rows, dbias_rows = torch.ops.aten.native_layer_norm_backward(
             du, z_wide, weight.shape, mean, rstd, weight, bias, [True, True, True])
         dweight += dweight_rows
@@ -449,8 +451,8 @@ class PerceiverLayer(nn.Module):
         v = self.v_proj(seen).unflatten(-1, by_head).transpose(1, 2)    # (T, kv_heads, N + n, ...)
         grouped = q.shape[1] != k.shape[1]
         y = nnf.scaled_dot_product_attention(q, k, v, enable_gqa=grouped)   # like q
-        latents = latents + self.o_proj(y.transpose(1, 2).flatten(2))
-        return latents + self.mlp(self.mlp_norm(latents))
+        latents = latents + self.o_proj(y.transpose(1, 2).flatten(2))       # (T, n, D)
+        return latents + self.mlp(self.mlp_norm(latents))                   # (T, n, D)
 
 
 class PerceiverMLP(nn.Module):
