@@ -33,6 +33,7 @@ from plumbing.weights import Weights, load, model_folder, read_safetensors
 from vision import SIGLIP_PRESETS, SigLIP, SigLIPConfig, read_siglip
 
 IGNORE = -100           # marks a label that is not supervised, as in torch's cross_entropy
+CIRCLES = 256           # tokens of an answer that has come to repeat itself, and is ended there
 LOGITS = 2 ** 26        # numbers that the LM head makes at a time in training: 256 MB in fp32
 
 
@@ -304,8 +305,8 @@ class Llama(nn.Module):
         the right to L.
 
         A greedy answer is that which the prompt would get alone. Yields at each step the B new
-        token ids, None for a row that has met a token of `stop` (which is not yielded). Raises
-        InputError where a prompt's first logits are not finite.
+        token ids, None for a row that has met a token of `stop` (which is not yielded), or that
+        goes in circles. Raises InputError where a prompt's first logits are not finite.
         temperature 0 is greedy; otherwise a token is drawn from the smallest set that holds top_p
         of the probability.
         prefix: keys and values of what stands before every prompt, as `hidden` left them in a
@@ -321,6 +322,7 @@ class Llama(nn.Module):
         h = self.hidden(x, None, cache, positions)                          # (B, L, D)
         h = h[torch.arange(B, device=x.device), lengths - 1]                # (B, D)
         done = [False] * B
+        written: list[list[int]] = [[] for _ in range(B)]
         for step in range(max_new_tokens):
             if step > 0:
                 # A padded row's stale keys lie beyond its position: they are unseen until the row
@@ -334,9 +336,12 @@ class Llama(nn.Module):
                                  f"{logits.dtype}, or damaged")
             ids = sample_token(logits, temperature, top_p, generator)           # (B,)
             row_ids = ids.tolist()
-            done = [was_done or i in stop for was_done, i in zip(done, row_ids)]
+            done = [was_done or i in stop or goes_in_circles(row)
+                    for was_done, i, row in zip(done, row_ids, written)]
             if all(done):
                 return
+            for row, i in zip(written, row_ids):
+                row.append(i)
             yield [None if over else i for over, i in zip(done, row_ids)]
 
     def next_hidden(self, ids: Tensor, cache: "KVCache", position: Tensor) -> Tensor:
@@ -377,6 +382,19 @@ class Llama(nn.Module):
                 p.normal_(std=(2 * self.config.n_layers) ** -0.5 * p.shape[-1] ** -0.5)
             else:
                 p.normal_(std=p.shape[-1] ** -0.5)
+
+
+def goes_in_circles(ids: list[int]) -> bool:
+    """Whether the last CIRCLES tokens are one piece, of a quarter of them at most, again and again.
+
+    Over a page that it cannot read a model may never end by itself. Nougat looks for this too
+    (https://arxiv.org/abs/2308.13418). Rows of dots are seldom as long.
+    """
+    tail = ids[-CIRCLES:]
+    if len(tail) < CIRCLES:
+        return False
+    return any(tail[-1] == tail[-1 - n] and tail[n:] == tail[:-n]
+               for n in range(1, CIRCLES // 4 + 1))
 
 
 class Layer(nn.Module):

@@ -12,7 +12,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import model
 from conftest import close, randomise, shapes
 from model import (ALIGNVLM_PRESETS, IGNORE, IMAGE, LLAMA_PRESETS, AlignVLM, Llama, LlamaConfig,
-                   sample_token)
+                   goes_in_circles, sample_token)
 from small_models import (LLAMAS, PROMPTS, SAMPLES, SCALED, STEPS, VISION, V, close_gradients,
                           generated, gradients_of, labelled, row_of, small_vlm)
 
@@ -444,6 +444,31 @@ def test_stop_tokens_end_each_row_by_itself():
     tokens, pixels = PROMPTS[0]
     steps = list(vlm.generate([tokens], [pixels], {free[0][4]}, STEPS))
     assert len(steps) == free[0].index(free[0][4])
+
+
+@pytest.mark.parametrize("ids, is_one", [
+    ([7] * 256, True), ([7] * 255, False), ([1, 2, 3] * 90, True), ([9, 9] + [1, 2] * 128, True),
+    ([*range(64)] * 4, True), ([*range(65)] * 4, False), ([1, 2] * 127 + [1, 3], False),
+    ([1, 2] * 128 + [5], False), ([*range(300)], False), ([], False)])
+def test_what_goes_in_circles(ids, is_one):
+    assert goes_in_circles(ids) == is_one
+
+
+def test_an_answer_that_goes_in_circles_ends_there_and_the_others_go_on(monkeypatch):
+    """A small random model soon repeats itself, one prompt earlier than another."""
+    torch.manual_seed(3)
+    llm = small_vlm(scale=3.0).llm
+    x = torch.randn(4, 5, llm.config.hidden_size)
+    lengths = [5, 3, 4, 5]
+    free = list(zip(*llm.generate(x, lengths, set(), 120)))
+    monkeypatch.setattr(model, "CIRCLES", 12)
+    ended = list(zip(*llm.generate(x, lengths, set(), 120)))
+    n = [sum(i is not None for i in row) for row in ended]
+    assert len(set(n)) > 1 and min(n) < 120
+    for row, alone, length in zip(ended, free, n):
+        assert row[:length] == alone[:length]
+        circles = [goes_in_circles(list(alone[:i])) for i in range(121)]
+        assert length == (circles.index(True) if True in circles else 120)
 
 
 @pytest.mark.parametrize("steps", [0, 1, 2, 5])
