@@ -5,6 +5,7 @@ train.py follows them, paper/plan.py says what they take. The types of the flags
 commands change a recipe are here too.
 """
 import argparse
+import math
 import re
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
@@ -112,12 +113,14 @@ def recipe_for(preset: str, stage: int, changes: dict, lr_scale: dict[str, float
 # Types of flags
 
 
-def positive(kind: Callable[[str], float], most: float = 1e12) -> Callable[[str], float]:
-    """The argparse type of a number, int or float, above 0 and at most `most`."""
+def positive(kind: Callable[[str], float], most: float = math.inf) -> Callable[[str], float]:
+    """The argparse type of a number, int or float, that is finite, above 0, and at most `most`."""
     def read(text: str) -> float:
         number = kind(text)
-        if not 0 < number <= most:
-            raise argparse.ArgumentTypeError(f"{text[:20]} is not above 0 and at most {most:g}")
+        if not 0 < number < math.inf:
+            raise argparse.ArgumentTypeError(f"{text[:20]} is no finite number above 0")
+        if number > most:
+            raise argparse.ArgumentTypeError(f"{text[:20]} is more than {most:g}")
         return number
 
     read.__name__ = kind.__name__       # argparse names it where kind refuses the text
