@@ -305,8 +305,9 @@ class Llama(nn.Module):
         the right to L.
 
         A greedy answer is that which the prompt would get alone. Yields at each step the B new
-        token ids, None for a row that has met a token of `stop` (which is not yielded), or that
-        goes in circles. Raises InputError where a prompt's first logits are not finite.
+        token ids, None for a row that has ended: it has met a token of `stop` (not yielded), or its
+        last tokens go in circles (yielded). Raises InputError where a prompt's first logits are not
+        finite.
         temperature 0 is greedy; otherwise a token is drawn from the smallest set that holds top_p
         of the probability.
         prefix: keys and values of what stands before every prompt, as `hidden` left them in a

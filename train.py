@@ -33,7 +33,7 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import (CPUOffloadPolicy, MixedPrecisionPolicy, OffloadPolicy,
                                     fully_shard)
 from torch.utils.checkpoint import checkpoint
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader, Dataset, Subset
 
 from connector import CONNECTORS, ConnectorConfig
 from data import Sample, Tokenizer, encode_chat, fill_rows, pack_row, prepare
@@ -421,7 +421,7 @@ def check_learnt(stage: int, progress: Progress, args: argparse.Namespace) -> No
 
 
 def open_documents(stage: int, recipe: Recipe, tokenizer: Tokenizer, config: AlignVLMConfig,
-                   args: argparse.Namespace) -> tuple[Dataset, Dataset | None]:
+                   args: argparse.Namespace) -> tuple[Dataset, Subset | None]:
     """What a stage learns from, and what it is evaluated on: --data and --eval-data, or else the
     pages that the preset reader draws, or the toy for any other. Raises InputError."""
     if not args.data or stage == 0:
@@ -430,8 +430,9 @@ def open_documents(stage: int, recipe: Recipe, tokenizer: Tokenizer, config: Ali
         def drawn(n: int, split: str) -> Dataset:
             return kind(stage, n, args.seed, tokenizer, config.vision, split, config.tile_tokens)
 
-        n = recipe.steps * recipe.batch_size
-        return drawn(n, "train"), drawn(EVAL_SAMPLES, "held-out")
+        held_out = drawn(EVAL_SAMPLES, "held-out")
+        return (drawn(recipe.steps * recipe.batch_size, "train"),
+                Subset(held_out, first_references(held_out, EVAL_SAMPLES)))
 
     encode_chat([Turn("user", [])], tokenizer, [])      # refuses here, not sample by sample
     make_sample = functools.partial(
@@ -439,8 +440,9 @@ def open_documents(stage: int, recipe: Recipe, tokenizer: Tokenizer, config: Ali
         max_tokens=recipe.row_tokens, tile_tokens=config.tile_tokens)
     held_out = None
     if args.eval_data:
-        held_out = Documents(args.eval_data, args.seed, make_sample, held_out=True)
-        check_usable(held_out, EVAL_SAMPLES)
+        every = Documents(args.eval_data, args.seed, make_sample, held_out=True)
+        check_usable(every, EVAL_SAMPLES)
+        held_out = Subset(every, first_references(every, EVAL_SAMPLES))
     return Documents(args.data, args.seed, make_sample), held_out
 
 
@@ -476,14 +478,13 @@ def step_of(progress: Progress, lr: float, rows: list[list[Sample]], counts: Cou
 
 
 @torch.no_grad()
-def evaluate_held_out(stage: int, model: AlignVLM, tokenizer: Tokenizer, held_out: Dataset,
+def evaluate_held_out(stage: int, model: AlignVLM, tokenizer: Tokenizer, held_out: Subset,
                       recipe: Recipe, args: argparse.Namespace, device: torch.device
                       ) -> dict[str, float]:
     """The held-out loss (nats per supervised token, all ranks'); from stage 2 on also how the toy
     reads and answers."""
-    references = first_references(held_out, EVAL_SAMPLES)
-    share = references[dist.get_rank()::dist.get_world_size()]
-    samples = [held_out[reference] for reference in share]
+    share = range(dist.get_rank(), len(held_out), dist.get_world_size())
+    samples = [held_out[i] for i in share]
     samples = [sample for sample in samples if isinstance(sample, Sample)]      # not a bad one
     rows, counts = match_ranks(fill_rows(samples, recipe.row_tokens), model.config)
     total = torch.zeros((), device=device)

@@ -47,9 +47,9 @@ FILE_NAMES = {
     "InfoVQA": "infovqa|infographicsvqa",
     "DeepForm": "deepform",
     "KLC": "klc|kleister",
-    "WTQ": "(?<!v)wtq|wikitablequestions",      # vwtq is one of TableVQABench's splits
+    "WTQ": "(?<!^v)(?<!benchv)wtq|wikitablequestions",      # vwtq is a split of TableVQABench
     "TabFact": "tabfact",
-    "ChartQA": "chartqa(?!pro)",
+    "ChartQA": "chartqa(?!pro(test|val|tsv|jsonl|$))",
     "TextVQA": "textvqa",
     "TableVQABench": "tablevqa",
     "VCR-easy": "vcr.*easy",

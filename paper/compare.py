@@ -9,6 +9,7 @@ models differ by more than the choice of samples explains.
 """
 import argparse
 import json
+import math
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -21,8 +22,8 @@ from plumbing.files import refuse_inputs, write_text
 from plumbing.processes import run_main
 from plumbing.settings import InputError
 
-# The score of a sample that counts as right. Most metrics give 0 or 1. Of a page that is read aloud
-# half of the characters are right then.
+# The score of a sample that counts as right. Most metrics give 0 or 1. A page that is read aloud is
+# right if at most half of its characters are wrong.
 RIGHT = 0.5
 
 
@@ -86,7 +87,7 @@ def report(name: str, paths: list[Path], found: Comparison) -> str:
     right = ", ".join(f"{group} {mask.sum():,}" for group, mask in groups.items())
     higher = (found.scores_a > found.scores_b).sum(), (found.scores_b > found.scores_a).sum()
     rows = [[score, a, b, difference, f"{low:.2f} to {high:.2f}"]
-            for score, a, b, difference, (low, high) in found.table]
+            for score, a, b, difference, (low, high) in found.table if not math.isnan(difference)]
     header = [f"{name}, {len(found.rows_a):,} samples, %", "A", "B", "A - B", "95 % interval"]
     return (f"A: {paths[0]}\nB: {paths[1]}\n\n{markdown(header, rows)}\n"
             f"right: {right}\nhigher: A {higher[0]:,}, B {higher[1]:,}\n")

@@ -59,6 +59,8 @@ def read_table(path: Path) -> dict[str, list[dict]]:
             for line in csv.DictReader(file):
                 row = {column: float(line[column]) if line[column] else None for column in COLUMNS}
                 curves.setdefault(line["curve"], []).append(numbers_of(row, path))
+    except InputError:
+        raise
     except (OSError, ValueError, KeyError, TypeError, csv.Error) as error:
         raise InputError(f"{path}: not a table of curves ({error})") from None
     return curves

@@ -120,7 +120,7 @@ def positive(kind: Callable[[str], float], most: float = math.inf) -> Callable[[
         if not 0 < number < math.inf:
             raise argparse.ArgumentTypeError(f"{text[:20]} is no finite number above 0")
         if number > most:
-            raise argparse.ArgumentTypeError(f"{text[:20]} is more than {most:g}")
+            raise argparse.ArgumentTypeError(f"{text[:20]} is more than {most:,}")
         return number
 
     read.__name__ = kind.__name__       # argparse names it where kind refuses the text

@@ -82,6 +82,8 @@ def places(rng: random.Random, page: Page, most: int) -> list[tuple[str, str]]:
     text, found = page.text.lower(), {}
     for i in rng.sample(range(len(page.lines)), len(page.lines)):
         line = page.lines[i].split()
+        if not line:
+            continue
         n = rng.randint(1, min(2, len(line)))
         at = rng.randint(0, len(line) - n)
         named, rest = " ".join(line[at:at + n]).strip(" .,:;"), " ".join(line[at + n:])
@@ -102,12 +104,12 @@ def places(rng: random.Random, page: Page, most: int) -> list[tuple[str, str]]:
 
 def turns_about(rng: random.Random, pages: list[Page], read: float, ask: float,
                 most: int = 4, least: int = 0) -> list[Turn]:
-    """The pages read aloud, some of their questions, or both, one of them first.
+    """The pages read aloud, some of their questions, or both, with the reading first or last.
 
     Of samples with questions a share `read` has the pages read aloud and no more, a share `ask` up
     to `most` questions and no more, the rest both; without a question all are read aloud. Several
-    turns cost the images once. A prompt that two pages share is not asked. least: how many
-    questions a single page has; where its own are fewer, `places` adds to them.
+    turns cost the images once. A prompt that two pages share is not asked. least: where a single
+    page that is asked about has fewer questions of its own, `places` adds as many as it can.
     """
     prompts = Counter(prompt for page in pages for prompt, _ in page.questions)
     questions = [(prompt, answer) for page in pages for prompt, answer in page.questions
@@ -118,7 +120,7 @@ def turns_about(rng: random.Random, pages: list[Page], read: float, ask: float,
         asks = rng.sample(questions, min(most, len(questions)))
         if len(pages) == 1 and len(asks) < least:
             asks += places(rng, pages[0], least - len(asks))
-    if kind < 1 - ask:
+    if kind < 1 - ask or not asks:
         asks.insert(rng.choice([0, len(asks)]), (READ, "\n\n".join(page.text for page in pages)))
     turns = []
     for i, (prompt, answer) in enumerate(asks):

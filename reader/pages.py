@@ -498,10 +498,10 @@ def facts_in_table(sheet: Sheet) -> None:
         shown.append([run.text for run in sheet.row(texts, stops, room, right)])
     by = rng.randrange(n) if rng.random() < 0.4 else 0      # the column that tells the rows apart
     columns = Counter(name.lower() for name in header)
-    rows = Counter(cells[by].lower() for cells in shown)
+    found = Counter(cell.lower() for cells in shown for cell in cells)
     for cells in shown:
         name = cells[by]
-        if rows[name.lower()] > 1 or not name:          # a name twice is none
+        if found[name.lower()] > 1 or not name:         # a name twice is none
             continue
         if rng.random() < 0.15:
             name = f"{header[by].lower()} {name}"

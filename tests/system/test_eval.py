@@ -296,7 +296,9 @@ def test_an_empty_list_of_images_is_no_page(tmp_path, cell):
 
 @pytest.mark.parametrize("name, benchmark", [
     ("TableVQABench_vwtq.tsv", "TableVQABench"), ("WTQ.tsv", "WTQ"), ("DocVQA_VAL.tsv", "DocVQA"),
-    ("ChartQA_TEST.tsv", "ChartQA"), ("ChartQAPro.tsv", None), ("MPDocVQA_VAL.tsv", None),
+    ("ChartQA_TEST.tsv", "ChartQA"), ("ChartQA_processed.jsonl", "ChartQA"),
+    ("dev_WTQ.jsonl", "WTQ"), ("tsv-WTQ.tsv", "WTQ"), ("ChartQAPro.tsv", None),
+    ("MPDocVQA_VAL.tsv", None),
     ("SlideDocVQA.tsv", None), ("MP-DocVQA/val.tsv", None)])
 def test_a_name_that_only_holds_a_benchmarks_name_tells_none(name, benchmark):
     if benchmark:
