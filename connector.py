@@ -25,7 +25,7 @@ from torch.autograd.function import once_differentiable
 from plumbing.weights import local_rows
 
 # Mixture works on blocks of R visual tokens. So many bytes may a block's (R, V) matrices take: one
-# forward, two backward. A GPU has more of them, so fewer blocks: in bf16 dE_text is rounded once a
+# forward, two backward. On a GPU blocks are larger, thus fewer: in bf16 dE_text is rounded once a
 # block.
 BLOCK_BYTES = 256 * 2 ** 20
 GPU_BLOCK_BYTES = 512 * 2 ** 20
@@ -104,8 +104,8 @@ class Mixture(torch.autograd.Function):
 
     Nothing that is V wide is kept: the backward pass makes z and P again. In all that is seven
     products with a (V, D) matrix, two forward and five backward; autograd does six, but keeps z
-    and P. LayerNorm and softmax are
-    never less than fp32; in bf16 dW2 and dE_text are rounded once a block.
+    and P. LayerNorm and softmax are never less than fp32; in bf16 dW2 and dE_text are rounded once
+    a block.
     """
 
     @staticmethod
@@ -335,8 +335,8 @@ CONNECTORS = ("align", "mlp", "perceiver", "ovis")
 
 
 def new_connector(config: ConnectorConfig, d: int, D: int, V: int) -> nn.Module:
-    """A connector: F (T, N, d), E_text (V, D) -> F' (T, n, D). It has no values before its
-    init_weights(lm_head). Raises ValueError for a kind that there is not."""
+    """A connector: F (T, N, d), E_text (V, D) -> F' (T, n, D), still to be filled by
+    init_weights(lm_head), or with stored weights. Raises ValueError for an unknown kind."""
     match config.kind:
         case "align":
             return Align(d, D, V)

@@ -385,7 +385,7 @@ class Llama(nn.Module):
                 p.normal_(std=p.shape[-1] ** -0.5)
 
 
-def goes_in_circles(ids: list[int]) -> bool:
+def goes_in_circles(ids: list) -> bool:
     """Whether the last CIRCLES tokens are one piece, of a quarter of them at most, again and again.
 
     Over a page that it cannot read a model may never end by itself. Nougat looks for this too

@@ -30,7 +30,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from data import READ, TextError, Tokenizer, encode_chat, prepare_question
-from model import AlignVLM, AlignVLMConfig, Llama
+from model import CIRCLES, AlignVLM, AlignVLMConfig, Llama, goes_in_circles
 from plumbing import fast
 from plumbing.examples import IMAGE, Turn
 from plumbing.images import read_pages
@@ -144,15 +144,19 @@ def converse(model: AlignVLM, tokenizer: Tokenizer, images: list[Image.Image],
 
 
 def show(answers: Iterator[list[str]]) -> list[float]:
-    """Print an answer as it grows; returns when each of its tokens came."""
+    """Print an answer as it grows, and say so if it was ended because it goes in circles; returns
+    when each of its tokens came."""
     shown = 0
-    times = []
+    times, pieces = [], []
     for [text] in answers:
         times.append(time.perf_counter())
         text = text.rstrip("\ufffd")        # the first bytes of a character wait for the rest of it
-        print(text[shown:], end="", flush=True)
+        pieces.append(text[shown:])
+        print(pieces[-1], end="", flush=True)
         shown = max(shown, len(text))
     print()
+    if goes_in_circles(pieces) or goes_in_circles(pieces[:-1]):     # `answer` says the last twice
+        print(f"ended: the last {CIRCLES} tokens repeat themselves", file=sys.stderr)
     return times
 
 

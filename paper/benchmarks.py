@@ -47,7 +47,7 @@ FILE_NAMES = {
     "InfoVQA": "infovqa|infographicsvqa",
     "DeepForm": "deepform",
     "KLC": "klc|kleister",
-    "WTQ": "(?<!^v)(?<!benchv)wtq|wikitablequestions",      # vwtq is a split of TableVQABench
+    "WTQ": "^(?!vwtq|.*tablevqa).*wtq|wikitablequestions",      # vwtq: a split of TableVQABench
     "TabFact": "tabfact",
     "ChartQA": "chartqa(?!pro(test|val|tsv|jsonl|$))",
     "TextVQA": "textvqa",

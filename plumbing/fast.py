@@ -66,7 +66,7 @@ def use(model: nn.Module, inference: bool = False) -> None:
 
 
 def by_onednn(x: Tensor) -> bool:
-    """Whether oneDNN's products are the faster ones for x: in fp32 on an AMD CPU."""
+    """Whether oneDNN's products are faster than PyTorch's own for x: in fp32, on an AMD CPU."""
     return (AMD and x.is_cpu and x.dtype == torch.float32 and not torch.compiler.is_compiling()
             and torch.backends.mkldnn.is_available())
 
@@ -194,7 +194,7 @@ def attend(q: Tensor, k: Tensor, v: Tensor, attn_mask: Tensor | None = None,
 
 
 def attends_faster_in_bf16(q: Tensor, mask: Tensor | None) -> bool:
-    """Whether this CPU's attention gains by q's own bf16."""
+    """Whether attention on this CPU is faster in q's bf16 than in fp32."""
     if q.dtype != torch.bfloat16 or mask is not None:
         return False
     if torch.is_grad_enabled():

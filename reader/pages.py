@@ -471,9 +471,8 @@ def facts_in_prose(sheet: Sheet) -> None:
 
 ABOUT_CELLS = ["what is the {column} of {row}?", "what is {column} for {row}?",
                "what is the {column} in {row}?", "what {column} does {row} have?",
-               "how much is the {column} of {row}?",
-               "what stands under {column} for {row}?", "which {column} has {row}?",
-               "what is the {column} where {row} stands?"]
+               "which {column} has {row}?", "how much is the {column} of {row}?",
+               "what stands under {column} for {row}?", "what is the {column} where {row} stands?"]
 
 
 def facts_in_table(sheet: Sheet) -> None:

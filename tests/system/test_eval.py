@@ -295,11 +295,11 @@ def test_an_empty_list_of_images_is_no_page(tmp_path, cell):
 
 
 @pytest.mark.parametrize("name, benchmark", [
-    ("TableVQABench_vwtq.tsv", "TableVQABench"), ("WTQ.tsv", "WTQ"), ("DocVQA_VAL.tsv", "DocVQA"),
+    ("TableVQABench_vwtq.tsv", "TableVQABench"), ("tablevqa-vwtq_syn.tsv", "TableVQABench"),
+    ("vwtq.tsv", None), ("WTQ.tsv", "WTQ"), ("dev_WTQ.jsonl", "WTQ"), ("val_wtq.tsv", "WTQ"),
     ("ChartQA_TEST.tsv", "ChartQA"), ("ChartQA_processed.jsonl", "ChartQA"),
-    ("dev_WTQ.jsonl", "WTQ"), ("tsv-WTQ.tsv", "WTQ"), ("ChartQAPro.tsv", None),
-    ("MPDocVQA_VAL.tsv", None),
-    ("SlideDocVQA.tsv", None), ("MP-DocVQA/val.tsv", None)])
+    ("ChartQAPro.tsv", None), ("DocVQA_VAL.tsv", "DocVQA"), ("MPDocVQA_VAL.tsv", None),
+    ("MP-DocVQA/val.tsv", None), ("SlideDocVQA.tsv", None)])
 def test_a_name_that_only_holds_a_benchmarks_name_tells_none(name, benchmark):
     if benchmark:
         assert name_of(name) == benchmark

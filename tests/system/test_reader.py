@@ -34,6 +34,7 @@ from reader.join import join, teach_align
 from reader.lessons import (FOR_A_LINE, FOR_THE_NEXT_LINE, FOR_THE_REST, WEIGHTS, ReaderDocuments,
                             class_tokens, misread, mixtures, places, turns_about, write_tokenizer)
 from reader.pages import KINDS, PRACTICE, SIDE, facts_in_table, held_out, write_page
+from reader.sheet import Sheet
 from train import make_larger
 from vision import SigLIPConfig, choose_grid, tile_boxes
 
@@ -193,24 +194,31 @@ def test_a_fact_is_asked_for_once_and_stands_on_its_page():
 
 @needs_fonts
 def test_a_cell_is_asked_for_by_its_column_and_by_what_its_row_alone_has(monkeypatch):
+    written, write_row = [], Sheet.row
+
+    def row(self, *args) -> list:
+        runs = write_row(self, *args)
+        written.append([run.text for run in runs])
+        return runs
+
+    monkeypatch.setattr(Sheet, "row", row)
     monkeypatch.setitem(PRACTICE, "facts", facts_in_table)
-    cells, earlier = 0, 0
+    cells, later = 0, 0
     for i in range(60):
+        written.clear()         # a page may be begun more than once
         page = write_page(random.Random(f"cells/{i}"), "facts", "train", CONFIG, [(1, 1)])
+        header, *rows = [texts for texts in written if " ".join(filter(None, texts)) in page.lines]
         for prompt, answer in page.questions:
             if (found := re.fullmatch(r"what stands under (.+) for (.+)\?", prompt)) is None:
                 continue
-            column, name = found[1].lower(), found[2].split()
-            first = [column in line.lower() for line in page.lines].index(True)
-            rows = page.lines[first + 1:]               # below the header
+            [column] = [j for j, name in enumerate(header) if name.lower() == found[1].lower()]
             # The name of its column may stand before that of the row: "parcel 3".
-            tails = [rf"(^| ){re.escape(' '.join(name[i:]))}( |$)" for i in range(len(name))]
-            named = next(some for tail in tails
-                         if (some := [row for row in rows if re.search(tail, row)]))
-            assert any(answer in row for row in named)
+            named = [(j, texts) for texts in rows for j, text in enumerate(texts)
+                     if text and found[2] in (text, f"{header[j].lower()} {text}")]
+            assert [texts[column] for _, texts in named] == [answer]
             cells += 1
-            earlier += named[0].startswith(answer)      # its row is named by a later column
-    assert cells > 30 and earlier > 3
+            later += named[0][0] > 0                    # its row is named by a later column
+    assert cells > 30 and later > 3
 
 
 @needs_fonts

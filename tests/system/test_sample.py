@@ -233,5 +233,17 @@ def test_a_file_without_a_question_leaves_earlier_answers_alone(tmp_path):
     assert (tmp_path / "a.jsonl").read_text() == "earlier"
 
 
+@pytest.mark.parametrize("piece, n, is_said", [
+    ("or ", 86, True), ("or ", 84, False), ("\u00e9", 256, True), ("the end. ", 3, False)])
+def test_an_answer_that_was_ended_for_going_in_circles_says_so(capsys, piece, n, is_said):
+    """A character a token, as the reader writes; the whole answer comes twice, as from `answer`."""
+    text = "read: " + piece * n
+    for again in ([], [[text]]):
+        times = sample_py.show(iter([[text[:i]] for i in range(1, len(text) + 1)] + again))
+        printed = capsys.readouterr()
+        assert printed.out == text + "\n" and len(times) == len(text) + len(again)
+        assert ("ended: the last 256 tokens repeat" in printed.err) == is_said
+
+
 def test_where_the_images_end():
     assert sample_py.after_images(torch.tensor([5, IMAGE, IMAGE, 6, IMAGE, 7, 8])) == 5
