@@ -32,7 +32,7 @@ from model import AlignVLM
 from paper.benchmarks import READERS, Benchmark, open_benchmark
 from paper.metrics import METRICS
 from paper.noise import STD_PAGES, feature_std, noise_on
-from paper.patch_tokens import summary_line, vocab_report
+from paper.patch_tokens import refuse_foreign_report, summary_line, vocab_report
 from paper.predictions import begin_predictions, join_predictions
 from paper.tables import (check_scores, headline, refuse_foreign_table, score_files, show,
                           with_nan)
@@ -324,6 +324,8 @@ def main() -> None:
     folder = model_folder(args.checkpoint)
     args.out = args.out or default_out(args.checkpoint)
     refuse_benchmarks(benchmarks, args.out)
+    if args.vocab:
+        refuse_foreign_report(args.out / "vocab.png")
     device = start_processes(TIMEOUT)
     model = AlignVLM.from_pretrained(folder, device=device).eval()
     on_first_rank(lambda: claim(args.out))

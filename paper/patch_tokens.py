@@ -22,7 +22,7 @@ from data import Tokenizer
 from model import AlignVLM
 from plumbing.files import refuse_inputs, write_text
 from plumbing.images import read_pages
-from plumbing.settings import InputError
+from plumbing.settings import InputError, read_json
 from vision import SigLIPConfig, on_canvas, tile, tile_boxes
 
 CELL = 52                       # the side of a patch in the picture, in pixels: ten letters fit in
@@ -433,6 +433,16 @@ def principal_components(E_text: Tensor, kept: Tensor) -> tuple[Tensor, float, f
     along_theirs = (theirs * (C @ theirs)).sum() / C.trace()
     along_its_own = values[-COMPONENTS:].sum() / C.trace()
     return points.float().cpu(), along_theirs.item(), along_its_own.item()
+
+
+def refuse_foreign_report(out: Path) -> None:
+    """Raise InputError if `out`, or the JSON beside it, is there and `vocab_report` has not written
+    it: GPT-2's tokenizer has a vocab.json too."""
+    report = out.with_suffix(".json")
+    if report.exists() and "tokens_for_99" not in read_json(report):
+        raise InputError(f"{report}: is not from --vocab: take another --out")
+    if out.exists() and not report.exists():
+        raise InputError(f"{out}: without a vocab.json it is not from --vocab: take another --out")
 
 
 def new_figure():

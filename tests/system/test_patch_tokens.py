@@ -265,3 +265,17 @@ def test_no_pages_and_no_matplotlib_are_one_line(tokenizer, tmp_path, monkeypatc
     with pytest.raises(InputError, match="pip install matplotlib"):
         patch_tokens.vocab_report(vlm(), tokenizer, report_pages(), out)
     assert not list(tmp_path.iterdir())
+
+
+def test_a_file_that_vocab_has_not_written_is_refused(tmp_path):
+    picture, report = tmp_path / "vocab.png", tmp_path / "vocab.json"
+    patch_tokens.refuse_foreign_report(picture)
+    report.write_text('{"hello": 0, "!": 1}')          # a tokenizer's
+    with pytest.raises(InputError, match="vocab.json: is not from --vocab"):
+        patch_tokens.refuse_foreign_report(picture)
+    report.write_text('{"tokens_for_99": 3}')
+    patch_tokens.refuse_foreign_report(picture)
+    report.rename(tmp_path / "kept.json")
+    picture.write_bytes(b"mine")
+    with pytest.raises(InputError, match="vocab.png: without a vocab.json"):
+        patch_tokens.refuse_foreign_report(picture)
