@@ -245,7 +245,7 @@ def pages(args: argparse.Namespace) -> Iterator[dict]:
 def vision(args: argparse.Namespace) -> Iterator[dict]:
     """4 tiles through SigLIP so400m."""
     config = (ALIGNVLM_PRESETS[args.preset] if args.preset else AlignVLMConfig()).vision
-    no_llm = LlamaConfig(hidden_size=0, n_layers=0)
+    no_llm = LlamaConfig(hidden_size=0, n_layers=0)     # the encoder's operations alone are counted
     for dtype, name in [(FP32, "fp32"), (BF16, "bf16")]:
         siglip = SigLIP(config).to(DEVICE, dtype).eval()
         siglip.init_weights()
@@ -331,7 +331,8 @@ def their_decoding(llm: Llama, prompts: list[Tensor], n_new: int) -> Callable[[]
                            do_sample=False, pad_token_id=0, streamer=streamer, **cache)
         return (times[-1] - times[1]) / (new - 1)
 
-    caches = [{}, {"cache_implementation": "static", "disable_compile": not GPU}]       # or dynamic
+    # Their default, which is dynamic, and a static one.
+    caches = [{}, {"cache_implementation": "static", "disable_compile": not GPU}]
     tried = []
     for cache in caches:
         generate(9, **cache)
@@ -429,10 +430,13 @@ def connector(args: argparse.Namespace) -> Iterator[dict]:
 
 
 def naive(align: Align, F: Tensor, E_text: Tensor) -> Tensor:
-    """Equations 1 and 2 in plain PyTorch: F (n, d) -> F' (n, D)."""
+    """Equations 1 and 2 in plain PyTorch: F (n, d) -> F' (n, D).
+
+    nnf.linear, since fast.use has exchanged the products of align.W1 and align.W2.
+    """
     h = align.norm_D(nnf.linear(F, align.W1.weight))                            # (n, D)
     logits = align.norm_V(nnf.linear(h, align.W2.weight))                       # (n, V)
-    return nnf.softmax(logits, dim=-1) @ E_text
+    return nnf.softmax(logits, dim=-1) @ E_text                                 # (n, D)
 
 
 @torch.inference_mode()
@@ -531,10 +535,11 @@ def their_training_step(model: AlignVLM, texts: list[Tensor],
     def step() -> Tensor:
         E_text = llama.get_input_embeddings().weight                            # (V, D)
         F = siglip(pixels).last_hidden_state                                    # (B T, N, d)
-        F_align = align.p_vocab(F) @ E_text                                     # (B T, N, D)
+        F_align = align.p_vocab(F) @ E_text             # (B T, N, D), equations 1 and 2
         visual = F_align.view(B, -1, E_text.shape[1])                           # (B, T N, D)
-        x = torch.cat([visual, nnf.embedding(tokens, E_text)], dim=1)
+        x = torch.cat([visual, nnf.embedding(tokens, E_text)], dim=1)   # (B, T N + longest, D)
         kept = tokens.shape[1] + 1
+        # (B, longest, V)
         logits = llama(inputs_embeds=x, logits_to_keep=kept, use_cache=False).logits[:, :-1]
         loss = nnf.cross_entropy(logits.float().flatten(0, 1), targets.flatten())
         return update(loss, towers, optimizer)

@@ -24,13 +24,13 @@ from torch.autograd.function import once_differentiable
 
 from plumbing.weights import local_rows
 
-# Mixture works on blocks of R visual tokens. So many bytes may a block's (R, V) matrices take: one
-# forward, two backward. On a GPU blocks are larger, thus fewer: in bf16 dE_text is rounded once a
-# block.
+# Mixture works on blocks of R visual tokens. A block's (R, V) matrices, one forward and two
+# backward, take so many bytes at most. A GPU's blocks are larger, thus fewer: in bf16 dW2 and
+# dE_text are rounded once a block.
 BLOCK_BYTES = 256 * 2 ** 20
 GPU_BLOCK_BYTES = 512 * 2 ** 20
-# So many bytes may those rows of a block take that are in fp32 at a time: a CPU's cache. A GPU has
-# no such cache, and likes large kernels.
+# The rows of a block that are in fp32 at the same time take so many bytes at most: they fit a CPU's
+# cache. A GPU has no such cache, and likes large kernels.
 CACHE_BYTES = 2 * 2 ** 20
 GPU_CHUNK_BYTES = 64 * 2 ** 20
 
@@ -104,8 +104,8 @@ class Mixture(torch.autograd.Function):
 
     Nothing that is V wide is kept: the backward pass makes z and P again. In all that is seven
     products with a (V, D) matrix, two forward and five backward; autograd does six, but keeps z
-    and P. LayerNorm and softmax are never less than fp32; in bf16 dW2 and dE_text are rounded once
-    a block.
+    and P. LayerNorm and softmax are calculated in fp32 at least; in bf16 dW2 and dE_text are
+    rounded once a block.
     """
 
     @staticmethod
@@ -135,9 +135,9 @@ class Mixture(torch.autograd.Function):
     def backward(ctx, g: Tensor) -> tuple[Tensor | None, ...]:
         """g = dL/dF' (..., D) -> dL/d of each input. With da for dL/da:
 
-            dE_text = P^T g,   dP = g E_text^T      from F' = P E_text
-            dz, dweight, dbias                      see softmax_layer_norm_backward
-            dW2 = dz^T h,   dh = dz W2              from z = h W2^T
+            dE_text = P^T g,   dP = g E_text^T      from F' = P E_text, equation 2
+            dz, dweight, dbias                      see softmax_layer_norm_backward, equation 1
+            dW2 = dz^T h,   dh = dz W2              from z = h W2^T, equation 1
         """
         h, W2, weight, bias, E_text = ctx.saved_tensors
         need_h, need_W2, need_weight, need_bias, need_E_text, *_ = ctx.needs_input_grad
@@ -256,12 +256,12 @@ class AlignTopK(nn.Module):
     """Align for inference, with k of the V tokens, the same for every patch: the softmax of
     equation 1 runs over these alone.
 
-    F' stays convex. The paper's second version keeps the 3.4 K of 128 K tokens that carry nearly
-    all probability: 58.69 on average against 58.81.
+    F' stays a convex combination of embeddings. The paper's second version keeps the 3.4 K of 128 K
+    tokens that carry nearly all probability: 58.69 on average against 58.81.
 
-    Whose statistics its second LayerNorm then has we do not know. Here they stay those of all V
-    logits z = W2 h, without making them. With the mean m of W2's rows and their covariance C (see
-    `spread`):
+    The paper does not say whether the second LayerNorm then takes its mean and variance over k
+    logits or over V. Here they are those of all V logits z = W2 h, without making them. With the
+    mean m of W2's rows and their covariance C (see `spread`):
 
         mean(z) = h . m,   variance(z) = h^T C h
     """
@@ -273,10 +273,11 @@ class AlignTopK(nn.Module):
         self.linear = nnf.linear
         self.register_buffer("token_ids", token_ids, persistent=False)              # (k,)
         self.register_buffer("W2", align.W2.weight.detach()[token_ids], persistent=False)   # (k, D)
-        self.register_buffer("weight", align.norm_V.weight.detach()[token_ids], persistent=False)
-        self.register_buffer("bias", align.norm_V.bias.detach()[token_ids], persistent=False)
-        self.register_buffer("m", m, persistent=False)
-        self.register_buffer("C", C, persistent=False)
+        weight, bias = align.norm_V.weight.detach(), align.norm_V.bias.detach()     # (V,) each
+        self.register_buffer("weight", weight[token_ids], persistent=False)         # (k,)
+        self.register_buffer("bias", bias[token_ids], persistent=False)             # (k,)
+        self.register_buffer("m", m, persistent=False)                              # (D,)
+        self.register_buffer("C", C, persistent=False)                              # (D, D)
 
     def p_vocab(self, F: Tensor) -> Tensor:
         """F (..., d) -> (..., k), equation 1: the k tokens share the probability of all."""
@@ -286,19 +287,19 @@ class AlignTopK(nn.Module):
         variance = (wide @ self.C * wide).sum(-1, keepdim=True)         # (..., 1)
         variance = variance.clamp(min=0)                                # rounding may go below
         z = self.linear(h, self.W2)                                     # (..., k)
-        u = (z - mean) * (variance + self.eps).rsqrt() * self.weight + self.bias
-        return nnf.softmax(u, dim=-1).to(h.dtype)
+        u = (z - mean) * (variance + self.eps).rsqrt() * self.weight + self.bias    # (..., k)
+        return nnf.softmax(u, dim=-1).to(h.dtype)                       # (..., k)
 
     def forward(self, F: Tensor, E_text: Tensor) -> Tensor:
         """F (..., d), E_text (V, D), the LLM's live input embedding -> F' (..., D), equation 2."""
-        return self.p_vocab(F) @ E_text[self.token_ids]
+        return self.p_vocab(F) @ E_text[self.token_ids]                 # (..., D)
 
 
 def spread(W2: Tensor) -> tuple[Tensor, Tensor]:
     """W2 (V, D) -> the mean m (D,) and the covariance C (D, D) of its rows, fp32 or wider.
 
-    m is taken from every row before they are multiplied: E[z^2] - E[z]^2 would cancel where m is
-    long beside the spread.
+    m is subtracted from the rows before they are multiplied. To subtract m m^T from the mean of
+    their products would leave few digits where m is long beside the spread.
     """
     W2 = W2.detach()
     wide = torch.promote_types(W2.dtype, torch.float32)
@@ -391,14 +392,14 @@ class Ovis(FromScratch):
         super().__init__()
         self.W_VET = nn.Linear(d, K, bias=False)            # weight (K, d)
         self.norm_K = nn.LayerNorm(K)
-        self.table = nn.Parameter(torch.empty(K, D))        # E_VET
+        self.table = nn.Parameter(torch.empty(K, D))        # E_VET (K, D)
         self.multiply = multiply
 
     def forward(self, F: Tensor, E_text: Tensor) -> Tensor:
         """F (..., d) -> F' (..., D)."""
         norm = self.norm_K
         return Mixture.apply(F, self.W_VET.weight, norm.weight, norm.bias, self.table, norm.eps,
-                             self.multiply)
+                             self.multiply)                 # (..., D)
 
 
 class Perceiver(FromScratch):
@@ -412,7 +413,7 @@ class Perceiver(FromScratch):
     def __init__(self, d: int, D: int, config: ConnectorConfig):
         super().__init__()
         self.projection = PerceiverMLP(d, 4 * D, D)
-        self.latents = nn.Parameter(torch.empty(config.n_latents, D))
+        self.latents = nn.Parameter(torch.empty(config.n_latents, D))               # (n, D)
         self.layers = nn.ModuleList(PerceiverLayer(D, config) for _ in range(config.depth))
         self.norm = nn.RMSNorm(D, eps=1e-6)
 
@@ -422,7 +423,7 @@ class Perceiver(FromScratch):
         latents = self.latents.expand(len(F), -1, -1)       # (T, n, D)
         for layer in self.layers:
             latents = layer(latents, context)               # (T, n, D)
-        return self.norm(latents)
+        return self.norm(latents)                           # (T, n, D)
 
 
 class PerceiverLayer(nn.Module):

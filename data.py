@@ -188,7 +188,7 @@ class Sample:
     tokens: Tensor          # (L,) int64, IMAGE at the place of a visual token
     labels: Tensor          # (L,) int64, IGNORE where nothing is learnt
     pixels: Tensor          # (T, 3, S, S) uint8, the tiles of all of its images
-    areas: list[Area]       # T of them: what of a tile shows the page
+    areas: list[Area]       # T of them: the part of each tile that the page fills
     key: str                # the example's name
     n_images: int = 0
 

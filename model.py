@@ -33,7 +33,7 @@ from plumbing.weights import Weights, load, model_folder, read_safetensors
 from vision import SIGLIP_PRESETS, SigLIP, SigLIPConfig, read_siglip
 
 IGNORE = -100           # marks a label that is not supervised, as in torch's cross_entropy
-CIRCLES = 256           # tokens of an answer that has come to repeat itself, and is ended there
+CIRCLES = 256           # an answer ends when its last so many tokens are one piece, repeated
 LOGITS = 2 ** 26        # numbers that the LM head makes at a time in training: 256 MB in fp32
 
 
@@ -271,9 +271,9 @@ class Llama(nn.Module):
 
         lengths: the row (B = 1) holds samples of these lengths, packed. Each is read by itself,
         from position 0.
-        cache, positions (B or 1, L): keys and values are written to the cache at these positions.
-        Those of L > 1 start at cache.start in every row; with L = 1 each row has its own. By
-        default they are 0, 1, ..., which is right only where nothing stands before x.
+        cache: keys and values are written to it, at `positions` (B or 1, L). If L > 1 every row
+        starts at cache.start. If L = 1 each row has a position of its own. By default positions
+        are 0, 1, ...: right only where nothing stands before x.
         """
         if positions is None:
             each = [torch.arange(n, device=x.device) for n in lengths or [x.shape[1]]]
@@ -282,7 +282,7 @@ class Llama(nn.Module):
         cos, sin = cos.to(x.dtype), sin.to(x.dtype)
         mask = None     # a prompt that starts at position 0 is causal among itself: it needs none
         if cache is not None and (cache.start or x.shape[1] == 1):
-            mask = cache.mask(positions)                                    # (B, 1, L, reach)
+            mask = cache.mask(positions)                            # (B or 1, 1, L, reach)
         if lengths is not None:
             lengths = torch.tensor(lengths)     # a list would be compiled for its length
         for layer in self.layers:
@@ -301,24 +301,23 @@ class Llama(nn.Module):
     def generate(self, x: Tensor, lengths: list[int], stop: set[int], max_new_tokens: int = 256,
                  temperature: float = 0.0, top_p: float = 1.0, seed: int = 0,
                  prefix: "KVCache | None" = None) -> Iterator[list[int | None]]:
-        """Continue B prompts together: embeddings x (B, L, D), each of its own length, padded on
-        the right to L.
+        """Continue B prompts together: embeddings x (B, L, D), padded on the right to L.
 
-        A greedy answer is that which the prompt would get alone. Yields at each step the B new
-        token ids, None for a row that has ended: it has met a token of `stop` (not yielded), or its
-        last tokens go in circles (yielded). Raises InputError where a prompt's first logits are not
-        finite.
-        temperature 0 is greedy; otherwise a token is drawn from the smallest set that holds top_p
-        of the probability.
-        prefix: keys and values of what stands before every prompt, as `hidden` left them in a
-        cache of that length.
+        lengths: of each prompt, without its padding. Each step yields B new token ids, None for a
+        row that has ended. A token of `stop` ends a row and is not yielded. A row also ends when
+        its last tokens go in circles; these are yielded. A greedy answer is the same whatever the
+        other prompts are.
+
+        temperature 0 is greedy. Otherwise a token is drawn from the smallest set that holds top_p
+        of the probability. prefix: a cache that `hidden` has filled to its end with what stands
+        before every prompt. Raises InputError where a prompt's first logits are not finite.
         """
         B, L, _ = x.shape
         generator = torch.Generator(x.device).manual_seed(seed)
         cache = self.new_cache(B, L + max_new_tokens, prefix)
         lengths = torch.tensor(lengths, device=x.device)                    # (B,)
         position = cache.start + lengths[:, None]                           # (B, 1), the next one
-        positions = cache.start + torch.arange(L, device=x.device).expand(B, L)
+        positions = cache.start + torch.arange(L, device=x.device).expand(B, L)     # (B, L)
         cache.reach = cache.start + L
         h = self.hidden(x, None, cache, positions)                          # (B, L, D)
         h = h[torch.arange(B, device=x.device), lengths - 1]                # (B, D)
@@ -371,7 +370,8 @@ class Llama(nn.Module):
 
     @torch.no_grad()
     def init_weights(self) -> None:
-        """Weights for training from scratch: projections keep their input's variance.
+        """Weights for training from scratch: projections keep their input's variance, and E_text is
+        N(0, 1 / D).
 
         o_proj and down_proj, whose outputs are added to x, start smaller by sqrt(2 n_layers), so
         that x keeps its size in a deep decoder.
@@ -385,13 +385,14 @@ class Llama(nn.Module):
                 p.normal_(std=p.shape[-1] ** -0.5)
 
 
-def goes_in_circles(ids: list) -> bool:
-    """Whether the last CIRCLES tokens are one piece, of a quarter of them at most, again and again.
+def goes_in_circles(tokens: list) -> bool:
+    """Whether the last CIRCLES tokens repeat one piece, of at most a quarter of CIRCLES.
 
-    Over a page that it cannot read a model may never end by itself. Nougat looks for this too
-    (https://arxiv.org/abs/2308.13418). Rows of dots are seldom as long.
+    tokens: ids, or the texts that they stand for. Over a page that it cannot read a model may never
+    end by itself. Nougat looks for this too (https://arxiv.org/abs/2308.13418). Rows of dots are
+    seldom as long.
     """
-    tail = ids[-CIRCLES:]
+    tail = tokens[-CIRCLES:]
     if len(tail) < CIRCLES:
         return False
     return any(tail[-1] == tail[-1 - n] and tail[n:] == tail[:-n]
@@ -452,14 +453,19 @@ class Attention(nn.Module):
 
     def forward(self, x: Tensor, cos: Tensor, sin: Tensor, lengths: Tensor | None,
                 cache: "KVCache | None", positions: Tensor, mask: Tensor | None) -> Tensor:
-        """x (B, L, D) -> (B, L, D); cos and sin from rope(), the rest as in Llama.hidden."""
+        """x (B, L, D) -> (B, L, D). cos and sin: rope's. lengths: Llama.hidden's, as a tensor.
+
+        cache and positions: as in Llama.hidden. mask: the cache's, or None where it is not read.
+        """
         by_head = -1, self.head_dim
         q = self.q_proj(x).unflatten(-1, by_head).transpose(1, 2)   # (B, heads, L, head_dim)
         k = self.k_proj(x).unflatten(-1, by_head).transpose(1, 2)   # (B, kv_heads, L, head_dim)
         v = self.v_proj(x).unflatten(-1, by_head).transpose(1, 2)   # (B, kv_heads, L, head_dim)
-        q, k = rotate(q, cos, sin), rotate(k, cos, sin)
+        q, k = rotate(q, cos, sin), rotate(k, cos, sin)             # of the same shapes
         if cache is not None:
+            # (B, kv_heads, reach, head_dim) each
             cached_k, cached_v = cache.write(self.index, positions, k, v)
+        # y (B, heads, L, head_dim)
         if mask is not None:        # decoding, or a prompt after a prefix: the cache is read
             y = self.attend(q, cached_k, cached_v, attn_mask=mask, enable_gqa=self.grouped)
         elif lengths is None:       # from position 0: one sample a row, padding only behind it
@@ -489,26 +495,28 @@ def rope(positions: Tensor, config: LlamaConfig) -> tuple[Tensor, Tensor]:
     """
     even = torch.arange(0, config.head_dim, 2, dtype=torch.float32, device=positions.device)
     freq = 1.0 / config.rope_theta ** (even / config.head_dim)              # (head_dim / 2,)
-    wavelength = 2 * math.pi / freq
+    wavelength = 2 * math.pi / freq                                         # (head_dim / 2,)
     low, high = config.rope_low_freq_factor, config.rope_high_freq_factor
-    keep = ((config.rope_original_length / wavelength - low) / (high - low)).clamp(0, 1)
-    freq = (1 - keep) * freq / config.rope_factor + keep * freq
-    angle = positions[:, None, :, None].float() * freq              # (B, 1, L, head_dim / 2)
-    cos, sin = angle.cos(), angle.sin()
+    keep = (config.rope_original_length / wavelength - low) / (high - low)
+    keep = keep.clamp(0, 1)                                                 # (head_dim / 2,)
+    freq = (1 - keep) * freq / config.rope_factor + keep * freq             # (head_dim / 2,)
+    angle = positions[:, None, :, None].float() * freq      # (B or 1, 1, L, head_dim / 2)
+    cos, sin = angle.cos(), angle.sin()                     # likewise
     return torch.cat([cos, cos], dim=-1), torch.cat([-sin, sin], dim=-1)
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """Turn each pair (x_i, x_{i + head_dim / 2}) of x (B, heads, L, head_dim) by its angle."""
-    other_half = x.roll(x.shape[-1] // 2, dims=-1)
+    other_half = x.roll(x.shape[-1] // 2, dims=-1)                          # like x
     return torch.addcmul(x * cos, other_half, sin)                          # x cos + other_half sin
 
 
 class KVCache:
     """Preallocated keys and values of every layer, (B, kv_heads, length, head_dim) each.
 
-    They are written by position. start: how many positions the prefix fills, in every row.
-    reach: how many positions attention reads, at most `length`.
+    They are written by position. start: how many positions the prefix fills, in every row. length:
+    these and as many as are asked for. reach: how many of them attention reads. The prefix has a
+    row for each of the batch, or one for all.
     """
 
     def __init__(self, config: LlamaConfig, batch: int, length: int, device, dtype: torch.dtype,
@@ -530,9 +538,10 @@ class KVCache:
         self.reach += 1
 
     def write(self, layer: int, positions: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-        """Put k and v (B, kv_heads, L, head_dim) at positions (B, L); returns what is in reach.
+        """Put k and v (B, kv_heads, L, head_dim) at positions (B or 1, L).
 
-        With L > 1 the positions are the same in every row.
+        With L > 1 the positions are the same in every row. Returns the layer's keys and values
+        that are in reach, (B, kv_heads, reach, head_dim) each.
         """
         for cached, new in (self.k[layer], k), (self.v[layer], v):
             new = new.to(cached.dtype)
@@ -543,12 +552,12 @@ class KVCache:
         return self.k[layer][:, :, :self.reach], self.v[layer][:, :, :self.reach]
 
     def mask(self, positions: Tensor) -> Tensor:
-        """What attention adds to the scores at positions (B, L): -inf for what comes later.
+        """What attention adds to the scores at positions (B or 1, L): -inf for what comes later.
 
-        (B, 1, L, reach)
+        Returns (B or 1, 1, L, reach).
         """
         place = torch.arange(self.reach, device=positions.device)           # (reach,)
-        later = place > positions[:, None, :, None]                         # (B, 1, L, reach)
+        later = place > positions[:, None, :, None]                 # (B or 1, 1, L, reach)
         return torch.zeros_like(later, dtype=self.k[0].dtype).masked_fill_(later, -math.inf)
 
 
@@ -558,7 +567,7 @@ def sample_token(logits: Tensor, temperature: float, top_p: float,
     if temperature == 0:
         return logits.argmax(-1)
     p, ids = nnf.softmax(logits.float() / temperature, dim=-1).sort(descending=True)    # (B, V)
-    before = p.cumsum(-1) - p                                   # of the likelier ones: 0 at first
+    before = p.cumsum(-1) - p                       # (B, V), that of the likelier ones: 0 at first
     p = p.masked_fill(before >= top_p, 0.0)
     drawn = torch.multinomial(p, 1, generator=generator)        # (B, 1)
     return ids.gather(1, drawn)[:, 0]

@@ -99,8 +99,8 @@ class Conversation:
         with torch.inference_mode():
             E_text = model.llm.embed_tokens.weight
             x = model.embed(tokens[None], pixels.to(E_text))                # (1, P, D)
-            self.read = model.llm.new_cache(1, len(tokens))
-            model.llm.hidden(x, cache=self.read)
+            self.prefix = model.llm.new_cache(1, len(tokens))
+            model.llm.hidden(x, cache=self.prefix)
 
     def ask(self, prompt: str, **generation) -> Iterator[list[str]]:
         """The answer so far, after every token. Raises TextError for a question that is no text, or
@@ -110,7 +110,7 @@ class Conversation:
         tokens = tokens[after_images(tokens):]                                  # (L,)
         if len(tokens) > MAX_QUESTION:
             raise TextError(f"a question of {len(tokens):,} tokens: at most {MAX_QUESTION:,}")
-        yield from continue_text(self.model.llm, self.tokenizer, tokens, prefix=self.read,
+        yield from continue_text(self.model.llm, self.tokenizer, tokens, prefix=self.prefix,
                                  **generation)
 
 
@@ -197,7 +197,8 @@ def print_speed(llm: Llama, start: float, times: list[float]) -> None:
 def image_files(paths: list[str], chosen: str | None) -> list[Path]:
     """The images of a folder, in the order of their names, or the paths as they are.
 
-    Those of a folder are read first: a bad one is found before any answer. Raises InputError.
+    Those of a folder are read first: a bad one is found before any answer. chosen: --pages. Raises
+    InputError.
     """
     directories = [path for path in paths if os.path.isdir(path)]
     if not directories:

@@ -305,8 +305,8 @@ class Progress:
     step: int = 0                                           # the next one
     position: Position = field(default_factory=Position)    # in the data
     bad: Counter = field(default_factory=Counter)           # samples by kind, and all "seen"
-    learnt: int = 0                                         # steps: with something to learn from
-    skipped: int = 0                                        # of them: loss or gradient not finite
+    learnt: int = 0                                         # steps with a token to learn from
+    skipped: int = 0            # those of these steps whose loss or gradient was not finite
     files: dict = field(default_factory=dict)               # of --data, by path
 
     def record(self) -> dict:
@@ -372,7 +372,7 @@ def train_stage(stage: int, recipe: Recipe, model: AlignVLM, tokenizer: Tokenize
             numbers, sent, counts = take_step(model, optimizer, rows, lr, recipe.clip, device)
             progress.learnt += numbers is not None
 
-            log.add(step_of(progress, lr, rows, counts, numbers, sent))
+            log.add(logged_step(progress, lr, rows, counts, numbers, sent))
             progress.step += 1
             progress.position = position
             # Ten bad steps in a row end the training: by then the last good state must be complete.
@@ -468,8 +468,8 @@ def loader_of(documents: Dataset, position: Position, batch_size: int, workers: 
     return loaded(loader)
 
 
-def step_of(progress: Progress, lr: float, rows: list[list[Sample]], counts: Counter,
-            numbers: Tensor | None, sent: torch.cuda.Event | None) -> Step:
+def logged_step(progress: Progress, lr: float, rows: list[list[Sample]], counts: Counter,
+                numbers: Tensor | None, sent: torch.cuda.Event | None) -> Step:
     """What the log is told of a step that was taken; numbers, sent, counts: take_step's."""
     bad = {kind: progress.bad[kind] for kind in BAD_KINDS if progress.bad[kind]}
     line = dict(step=progress.step, epoch=progress.position.epoch, lr=lr, bad=bad)
@@ -557,8 +557,11 @@ def run_stage(stage: int, args: argparse.Namespace, device: torch.device) -> boo
 
 
 def make_larger(folder: Path, out: Path) -> None:
-    """Write the reader's stage 1 with larger tiles to `out`, where stage 2 starts, unless that was
-    done for this very stage 1. The copy of recipe.json comes last: it says of which it is."""
+    """Write the reader's stage 1 with larger tiles to `out`, where stage 2 starts.
+
+    Nothing is written if `out` was made from this same stage 1. recipe.json is copied last: its id
+    tells which stage 1 that was.
+    """
     def is_due() -> bool:
         made = (out / "config.json").exists() and recorded(out, "id") == recorded(folder, "id")
         return (folder / "config.json").exists() and not made

@@ -28,7 +28,8 @@ from plumbing.weights import Weights, load, model_folder
 # ------------------------------------------------------------------------------------------------
 # Page -> tiles
 
-Area = tuple[int, int, int, int]        # what of a tile shows the page: left, top, width, height
+# The part of a tile that the page fills: left, top, width, height, in pixels.
+Area = tuple[int, int, int, int]
 
 
 @dataclass
@@ -71,9 +72,9 @@ SIGLIP_PRESETS = {
 def choose_grid(width: int, height: int, side: int, max_tiles: int = 9) -> tuple[int, int]:
     """The (rows, columns) into which a page of width x height pixels is cut (Ovis 1.6).
 
-    The fewest tiles that keep more than 90 % of the page's pixels win, and of as many the grid that
-    keeps the most. If none keep so much, the grid that keeps the most wins, of those that keep the
-    same the one with the fewest tiles. Of equals the one with fewer rows. side: S, in pixels.
+    The fewest tiles that keep more than 90 % of the page's pixels win. Among grids of as many tiles
+    the one that keeps the most wins. If no grid keeps 90 %, the one that keeps the most wins; among
+    equals the one with fewer tiles, then the one with fewer rows. side: S, in pixels.
     """
     grids = []
     for rows in range(1, max_tiles + 1):
@@ -88,9 +89,10 @@ def choose_grid(width: int, height: int, side: int, max_tiles: int = 9) -> tuple
 
 
 def coverage(width: int, height: int, side: int, rows: int, columns: int) -> float:
-    """The share of a page's pixels that is left when the long side of each box is at most `side`.
+    """The share of a page's pixels that is left when each box is shrunk to a tile.
 
-    A box that is smaller keeps its pixels. The last row and column take the remainder.
+    A box is the part of the page that a tile shows. Its long side becomes `side` at most; a smaller
+    box keeps its pixels. The last row and column of boxes take the remainder.
     """
     heights = [height // rows] * rows
     heights[-1] += height % rows
@@ -235,7 +237,8 @@ class SigLIP(nn.Module):
 
     @torch.no_grad()
     def init_weights(self) -> None:
-        """Weights for training from scratch: every projection keeps its input's variance."""
+        """Weights for training from scratch: every projection keeps its input's variance, and the
+        position embeddings are N(0, 1 / d)."""
         for name, p in self.named_parameters():
             if "norm" in name:
                 p.fill_(1.0 if name.endswith("weight") else 0.0)

@@ -37,6 +37,7 @@ def choose_tokens(align: Align, pages: list[Tensor], E_text: Tensor,
     error.
     """
     m, C = spread(align.W2.weight)                                      # (D,), (D, D)
+    # (pages, V)
     mass = torch.stack([probability_mass(align, F, len(E_text), m.dtype) for F in pages])
     kept, distances, errors = [], [], []
     for i, F in enumerate(pages):

@@ -113,7 +113,7 @@ def run(*command) -> None:
 
 
 def train_and_ask(kind: str, seed: int, backbones: Path, out: Path, documents: int) -> dict:
-    """The three stages with one connector, then its questions -> what the table says of this run.
+    """The three stages with one connector, then its questions -> result_of this run.
 
     `out` is the run's folder. Raises KeyboardInterrupt if a stage was asked to stop.
     """
@@ -129,7 +129,11 @@ def train_and_ask(kind: str, seed: int, backbones: Path, out: Path, documents: i
     run("eval.py", "--checkpoint", out / "stage3", "--benchmark", f"toy={documents}",
         "--batch-size", 50, "--max-new-tokens", 24, "--noise-relative", *NOISE,
         "--out", out / "eval")
+    return result_of(out)
 
+
+def result_of(out: Path) -> dict:
+    """What the table says of a run, from its folder."""
     results = json.loads((out / "eval" / "scores.json").read_text())
     exact_match = next(iter(results["scores"]["toy"].values()))
     model = AlignVLM.from_pretrained(out / "stage3")

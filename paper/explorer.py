@@ -35,7 +35,7 @@ TEMPLATE = Path(__file__).with_name("explorer.html")
 MARK = "NUMBERS OF THE ANSWER"      # stands in the template where the JSON goes
 TOP = 10                # tokens of a patch
 OTHERS = 5              # tokens that were likeliest instead of an answer's
-WHOLE = 32              # tokens of an answer whose attention is kept for every patch
+WHOLE = 32              # an answer of at most so many tokens keeps the attention of every patch
 STRONGEST = 128         # patches of a step and layer that are kept of a longer answer
 PICTURE = 1600          # pixels of a page's longer side, at most
 KINDS = list(INK)
@@ -94,8 +94,8 @@ class Watch:
     def watched(self, attend):
         """attend, which from now on also notes a row of attention."""
         def attend_and_note(q, k, v, attn_mask=None, **options):
-            mask = None if attn_mask is None else attn_mask[0, 0, -1]       # (L,)
-            weights = attention_row(q[0, :, -1], k[0], mask)                # (L,)
+            mask = None if attn_mask is None else attn_mask[0, 0, -1]       # (reach,)
+            weights = attention_row(q[0, :, -1], k[0], mask)                # (reach,)
             self.end_layer(weights[self.places])
             return attend(q, k, v, attn_mask=attn_mask, **options)
         return attend_and_note
@@ -138,17 +138,17 @@ def is_perceiver(model: AlignVLM) -> bool:
 
 
 def attention_row(q: Tensor, k: Tensor, mask: Tensor | None) -> Tensor:
-    """One query's attention, the mean over heads (L,): the softmax of q k^T / sqrt(head_dim).
+    """One query's attention, the mean over heads (reach,): the softmax of q k^T / sqrt(head_dim).
 
-    q (heads, head_dim), k (kv_heads, L, head_dim): heads / kv_heads queries share a key.
-    mask (L,): -inf at what lies later.
+    q (heads, head_dim), k (kv_heads, reach, head_dim): heads / kv_heads queries share a key.
+    mask (reach,): -inf at what lies later.
     """
     kv_heads, _, head_dim = k.shape
     q = q.float().unflatten(0, (kv_heads, -1))                  # (kv_heads, group, head_dim)
-    scores = q @ k.float().transpose(1, 2) * head_dim ** -0.5   # (kv_heads, group, L)
+    scores = q @ k.float().transpose(1, 2) * head_dim ** -0.5   # (kv_heads, group, reach)
     if mask is not None:
         scores = scores + mask.float()
-    return scores.softmax(-1).mean((0, 1))                      # (L,)
+    return scores.softmax(-1).mean((0, 1))                      # (reach,)
 
 
 def strongest(step: tuple[Tensor, Tensor | None]) -> tuple[Tensor, Tensor]:

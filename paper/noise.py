@@ -1,6 +1,6 @@
 """Gaussian noise on the visual features: the experiment of the paper's Table 3 (section 5.5).
 
-    F~ = F + N,   N ~ N(0, sigma^2)
+    F~ = F + N,   N ~ N(0, sigma^2)       N is the noise here, as in section 5.5
 
 The noise of a sample depends on what the sample is called and on its number of tiles, never on the
 batch or the rank in which it is read. sigma = 3 means something only beside the standard deviation
@@ -35,7 +35,7 @@ class Noise:
         self.F: Tensor | None = None            # the batch's features, without noise
 
     def add(self, vision: nn.Module, inputs: tuple, F: Tensor) -> Tensor:
-        """F (T, N, d), of all tiles of the batch -> F + N. A forward hook."""
+        """F (T, N, d), of all tiles of the batch -> F + noise, F~. A forward hook."""
         self.F = F
         noise = []
         for name, tiles in self.samples:        # drawn on the CPU: the same on every device
@@ -63,7 +63,7 @@ class Noise:
 
 @contextlib.contextmanager
 def noise_on(model: AlignVLM, sigma: float) -> Iterator[Noise | None]:
-    """In here the connector receives F + N; nothing is changed, nor measured, where sigma is 0."""
+    """In here the connector receives F~; nothing is changed, nor measured, where sigma is 0."""
     if sigma == 0:
         yield None
         return

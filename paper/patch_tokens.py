@@ -358,7 +358,7 @@ def vocab_report(model: AlignVLM, tokenizer: Tokenizer, pages: Iterable[Tensor],
     tokens_for_90 = int((p.cumsum(0) < 0.9).sum()) + 1
     tokens_for_99 = int((p.cumsum(0) < 0.99).sum()) + 1
     kept = order[:tokens_for_99]
-    points, own, best = principal_components(E_text, kept.to(E_text.device))
+    points, along_theirs, along_its_own = principal_components(E_text, kept.to(E_text.device))
 
     def row(i: int, probability: float, **more) -> dict:
         text, _ = legible(tokenizer, i)
@@ -370,7 +370,8 @@ def vocab_report(model: AlignVLM, tokenizer: Tokenizer, pages: Iterable[Tensor],
         "likeliest": [row(i, mean[i].item()) for i in order[:20].tolist()],
         "blank": [row(i, blank_total[i].item() / n_blank, patches=n / n_blank)
                   for i, n in taken.most_common(20)],
-        "components": COMPONENTS, "variance_along_theirs": own, "variance_along_its_own": best}
+        "components": COMPONENTS, "variance_along_theirs": along_theirs,
+        "variance_along_its_own": along_its_own}
     of_blank = np.isin(order.numpy(), list(taken))
     draw_report(figure, report, p.numpy(), of_blank, points.numpy(), kept.numpy())
     partial = out.with_name(out.name + ".partial")

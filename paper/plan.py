@@ -80,7 +80,7 @@ def products(config: AlignVLMConfig, counts: Counter) -> list[tuple[str, float]]
             ("vision", T * N * v.n_layers * vision_layer),
             ("connector", T * with_F),
             ("connector", T * then),
-            ("llm", T * N * D * V * mixes_E_text),      # F' = P_vocab E_text
+            ("llm", T * N * D * V * mixes_E_text),      # equation 2: F' = P_vocab E_text
             ("llm", counts["supervised"] * D * V
                     + l.n_layers * (counts["tokens"] * llm_layer + attention))]
 

@@ -127,8 +127,8 @@ def find_faces() -> list[Face]:
 @functools.cache
 def faces(split: str) -> list[Face]:
     """The recorded faces of a split."""
-    return [face for face in map(lambda row: Face(**row), json.loads(LIST.read_text()))
-            if face.split == split]
+    every = [Face(**row) for row in json.loads(LIST.read_text())]
+    return [face for face in every if face.split == split]
 
 
 @functools.cache

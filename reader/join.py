@@ -54,7 +54,7 @@ def teach_align(model: AlignVLM, tokenizer: Tokenizer, args: argparse.Namespace)
         """pixels (B, S, S, 3), classes (B, N, SLOTS) -> the cross-entropy of P_vocab, in nats."""
         with training.in_bf16():
             F = model.vision(encoder.normalise(pixels, encoder.CONFIG)).float()         # (B, N, d)
-        P_vocab = model.connector.p_vocab(F)                                            # (B, N, V)
+        P_vocab = model.connector.p_vocab(F)                                # (B, N, V), equation 1
         tokens, weights = target(classes, token_of)                             # (B, N, SLOTS) both
         nats = -(P_vocab.gather(-1, tokens).clamp(min=1e-9).log() * weights).sum(-1)    # (B, N)
         counts = torch.where(classes[..., 0] == BLANK, BLANK_WEIGHT, 1.0)               # (B, N)

@@ -60,10 +60,11 @@ def mixtures(rng: random.Random, classes: np.ndarray, tokens: np.ndarray,
     numbers = np.random.default_rng(rng.getrandbits(32))
     ids = tokens[classes]                                                   # (K, P, SLOTS)
     weights = np.broadcast_to(np.array(WEIGHTS, np.float32), classes.shape)
+    # The K views of a patch side by side: (P, K * SLOTS) each.
     classes, ids, weights = (np.concatenate(x, -1) for x in (classes, ids, weights))
     weights = weights * np.exp(0.6 * doubt * numbers.standard_normal(classes.shape))
-    other = tokens[numbers.integers(0, len(tokens), (*classes.shape[:-1], 1))]
-    share = numbers.random(other.shape) ** 4 * (numbers.random(other.shape) < doubt)
+    other = tokens[numbers.integers(0, len(tokens), (*classes.shape[:-1], 1))]          # (P, 1)
+    share = numbers.random(other.shape) ** 4 * (numbers.random(other.shape) < doubt)    # (P, 1)
     share[(classes[..., :1] == BLANK) & (numbers.random(other.shape) < 0.9)] = 0
     weights = np.concatenate([weights / weights.sum(-1, keepdims=True) * (1 - share), share], -1)
     return np.concatenate([ids, other], -1), weights.astype(np.float32)

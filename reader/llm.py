@@ -29,7 +29,7 @@ def llm_config(tokenizer: Tokenizer) -> LlamaConfig:
 def embed(llm: Llama, tokens: Tensor, ids: Tensor, weights: Tensor) -> Tensor:
     """tokens (1, L), and the mixtures (P, n) of its IMAGE places -> (1, L, D)."""
     E_text = llm.embed_tokens.weight                                            # (V, D)
-    x = nnf.embedding(tokens.clamp(min=0), E_text)                              # (1, L, D)
+    x = nnf.embedding(tokens.clamp(min=0), E_text)                  # (1, L, D), equation 3
     mixed = nnf.embedding_bag(ids, E_text, per_sample_weights=weights, mode="sum")      # (P, D)
     places = (tokens == IMAGE).flatten().nonzero()[:, 0]                        # (P,), of L
     return x.flatten(0, 1).index_copy(0, places, mixed).view_as(x)
@@ -46,8 +46,11 @@ def answer_logits(llm: Llama, batch: tuple) -> tuple[Tensor, Tensor]:
 
 @torch.no_grad()
 def scores_on(llm: Llama, tokenizer: Tokenizer, batches: dict[str, list]) -> dict[str, float]:
-    """For each kind of batch: the share of answers' tokens right after the right ones, and of the
-    first pages' characters the share that is wrong, read greedily."""
+    """For each kind of batch two scores; an example of it is printed.
+
+    NAME: the share of the answers' tokens that are right when all before them are given.
+    NAME_errors: of the first pages, read greedily, the share of the characters that are wrong.
+    """
     scores = {}
     for name, some in batches.items():
         right = []
@@ -78,9 +81,10 @@ def read_aloud(llm: Llama, tokenizer: Tokenizer, batch: tuple,
     x = nn.utils.rnn.pad_sequence(prompts, True)
     for step in llm.generate(x, [len(p) for p in prompts], tokenizer.stop,
                              max(map(len, golds)) + 20):
-        for text, token in zip(read, step):
-            text += [token] if token is not None else []
-    return [tokenizer.decode(text) for text in read], golds
+        for ids, token in zip(read, step):
+            if token is not None:
+                ids.append(token)
+    return [tokenizer.decode(ids) for ids in read], golds
 
 
 def train(args: argparse.Namespace) -> None:
