@@ -4,6 +4,7 @@ import contextlib
 import ctypes
 import os
 import re
+import socket
 import sys
 import threading
 import time
@@ -24,6 +25,9 @@ from plumbing.signals import watch_signals
 
 VARIABLES = ["RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"]    # that torchrun sets
 FINDING = timedelta(minutes=10)         # processes that are started together find each other in
+# What gloo says of a rank that is gone, and of one that is gone or does not come.
+GONE = re.compile("closed by peer|reset by peer|broken pipe|no route to host", re.IGNORECASE)
+LOST = re.compile(f"{GONE.pattern}|timed out", re.IGNORECASE)
 
 T = TypeVar("T")
 
@@ -86,7 +90,21 @@ def start_processes(timeout: timedelta = timedelta(minutes=10)) -> torch.device:
         place = ", ".join(f"{name}={os.environ.get(name)}" for name in VARIABLES)
         raise InputError(f"the processes do not find each other ({place}): "
                          f"{str(error).splitlines()[0]}") from None
+    check_same_kind(device)
     return device
+
+
+def check_same_kind(device: torch.device) -> None:
+    """Raise InputError, on all ranks, where some have a GPU and others have none: those would be
+    waited for in vain. Every rank calls this."""
+    have = torch.tensor(int(device.type == "cuda"))
+    dist.all_reduce(have)
+    world = dist.get_world_size()
+    if 0 < have < world:
+        here = f"; {socket.gethostname()} shows none to rank {dist.get_rank()}"
+        raise InputError(f"{int(have)} of {world} processes have a GPU, the others none"
+                         f"{here if device.type == 'cpu' else ''}: look at that machine's driver, "
+                         "torch and CUDA_VISIBLE_DEVICES")
 
 
 def check_variables(environment: Mapping[str, str]) -> bool:
@@ -180,20 +198,27 @@ def forget_dump(store: dist.Store) -> None:
 @contextlib.contextmanager
 def name_stalled_rank(timeout: timedelta) -> Iterator[None]:
     """If ranks wait in vain for another in here, raise InputError: with its name, if it is still
-    connected."""
+    connected.
+
+    A rank that has waited too long closes its connections, so to others it seems to have ended. All
+    meet once more: who is not there is the one.
+    """
     control = dist.new_group(backend="gloo")
     try:
         yield
     except RuntimeError as error:
-        if re.search("closed by peer|reset by peer|broken pipe", str(error).lower()):
-            raise InputError("another rank has ended: its own lines say why") from None
-        if "timed out" not in str(error).lower():
+        if not LOST.search(str(error)):
             raise
         try:
             wait = min(timeout, timedelta(seconds=30))
             dist.monitored_barrier(control, wait, wait_all_ranks=True)
         except RuntimeError as absent:
-            raise InputError(f"a rank has stalled or died: {str(absent).splitlines()[0]}") from None
+            why = str(absent).splitlines()[0]
+            if "rank 0 logs" in why:
+                raise InputError("another rank has stalled or ended: rank 0 says which") from None
+            if GONE.search(why) and "Ranks" not in why:
+                raise InputError("another rank has ended: its own lines say why") from None
+            raise InputError(f"a rank has stalled or died: {why}") from None
         raise
 
 

@@ -28,6 +28,8 @@ from plumbing.settings import InputError, read_json
 from plumbing.states import check_room, newest_state
 
 SHOWN_WITHIN = timedelta(seconds=90)    # a new folder, by a network's file system
+TAKEN = errno.EACCES, errno.EAGAIN      # another process has the lock
+LEASE = timedelta(seconds=120)          # after which NFS frees the lock of a machine that is gone
 
 
 def claim(out: Path) -> None:
@@ -43,19 +45,34 @@ def claim(out: Path) -> None:
         raise InputError(f"--out {out}: {error.strerror}") from None
     if sys.platform == "win32":         # it has no such lock
         return
+    error = try_lock(lock)
+    here = socket.gethostname()
+    owner = os.pread(lock, 200, 0).decode(errors="replace") or f"another process on {here}"
+    if error in TAKEN and not owner.endswith(f" on {here}"):
+        print(f"{out}: {owner} is at work in this folder, or was: waiting for {LEASE.seconds} s",
+              file=sys.stderr)
+        last_look = time.monotonic() + LEASE.total_seconds()
+        while (error := try_lock(lock)) in TAKEN and time.monotonic() < last_look:
+            time.sleep(1)
+    if error in TAKEN:
+        raise InputError(f"{out}: {owner} is at work in this folder: wait for it, or take another "
+                         f"--out; if that machine is gone, delete {out / '.lock'}")
+    if error:
+        print(f"{out} cannot be locked here ({os.strerror(error)}): start no second run in it",
+              file=sys.stderr)
+        return
+    os.ftruncate(lock, 0)
+    os.pwrite(lock, f"process {os.getpid()} on {here}".encode(), 0)
+
+
+def try_lock(lock: int) -> int:
+    """Lock an open file -> 0, or the number of the error."""
     import fcntl
     try:
         fcntl.lockf(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except OSError as error:
-        if error.errno in (errno.EACCES, errno.EAGAIN):
-            owner = os.pread(lock, 200, 0).decode(errors="replace") or "another process"
-            raise InputError(f"{out}: {owner} is at work in this folder: wait for it, or take "
-                             "another --out") from None
-        print(f"{out} cannot be locked here ({error.strerror}): start no second run in it",
-              file=sys.stderr)
-        return
-    os.ftruncate(lock, 0)
-    os.pwrite(lock, f"process {os.getpid()} on {socket.gethostname()}".encode(), 0)
+        return error.errno
+    return 0
 
 
 def recorded(folder: Path, key: str, default=None):
@@ -107,7 +124,7 @@ def begin(folder: Path, recipe: dict, model: nn.Module) -> tuple[Path | None, st
     try:
         folder.mkdir(parents=True, exist_ok=True)
         for unfinished in folder.glob("step-*.partial"):
-            shutil.rmtree(unfinished)
+            shutil.rmtree(unfinished, ignore_errors=True)       # as drop_states
         state = newest_state(folder)
         if state:
             check_recipe(folder, recipe)

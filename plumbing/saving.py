@@ -115,6 +115,8 @@ def write_tensors(model: nn.Module, folder: Path, dtype: torch.dtype, shard_byte
         if writes:
             save_file(tensors, folder / file, metadata={"format": "pt"})
             to_disk(folder / file)              # train.py deletes its states next
+        if dist.is_initialized():
+            dist.barrier()      # each file has the whole time-out, not all of them together
         places |= dict.fromkeys(names, file)
     return places
 

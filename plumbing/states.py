@@ -16,6 +16,7 @@ from torch.distributed.checkpoint.staging import DefaultStager, StagingOptions
 from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
 
 from plumbing.files import to_disk
+from plumbing.processes import LOST
 from plumbing.settings import InputError
 
 KEPT = 2        # states of a run; while one is being written there is a third
@@ -117,11 +118,15 @@ class States:
                            optim_state_dict=state["optimizer"])
             self.step = progress["step"]
             return progress
+        except torch.OutOfMemoryError:
+            raise
         except (OSError, CheckpointException, ValueError, KeyError, TypeError,
                 RuntimeError) as error:
+            if LOST.search(str(error)) and not isinstance(error, OSError):
+                raise RuntimeError(str(error)) from None    # a rank, which name_stalled_rank names
             why = " ".join(str(error).split())[:300]
-            raise InputError(f"{path}: not a complete training state of this stage "
-                             f"({why})") from None
+            raise InputError(f"{path}: not a complete training state of this stage ({why}): delete "
+                             "it to go on from the one before") from None
 
 
 def check_room(folder: Path, model: nn.Module) -> None:
@@ -146,4 +151,4 @@ def newest_state(folder: Path) -> Path | None:
 def drop_states(folder: Path) -> None:
     """Delete all training states in a folder."""
     for state in folder.glob("step-*"):
-        shutil.rmtree(state)
+        shutil.rmtree(state, ignore_errors=True)        # NFS keeps what another program has open

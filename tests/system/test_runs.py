@@ -1,9 +1,13 @@
 """A run's folder is its own, what is not of the run is left alone, and who learns nothing fails."""
 import json
+import os
 import random
 import re
 import shutil
+import subprocess
+import sys
 import time
+from datetime import timedelta
 from pathlib import Path
 
 import pytest
@@ -11,6 +15,8 @@ import torch
 from safetensors.torch import load_file
 
 from conftest import losses, run, start, torchrun
+from plumbing import runs
+from plumbing.settings import InputError
 from plumbing.streams import file_mark
 from shipped import PAGE
 
@@ -68,6 +74,30 @@ def test_a_second_run_in_the_folder_ends_at_once_and_the_first_is_as_alone(stage
     assert refused > 0
     assert first.communicate(timeout=120) and first.returncode == 0
     check_equal(out / "stage2", alone / "stage2")
+
+
+def test_a_lock_of_another_machine_is_waited_for(tmp_path, monkeypatch, capsys):
+    """NFS frees the lock of a machine that is gone after a while."""
+    hold = ("import fcntl, os, sys, time\n"
+            f"lock = os.open({str(tmp_path / '.lock')!r}, os.O_RDWR | os.O_CREAT)\n"
+            "fcntl.lockf(lock, fcntl.LOCK_EX)\n"
+            "os.pwrite(lock, b'process 7 on node-b', 0)\n"
+            "print('held', flush=True)\n"
+            "time.sleep(float(sys.argv[1]))\n")
+    for seconds, patience in (600, 1), (2, 60):
+        monkeypatch.setattr(runs, "LEASE", timedelta(seconds=patience))
+        holder = subprocess.Popen([sys.executable, "-c", hold, str(seconds)],
+                                  stdout=subprocess.PIPE)
+        assert holder.stdout.readline() == b"held\n"
+        if patience < seconds:
+            with pytest.raises(InputError, match="7 on node-b is at work.*if that machine is gone"):
+                runs.claim(tmp_path)
+        else:
+            runs.claim(tmp_path)
+            assert f"process {os.getpid()} on " in (tmp_path / ".lock").read_text()
+        assert "process 7 on node-b is at work" in capsys.readouterr().err
+        holder.kill()
+        holder.wait()
 
 
 def test_of_two_that_start_together_one_trains(stage1, out, tmp_path):

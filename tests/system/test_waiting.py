@@ -15,7 +15,7 @@ from pathlib import Path
 import pytest
 import torch.distributed as dist
 
-from conftest import run, start
+from conftest import HELPERS, run, start
 from kill import descendants
 from plumbing.processes import check_variables, own_part
 from plumbing.settings import InputError
@@ -325,6 +325,30 @@ def test_a_rank_that_ends_is_a_line_of_the_other(out, port):
     error = ranks[0].communicate(timeout=60)[1]
     assert ranks[0].returncode == 2 and "Traceback" not in error
     assert error.splitlines()[-1] == "train.py: another rank has ended: its own lines say why"
+
+
+@pytest.mark.parametrize("how, first_rank_says", [
+    ("stalls", "a rank has stalled or died: [Rank 0]: Ranks 4 failed"),
+    ("dies", "another rank has ended: its own lines say why"),
+    ("dies-loading", "another rank has ended: its own lines say why")])
+def test_of_six_ranks_the_one_that_is_lost_is_named_and_no_other(tmp_path, how, first_rank_says):
+    """The others come one after another: who waits too long looks like one that has ended."""
+    said = lines_of_six(how, tmp_path)
+    assert said.keys() == {0, 1, 2, 3, 5} and said.pop(0).startswith(first_rank_says)
+    assert set(said.values()) == {"another rank has stalled or ended: rank 0 says which"}
+
+
+def test_a_machine_whose_gpus_are_not_seen_is_named(tmp_path):
+    said = lines_of_six("has-a-gpu", tmp_path)
+    for rank in range(6):
+        assert said[rank].startswith("1 of 6 processes have a GPU, the others none")
+        assert (f"{socket.gethostname()} shows none to rank {rank}" in said[rank]) == (rank != 4)
+
+
+def lines_of_six(how: str, folder: Path) -> dict[int, str]:
+    """What each rank of helpers/lost_ranks.py says."""
+    lines = run(HELPERS / "lost_ranks.py", how, folder, timeout=120).stdout.splitlines()
+    return {int(rank): said for rank, said in (line.split(": ", 1) for line in lines)}
 
 
 FULL = {"RANK": "0", "WORLD_SIZE": "2", "MASTER_ADDR": "localhost", "MASTER_PORT": "29500"}
