@@ -35,6 +35,7 @@ from plumbing import fast
 from plumbing.examples import IMAGE, Turn
 from plumbing.images import read_pages
 from plumbing.settings import InputError, tile_limit
+from plumbing.texts import in_one_line
 from plumbing.weights import model_folder
 from vision import choose_grid, coverage, tile_boxes
 
@@ -122,6 +123,8 @@ def after_images(tokens: Tensor) -> int:
 def converse(model: AlignVLM, tokenizer: Tokenizer, images: list[Image.Image],
              max_tiles: int | None, **generation) -> None:
     """Answer what is typed, a question a line, until an empty one or the input's end."""
+    if sys.stdin is None:
+        raise InputError("--interactive: there is no input to read questions from")
     start = time.perf_counter()
     conversation = Conversation(model, tokenizer, images, max_tiles)
     seconds = time.perf_counter() - start
@@ -252,7 +255,7 @@ def answer_folder(model: AlignVLM, tokenizer: Tokenizer, files: list[Path], prom
     """Ask the same about each image: a line `name: answer` each, its own line ends as slashes."""
     prompts = [prompt] * len(files)
     for file, text in zip(files, answer_each(model, tokenizer, files, prompts, **options)):
-        tqdm.write(f"{file.name}: {' / '.join(text.splitlines())}")
+        tqdm.write(f"{in_one_line(file.name)}: {' / '.join(text.splitlines())}")
 
 
 # -------------------------------------------------------------------------------------------------
@@ -393,7 +396,7 @@ def main() -> None:
         else:
             ask_model(SHIPPED if args.checkpoint is None else args.checkpoint, args, **generation)
     except (InputError, OSError) as error:
-        print(f"sample.py: {error}", file=sys.stderr)
+        print(in_one_line(f"sample.py: {error}"), file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:
         sys.exit(130)

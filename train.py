@@ -40,7 +40,7 @@ from data import Sample, Tokenizer, encode_chat, fill_rows, pack_row, prepare
 from eval import held_out_scores, report
 from model import ALIGNVLM_PRESETS, IGNORE, IMAGE, AlignVLM, AlignVLMConfig, read_config, read_llama
 from paper.plan import step_flops
-from paper.recipes import RECIPES, Recipe, lr_share, positive, preset_for, recipe_for
+from paper.recipes import RECIPES, Recipe, lr_share, preset_for, recipe_for
 from plumbing import fast
 from plumbing.examples import Turn
 from plumbing.logs import Step, StepLog
@@ -48,7 +48,7 @@ from plumbing.processes import (gather_model, name_stalled_rank, on_first_rank, 
                                 start_processes)
 from plumbing.runs import (begin, check_recipe, check_shared, claim, is_complete, recorded,
                            refuse_foreign)
-from plumbing.settings import InputError, tile_limit
+from plumbing.settings import InputError, positive, tile_limit
 from plumbing.signals import stop_on_signal
 from plumbing.states import States, drop_states, newest_state
 from plumbing.streams import (BAD_KINDS, Documents, Position, agree_on_files, agree_on_position,

@@ -154,7 +154,7 @@ def read_images(names: list[str], folders: list[Path], root: Path) -> list[Image
         inside = [path for path in paths if is_inside(path, root)]
         if paths[0] not in inside:
             raise ImageError(f"{name}: outside of {root}")
-        there = [path for path in inside if path.is_file()]
+        there = [path for path in inside if os.path.isfile(path)]
         images += read_pages((there or inside)[0])
     return images
 
@@ -243,8 +243,11 @@ def tsv_records(path: Path, start: int = 0) -> Iterator[tuple[list[str], int]]:
 
 
 def check_header(header: list[str], path: Path) -> None:
-    """Raises InputError where a column is missing."""
+    """Raises InputError where a column is missing, or one is there twice."""
     columns = ", ".join(header)[:200] or "none"
+    for column in header:
+        if column and header.count(column) > 1:
+            raise InputError(f"{path}: two columns {column} among {columns}")
     for column in ("index", "question", "answer"):
         if column not in header:
             raise InputError(f"{path}: no column {column} among {columns}")

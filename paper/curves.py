@@ -17,9 +17,11 @@ from plumbing.files import partial_of, refuse_inputs
 from plumbing.logs import read_log
 from plumbing.processes import run_main
 from plumbing.settings import InputError
+from plumbing.texts import in_one_line
 
 COLUMNS = ["step", "loss", "held_out_loss", "lr", "tokens_per_s"]   # of a curve: numbers, or None
 POINTS = 200            # that a curve has after thinning
+SOFTWARE = b"AlignVLM's paper.curves"      # what a picture of ours says that it is from
 
 
 def read_curves(path: Path) -> dict[str, list[dict]]:
@@ -28,7 +30,7 @@ def read_curves(path: Path) -> dict[str, list[dict]]:
         return read_table(path)
     curves = {}
     for log in logs_of(path):
-        name = str(log.parent if log.name == "log.jsonl" else log)
+        name = in_one_line(str(log.parent if log.name == "log.jsonl" else log))
         curves[name] = [numbers_of(row, log) for row in read_log(log)]
     return curves
 
@@ -38,14 +40,17 @@ def numbers_of(row: dict, path: Path) -> dict:
     numbers = {column: row.get(column) for column in COLUMNS}
     for column, number in numbers.items():
         is_missing = number is None and column != "step"
-        if not (is_missing or isinstance(number, (int, float))):
-            raise InputError(f"{path}: a row has {number!r} for its {column}")
+        is_number = isinstance(number, float) or isinstance(number, int) and number < 10 ** 18
+        if not (is_missing or is_number):
+            raise InputError(f"{path}: a row has {str(number)[:40]} for its {column}")
     return numbers
 
 
 def logs_of(path: Path) -> list[Path]:
     """The files of a RUN. Raises InputError."""
-    logs = sorted(path.glob("**/*log.jsonl")) if path.is_dir() else [path]
+    logs = [path]
+    if path.is_dir():
+        logs = sorted([*path.glob("**/log.jsonl"), *path.glob("**/*-log.jsonl")])
     if not logs:
         raise InputError(f"{path}: no log.jsonl there")
     return logs
@@ -123,7 +128,7 @@ def plot(curves: dict[str, list[dict]], path: Path) -> None:
     figure.legend(loc="outside right upper")
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = partial_of(path)
-    figure.savefig(partial, format="png", dpi=90)
+    figure.savefig(partial, format="png", dpi=90, metadata={"Software": SOFTWARE.decode()})
     os.replace(partial, path)
 
 
@@ -144,6 +149,8 @@ def main() -> None:
     args = parser.parse_args()
     first = args.runs[0]
     out = args.csv or args.out or (first if first.is_dir() else first.parent) / "plot.png"
+    if not args.csv and not args.out and out.exists() and SOFTWARE not in out.read_bytes()[:2000]:
+        raise InputError(f"{out}: is not from this command: name a picture with --out")
     refuse_inputs(out, [file for run in args.runs for file in logs_of(run)])
     curves = {}
     for run in args.runs:

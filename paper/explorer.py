@@ -25,7 +25,7 @@ from data import Tokenizer, prepare_question
 from model import AlignVLM
 from paper.patch_tokens import INK, distributions_of, named, patch_boxes
 from plumbing.examples import IMAGE
-from plumbing.files import refuse_inputs, write_text
+from plumbing.files import numbered, refuse_inputs, write_text
 from plumbing.images import read_pages
 from plumbing.pdf import page_numbers
 from plumbing.settings import InputError
@@ -181,13 +181,17 @@ def explain(model: AlignVLM, tokenizer: Tokenizer, files: list[Path], out: Path,
     has its own, numbered. chosen: --pages. generation: what AlignVLM.generate takes. Raises
     InputError.
     """
+    if out.is_dir():
+        raise InputError(f"{out}: a folder, not a file")
+    if not out.parent.is_dir():
+        raise InputError(f"{out}: there is no folder {out.parent}")
+    if out.is_symlink():
+        out = out.resolve()             # a link stays one
     if out.suffix.lower() == ".png":
         from paper.patch_tokens import explain_files
         return explain_files(model, tokenizer, files, out, max_tiles, chosen)
     groups = [files] if together else [[file] for file in files]
-    paths = [out]
-    if len(groups) > 1:
-        paths = [out.with_name(f"{out.stem}-{i}{out.suffix}") for i in range(1, len(groups) + 1)]
+    paths = numbered(out, len(groups))
     for path in paths:
         refuse_inputs(path, files)
     for group, path in zip(groups, paths):
@@ -219,8 +223,6 @@ def explore(model: AlignVLM, tokenizer: Tokenizer, pages: list[Image.Image], nam
     of a tile have no place in it: their attention is added up to that of the tile. Raises
     InputError.
     """
-    if not out.parent.is_dir():
-        raise InputError(f"{out}: there is no folder {out.parent}")
     tokens, pixels = prepare_question(model, tokenizer, pages, prompt, max_tiles)
     places = (tokens == IMAGE).nonzero()[:, 0]                              # (n,)
     ids, p = [], []

@@ -19,12 +19,12 @@ import torch
 
 from connector import BLOCK_BYTES, CACHE_BYTES, CONNECTORS, GPU_BLOCK_BYTES, GPU_CHUNK_BYTES
 from model import ALIGNVLM_PRESETS, LOGITS, AlignVLM, AlignVLMConfig, LlamaConfig, read_llama
-from paper.recipes import RECIPES, Recipe, lr_share, positive, preset_for, recipe_for
+from paper.recipes import RECIPES, Recipe, lr_share, preset_for, recipe_for
 from plumbing.hub import hub_folder
 from plumbing.logs import PEAKS
 from plumbing.processes import run_main
 from plumbing.released import llama_sizes, siglip_sizes
-from plumbing.settings import tile_limit
+from plumbing.settings import positive, tile_limit
 from vision import SigLIPConfig
 
 

@@ -5,6 +5,7 @@
     OUT/DocVQA.jsonl                then the benchmark's rows, in order, each with its prediction
 """
 import json
+import re
 from pathlib import Path
 
 from paper.benchmarks import Benchmark
@@ -26,7 +27,7 @@ def begin_predictions(stem: str, settings: dict, n: int) -> set[int]:
                    if before.get(key) != value]
         if changed:
             raise InputError(f"{complete}: predictions with {', '.join(changed)}: take another "
-                             f"--out, or delete {stem}.*")
+                             f"--out, or delete {stem}.jsonl and {stem}.rank0, ...")
     else:
         complete.parent.mkdir(parents=True, exist_ok=True)
         write_text(record, json.dumps(settings, indent=2) + "\n")
@@ -37,7 +38,9 @@ def begin_predictions(stem: str, settings: dict, n: int) -> set[int]:
 
 def partial_files(stem: str) -> list[Path]:
     """What each rank has written so far, of this run or of one before it on other ranks."""
-    return sorted(Path(stem).parent.glob(f"{Path(stem).name}.rank*"))
+    name = re.escape(Path(stem).name)
+    return sorted(path for path in Path(stem).parent.glob("*.rank*")
+                  if re.fullmatch(rf"{name}\.rank\d+", path.name))
 
 
 def read_parts(parts: list[Path]) -> dict[int, dict]:
@@ -76,7 +79,11 @@ def join_predictions(benchmark: Benchmark, stem: str, settings: dict) -> list[di
         write_text(complete, "".join(json.dumps(row) + "\n" for row in rows))
     for part in parts:
         part.unlink()
-    return read_predictions(complete)
+    rows = read_predictions(complete)
+    if len(rows) != len(benchmark.rows):
+        raise InputError(f"{complete}: {len(rows):,} of {len(benchmark.rows):,} predictions are "
+                         "left: delete it")
+    return rows
 
 
 def read_predictions(path: Path) -> list[dict]:

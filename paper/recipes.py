@@ -1,13 +1,11 @@
 """What each stage trains, and how: the paper's recipes (appendix A.1), the second version's small
 one, the toy's and the reader's.
 
-train.py follows them, paper/plan.py says what they take. The types of the flags with which both
-commands change a recipe are here too.
+train.py follows them, paper/plan.py says what they take. Both change them with --lr-scale, whose
+type is here too.
 """
 import argparse
-import math
 import re
-from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 
 from model import LLAMA_PRESETS, LlamaConfig
@@ -107,24 +105,6 @@ def recipe_for(preset: str, stage: int, changes: dict, lr_scale: dict[str, float
     if not trainable:
         raise InputError(f"--lr-scale leaves nothing to train in stage {stage}")
     return replace(recipe, trainable=trainable, lr_scale={**recipe.lr_scale, **lr_scale})
-
-
-# --------------------------------------------------------------------------------------------------
-# Types of flags
-
-
-def positive(kind: Callable[[str], float], most: float = math.inf) -> Callable[[str], float]:
-    """The argparse type of a number, int or float, that is finite, above 0, and at most `most`."""
-    def read(text: str) -> float:
-        number = kind(text)
-        if not 0 < number < math.inf:
-            raise argparse.ArgumentTypeError(f"{text[:20]} is no finite number above 0")
-        if number > most:
-            raise argparse.ArgumentTypeError(f"{text[:20]} is more than {most:,}")
-        return number
-
-    read.__name__ = kind.__name__       # argparse names it where kind refuses the text
-    return read
 
 
 def lr_share(text: str) -> tuple[str, float]:

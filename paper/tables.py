@@ -277,8 +277,12 @@ def score_files(specs: list[str], out: Path | None) -> None:
     results = {"model": "these predictions", "scores": {}, "intervals": {}, "noise": {}}
     if out:
         refuse_foreign_table(out)
-        if (out / "scores.json").exists() and "weights" in read_json(out / "scores.json"):
-            raise InputError(f"{out / 'scores.json'}: a model's own scores: take another --out")
+        earlier = out / "scores.json"
+        if earlier.exists():
+            before = with_nan(read_json(earlier))
+            check_scores(before, earlier)
+            if "weights" in before:
+                raise InputError(f"{earlier}: a model's own scores: take another --out")
     for spec in specs:
         name, path = benchmark_file(spec)
         for written in ("table.md", "scores.json") if out else ():

@@ -81,7 +81,9 @@ def data_files(path: str, held_out: bool = False) -> tuple[Path, list[Path]]:
     try:
         is_folder = root.is_dir()
         if not is_folder:
-            files = [root] if root.is_file() else sorted(map(Path, glob.glob(str(root))))
+            # The pattern as it was given: a folder above it may have brackets in its name.
+            found = [root] if root.is_file() else glob.glob(path)
+            files = sorted(Path(os.path.abspath(file)) for file in found)
     except PermissionError:
         raise unreadable(root) from None
     if is_folder:

@@ -21,12 +21,14 @@ from plumbing.settings import ImageError
 MAX_PIXELS = 100_000_000
 # Of a file's pages together.
 MAX_PAGE_PIXELS = 4 * MAX_PIXELS
+MAX_PAGES = 1000
 MAX_BYTES = 2 ** 31         # of a file
 MAX_TEXT = 2 ** 20          # bytes of a compressed text that are looked at
 
 PNG = b"\x89PNG\r\n\x1a\n"
 JPEG = b"\xff\xd8"
 TIFF = (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+")
+OTHERS = (b"GIF8", b"RIFF", b"BM", b"P1", b"P2", b"P3", b"P4", b"P5", b"P6")      # no PDF either
 XMP = b"http://ns.adobe.com/xap/1.0/\0"
 
 # What makes a stored picture upright, by the value of its orientation.
@@ -75,7 +77,9 @@ def read_pages(file, chosen: str | None = None) -> list[Image.Image]:
         n_pixels += page.width * page.height
         if n_pixels > MAX_PAGE_PIXELS:
             raise ImageError(f"{name}: pages of more than {MAX_PAGE_PIXELS:,} pixels together; "
-                             "scale them down first, or save some of them apart")
+                             "scale them down first, or choose some with --pages")
+        if len(pages) == MAX_PAGES:
+            raise ImageError(f"{name}: more than {MAX_PAGES:,} pages: choose some with --pages")
         pages.append(page)
     return pages
 
@@ -160,12 +164,16 @@ def in_rgb(image: Image.Image) -> Image.Image:
 def eight_bits(image: Image.Image) -> Image.Image:
     """16 or 32 bits a sample -> 8. Pillow would clip at 255.
 
-    White is 65535 where a value above 255 says so, else 255, or 1 where no value is above that.
+    White of 16 bits is 65535, or what the bits say that a TIFF has. Of 32 bits it is 65535 where a
+    value above 255 says so, else 255, or 1 where no value is above that.
     """
     grey = np.array(image, dtype=np.float32)            # (height, width)
     np.nan_to_num(grey, copy=False)
     brightest = grey.max()
-    if image.mode.startswith("I;16") or brightest > 255:
+    if image.mode.startswith("I;16"):
+        bits = getattr(image, "tag_v2", {}).get(258, 16)            # BitsPerSample: 12 of a scanner
+        white = 2 ** (bits[0] if isinstance(bits, tuple) else bits) - 1
+    elif brightest > 255:
         white = 65535
     elif brightest > 1:
         white = 255
@@ -185,7 +193,7 @@ def eight_bits(image: Image.Image) -> Image.Image:
 
 def pictures_of(data: bytes, name: str, chosen: str | None = None) -> Iterator[Picture]:
     """The pages of a file, one at least, each as a file of its own."""
-    if b"%PDF-" in data[:1024] and not data.startswith((JPEG, PNG, *TIFF)):
+    if b"%PDF-" in data[:1024] and not data.startswith((JPEG, PNG, *TIFF, *OTHERS)):
         from plumbing.pdf import pdf_pictures
         yield from pdf_pictures(data, name, chosen, MAX_PAGE_PIXELS)
     elif chosen:
@@ -282,7 +290,7 @@ def png_picture(data: bytes) -> Picture:
             kept.append(data[at:stop])
         elif kind == b"tRNS":
             if data[stop - 4:stop] == zlib.crc32(kind + content).to_bytes(4, "big"):
-                kept.append(data[at:stop])
+                kept.append(in_eight_bits(data[at:stop], *data[24:26]))
         elif kind == b"eXIf":
             exif = content
         elif kind in (b"tEXt", b"zTXt", b"iTXt"):
@@ -296,6 +304,16 @@ def png_picture(data: bytes) -> Picture:
             break
     kept.append(data[at:at + 8])            # half a chunk's head: Pillow says what is wrong
     return b"".join(kept), orientation_of(exif or profile, xmp or profile)
+
+
+def in_eight_bits(chunk: bytes, bits: int, colour_type: int) -> bytes:
+    """A PNG's tRNS chunk, its grey that is paper as one of 256, as Pillow makes samples of 2 and 4
+    bits."""
+    if colour_type != 0 or bits not in (2, 4) or len(chunk) != 14:
+        return chunk
+    grey = int.from_bytes(chunk[8:10], "big") * 255 // (2 ** bits - 1)
+    content = b"tRNS" + min(grey, 0xFFFF).to_bytes(2, "big")
+    return chunk[:4] + content + zlib.crc32(content).to_bytes(4, "big")
 
 
 def png_text(kind: bytes, content: bytes) -> tuple[bytes, bytes]:

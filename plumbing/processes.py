@@ -22,6 +22,7 @@ from torch import nn
 
 from plumbing.settings import InputError
 from plumbing.signals import watch_signals
+from plumbing.texts import in_one_line
 
 VARIABLES = ["RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"]    # that torchrun sets
 FINDING = timedelta(minutes=10)         # processes that are started together find each other in
@@ -259,6 +260,8 @@ def run_main(main: Callable[[], None]) -> None:
     Python would wait for its own loading processes. What was printed until then is shown.
     """
     watch_signals()
+    if hasattr(sys.stdout, "reconfigure"):      # a terminal that lacks a character is no reason to
+        sys.stdout.reconfigure(errors="replace")                                        # stop
     try:
         main()
     except KeyboardInterrupt:
@@ -266,7 +269,9 @@ def run_main(main: Callable[[], None]) -> None:
     except Exception as error:
         # OSError: a disk is full, a file is missing.
         bad_input = isinstance(error, (InputError, OSError, SafetensorError))
-        message = f"{Path(sys.argv[0]).name}: {error}" if bad_input else traceback.format_exc()
+        message = traceback.format_exc()
+        if bad_input:
+            message = in_one_line(f"{Path(sys.argv[0]).name}: {error}")
         print(message, file=sys.stderr, flush=True)
         end_at_once(2 if bad_input else 1)
     end_at_once(0)

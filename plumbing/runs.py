@@ -25,7 +25,7 @@ from torch import nn
 from plumbing.files import write_text
 from plumbing.saving import why_not
 from plumbing.settings import InputError, read_json
-from plumbing.states import check_room, newest_state
+from plumbing.states import STATE, check_room, newest_state
 
 SHOWN_WITHIN = timedelta(seconds=90)    # a new folder, by a network's file system
 TAKEN = errno.EACCES, errno.EAGAIN      # another process has the lock
@@ -34,10 +34,16 @@ LEASE = timedelta(seconds=120)          # after which NFS frees the lock of a ma
 
 def claim(out: Path) -> None:
     """Make the folder `out`, and keep it for this process until that ends, however it does: two
-    runs in one folder would delete each other's states. Raises InputError where another has it.
+    runs in one folder would delete each other's states. Raises InputError where another has it, or
+    where OUT/.lock is somebody's own file.
 
     The lock is POSIX's, which loading processes do not inherit, and which NFS knows.
     """
+    try:
+        os.fspath(out).encode()
+    except UnicodeEncodeError:
+        raise InputError(f"--out {out}: a name that is no UTF-8, which safetensors cannot "
+                         "read") from None
     try:
         out.mkdir(parents=True, exist_ok=True)
         lock = os.open(out / ".lock", os.O_RDWR | os.O_CREAT, 0o666)    # open as long as we live
@@ -47,7 +53,9 @@ def claim(out: Path) -> None:
         return
     error = try_lock(lock)
     here = socket.gethostname()
-    owner = os.pread(lock, 200, 0).decode(errors="replace") or f"another process on {here}"
+    owner = os.pread(lock, 200, 0).decode(errors="replace") or f"process ? on {here}"
+    if not owner.startswith("process "):
+        raise InputError(f"{out / '.lock'}: not this program's lock: take another --out")
     if error in TAKEN and not owner.endswith(f" on {here}"):
         print(f"{out}: {owner} is at work in this folder, or was: waiting for {LEASE.seconds} s",
               file=sys.stderr)
@@ -123,7 +131,7 @@ def begin(folder: Path, recipe: dict, model: nn.Module) -> tuple[Path | None, st
     """
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        for unfinished in folder.glob("step-*.partial"):
+        for unfinished in folder.glob(f"{STATE}.partial"):
             shutil.rmtree(unfinished, ignore_errors=True)       # as drop_states
         state = newest_state(folder)
         if state:

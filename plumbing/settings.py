@@ -5,9 +5,11 @@ An error is one line that names the file and what to do; the commands exit with 
 import argparse
 import json
 import math
+from collections.abc import Callable
 from dataclasses import fields
 from pathlib import Path
 
+HUGE = 10 ** 12         # no setting is as large
 MAX_TILES = 100         # of a page: among more it takes seconds to choose a grid
 
 
@@ -44,8 +46,10 @@ class Settings:
         if value is None:
             raise self.error(key, "is missing")
         is_number = isinstance(value, (int, kind)) and not isinstance(value, bool)
-        if not is_number or not 0 < value < math.inf:
+        if not is_number or not 0 < value < HUGE:
             wanted = "integer" if kind is int else "number"
+            if is_number and value > 0:
+                raise self.error(key, f"is {str(value)[:20]}..., more than a {wanted} of a model")
             raise self.error(key, f"is {value!r}, not a positive {wanted}")
         return kind(value)
 
@@ -102,9 +106,9 @@ def saved_config(part: type, settings: Settings, **choices: tuple):
             settings.only(key, *choices[key])
         elif key == "feature_layer":
             n = settings.number("n_layers")
-            if value is not None and value not in range(-n - 1, n + 1):
+            if value is not None and (type(value) is not int or value not in range(-n - 1, n + 1)):
                 raise settings.error(key, f"is {value!r}, of an encoder with {n} layers")
-        elif key == "image_mean" and isinstance(value, int | float):
+        elif key == "image_mean" and type(value) in (int, float) and abs(value) < HUGE:
             continue                                            # a mean may be 0
         elif key == "max_tiles" and key not in settings.values:
             continue                                                    # an older folder
@@ -113,6 +117,27 @@ def saved_config(part: type, settings: Settings, **choices: tuple):
             if key == "max_tiles" and number > MAX_TILES:
                 raise settings.error(key, f"is {value}, more than {MAX_TILES}")
     return part(**settings.values)
+
+
+def positive(kind: Callable[[str], float], most: float = math.inf) -> Callable[[str], float]:
+    """The argparse type of a number, int or float, that is finite, above 0, and at most `most`."""
+    def read(text: str) -> float:
+        number = kind(text)
+        if not 0 < number < math.inf:
+            raise argparse.ArgumentTypeError(f"{text[:20]} is no finite number above 0")
+        if number > most:
+            raise argparse.ArgumentTypeError(f"{text[:20]} is more than {most:,}")
+        return number
+
+    read.__name__ = kind.__name__       # argparse names it where kind refuses the text
+    return read
+
+
+def whole(text: str) -> int:
+    """The argparse type of a whole number from 0 on."""
+    if not text.isdecimal() or len(text) > 9:
+        raise argparse.ArgumentTypeError(f"{text[:20]!r} is no whole number from 0 on")
+    return int(text)
 
 
 def tile_limit(text: str) -> int:

@@ -20,6 +20,7 @@ from plumbing.processes import LOST
 from plumbing.settings import InputError
 
 KEPT = 2        # states of a run; while one is being written there is a third
+STATE = "step-" + 8 * "[0-9]"       # what a state is called; what else is there is the user's
 
 
 class States:
@@ -89,7 +90,7 @@ class States:
             stager.close()          # lets go of the copies, which hold each other in a circle
             if dist.get_rank() == 0:
                 os.rename(partial, path)
-                for old in sorted(self.folder.glob("step-????????"))[:-KEPT]:
+                for old in sorted(self.folder.glob(STATE))[:-KEPT]:
                     # If another program has it open, on NFS, it goes after the next state.
                     shutil.rmtree(old, ignore_errors=True)
         except (OSError, CheckpointException) as error:
@@ -134,7 +135,7 @@ def check_room(folder: Path, model: nn.Module) -> None:
     its model."""
     weights = 4 * sum(p.numel() for p in model.parameters())
     moments = 8 * sum(p.numel() for p in model.parameters() if p.requires_grad)
-    there = sum(file.stat().st_size for file in folder.glob("step-*/*"))
+    there = sum(file.stat().st_size for file in folder.glob(f"{STATE}/*"))
     need = (KEPT + 1) * (weights + moments) + weights - there
     free = shutil.disk_usage(folder).free
     if free < need:
@@ -145,10 +146,10 @@ def check_room(folder: Path, model: nn.Module) -> None:
 
 def newest_state(folder: Path) -> Path | None:
     """The furthest complete training state in a folder."""
-    return max(folder.glob("step-????????"), default=None)
+    return max(folder.glob(STATE), default=None)
 
 
 def drop_states(folder: Path) -> None:
-    """Delete all training states in a folder."""
-    for state in folder.glob("step-*"):
+    """Delete all training states in a folder, and those that were not written to their end."""
+    for state in [*folder.glob(STATE), *folder.glob(f"{STATE}.partial")]:
         shutil.rmtree(state, ignore_errors=True)        # NFS keeps what another program has open

@@ -13,6 +13,7 @@ cannot be used stands a Bad one. What a sample is, `prepare` says; nothing here 
 """
 import contextlib
 import itertools
+import math
 import mmap
 import os
 import re
@@ -38,6 +39,7 @@ from plumbing.formats import (DAMAGED, MAX_RECORD, TWICE, Span, json_example, li
                               list_spans, parquet_example, read_parquet, tar_example, tar_spans)
 from plumbing.images import ImageError
 from plumbing.settings import InputError
+from plumbing.texts import in_one_line
 from plumbing.tokenizers import TextError
 
 BAD_KINDS = ["unreadable file", "broken record", "missing field", "empty answer", "image not found",
@@ -263,8 +265,8 @@ class Documents(Dataset):
             return
         for path, weight in parsed:
             weight = float(weight or 1)
-            if weight == 0:
-                raise InputError(f"{' '.join(specs)}: a weight is more than 0")
+            if not 0 < weight < math.inf:
+                raise InputError(f"{' '.join(specs)[:200]}: a weight is a finite number above 0")
             self.sets.append(DataSet([path], seed, held_out))
             self.weights.append(weight)
 
@@ -429,8 +431,8 @@ def keep_good(samples: list[Sample | Bad], documents: Documents,
         if sample.kind not in shown:
             shown.add(sample.kind)
             why = " ".join(sample.why.split())[:200]
-            tqdm.write(f"bad sample, {sample.kind}: {documents.where(sample)}: {why}",
-                       file=sys.stderr)
+            line = f"bad sample, {sample.kind}: {documents.where(sample)}: {why}"
+            tqdm.write(in_one_line(line), file=sys.stderr)
     kinds = Counter(sample.kind for sample in bad)
     totals = torch.tensor([len(samples), *(kinds[kind] for kind in BAD_KINDS)])
     dist.all_reduce(totals)

@@ -1,4 +1,10 @@
-"""Two texts compared."""
+"""Two texts compared, and a text in one line."""
+
+
+def in_one_line(text: str) -> str:
+    """A text with escapes for line ends and all else that is not printed: what stands in a user's
+    file must not move a terminal's cursor, and an error is one line."""
+    return "".join(c if c.isprintable() else repr(c)[1:-1] for c in text)
 
 
 def edit_distance(a: str, b: str) -> int:

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch.utils.data import Dataset
 
 from plumbing.processes import run_main
+from plumbing.settings import positive
 from reader import training
 from reader.drawing import N_CLASSES, SLOTS, SMALL_SIDE
 from reader.pages import SIDE
@@ -100,7 +101,7 @@ def train(args: argparse.Namespace) -> None:
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         prog="python -m reader.encoder", description=__doc__.split("\n\n")[0])
-    parser.add_argument("--batch-size", type=int, default=16,
+    parser.add_argument("--batch-size", type=positive(int), default=16,
                         help="tiles a step (default: %(default)s)")
     training.add_flags(parser, "out/reader/encoder", 10_000)
     return parser.parse_args(argv)

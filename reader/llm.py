@@ -5,6 +5,7 @@
 import argparse
 import itertools
 import random
+from pathlib import Path
 
 import torch
 import torch.nn.functional as nnf
@@ -12,7 +13,9 @@ from torch import Tensor, nn
 
 from data import Tokenizer
 from model import IGNORE, IMAGE, Llama, LlamaConfig
+from plumbing.files import partial_of
 from plumbing.processes import run_main
+from plumbing.settings import InputError, positive
 from plumbing.texts import edit_distance
 from reader import training
 from reader.encoder import CONFIG, LARGE
@@ -87,11 +90,21 @@ def read_aloud(llm: Llama, tokenizer: Tokenizer, batch: tuple,
     return [tokenizer.decode(ids) for ids in read], golds
 
 
+def write_own_tokenizer(path: Path) -> None:
+    """Write the reader's tokenizer. Raises InputError where another one is there."""
+    new = partial_of(path)
+    write_tokenizer(new)
+    if path.exists() and path.read_bytes() != new.read_bytes():
+        new.unlink()
+        raise InputError(f"{path}: not the reader's tokenizer: take another --out")
+    new.replace(path)
+
+
 def train(args: argparse.Namespace) -> None:
     torch.manual_seed(args.seed)
     torch.set_num_threads(args.threads)
     args.out.mkdir(parents=True, exist_ok=True)
-    write_tokenizer(args.out / "tokenizer.model")
+    write_own_tokenizer(args.out / "tokenizer.model")
     tokenizer = Tokenizer(args.out)
     llm = Llama(llm_config(tokenizer))
     llm.init_weights()
@@ -114,7 +127,7 @@ def held_out_steps(data: LaidOut, n: int = 2) -> dict[str, list]:
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         prog="python -m reader.llm", description=__doc__.split("\n\n")[0])
-    parser.add_argument("--tokens", type=int, default=7000,
+    parser.add_argument("--tokens", type=positive(int), default=7000,
                         help="of a step, about (default: %(default)s)")
     training.add_flags(parser, "out/reader/llm", 6000)
     return parser.parse_args(argv)

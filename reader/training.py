@@ -16,7 +16,7 @@ from tqdm import tqdm
 from plumbing.devices import send
 from plumbing.processes import keep_heap
 from plumbing.runs import claim
-from plumbing.settings import InputError
+from plumbing.settings import InputError, positive, whole
 from plumbing.workers import loaded, start_worker
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
@@ -79,14 +79,14 @@ def add_flags(parser: argparse.ArgumentParser, out: str, steps: int) -> None:
     """What every lesson takes; their defaults of --out and --steps."""
     add = parser.add_argument
     add("--out", type=Path, default=Path(out), help="where state and log go (default: %(default)s)")
-    add("--steps", type=int, default=steps, help="(default: %(default)s)")
-    add("--lr", type=float, default=1.5e-3, help="at its highest (default: %(default)s)")
+    add("--steps", type=whole, default=steps, help="(default: %(default)s)")
+    add("--lr", type=positive(float), default=1.5e-3, help="at its highest (default: %(default)s)")
     add("--seed", type=int, default=0, help="(default: %(default)s)")
-    add("--threads", type=int, default=2, help="that train (default: %(default)s)")
-    add("--workers", type=int, default=1, help="processes that draw (default: %(default)s)")
-    add("--log-every", type=int, default=50, help="steps (default: %(default)s)")
-    add("--eval-every", type=int, default=250, help="steps (default: %(default)s)")
-    add("--save-every", type=int, default=100, help="steps (default: %(default)s)")
+    add("--threads", type=positive(int), default=2, help="that train (default: %(default)s)")
+    add("--workers", type=whole, default=1, help="processes that draw (default: %(default)s)")
+    add("--log-every", type=positive(int), default=50, help="steps (default: %(default)s)")
+    add("--eval-every", type=positive(int), default=250, help="steps (default: %(default)s)")
+    add("--save-every", type=positive(int), default=100, help="steps (default: %(default)s)")
 
 
 def learning_rate(step: int, steps: int, peak: float, warmup: int = 100,

@@ -373,6 +373,7 @@ def test_a_damaged_tsv(docvqa):
         "no column answer": good.replace("answer", "gold"),
         "no column index": "",
         "neither": good.replace("image", "picture"),
+        "two columns answer": good.replace("question", "answer", 1),
         "two rows": good.replace("\n7\t", "\n0\t"),
         "fields, not 4": good + "13\tx\n",
         "not a single": good.splitlines()[0] + "\n",

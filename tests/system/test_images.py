@@ -113,6 +113,53 @@ def test_grey_of_16_bits_may_be_clear(tmp_path):
     assert np.asarray(read_image(path))[..., 0].tolist() == [[255, 4, 128], [195, 255, 255]]
 
 
+def test_a_tiff_of_12_bits_is_as_bright_as_one_of_16(tmp_path):
+    """As some scanners write it: Pillow shifts no bits."""
+    grey = np.tile(np.array([0, 1000, 4095], dtype=np.uint16), 4)                   # a row of 12
+    packed = int("".join(f"{value:012b}" for value in grey), 2).to_bytes(18, "big")
+    tags = [(256, 12), (257, 1), (258, 12), (259, 1), (262, 1), (273, 8), (277, 1), (278, 1),
+            (279, len(packed))]
+    entries = b"".join(struct.pack("<HHIHH", tag, 3, 1, value, 0) for tag, value in tags)
+    path = tmp_path / "a.tif"
+    path.write_bytes(b"II*\0" + struct.pack("<I", 8 + len(packed)) + packed
+                     + struct.pack("<H", len(tags)) + entries + bytes(4))
+    row = np.array(read_image(path))[0, :, 0]
+    assert row.tolist() == [0, 62, 255] * 4
+
+
+@pytest.mark.parametrize("bits, key", [(1, 0), (1, 1), (2, 1), (4, 5), (8, 77)])
+def test_a_clear_grey_of_few_bits(tmp_path, bits, key):
+    def chunk(kind: bytes, content: bytes) -> bytes:
+        checksum = zlib.crc32(kind + content).to_bytes(4, "big")
+        return struct.pack(">I", len(content)) + kind + content + checksum
+
+    other = 2 ** bits - 1 - key
+    row = int((f"{other:0{bits}b}{key:0{bits}b}" * 4), 2).to_bytes(bits, "big")     # 8 samples
+    path = tmp_path / "a.png"
+    path.write_bytes(images.PNG + chunk(b"IHDR", struct.pack(">IIBBBBB", 8, 1, bits, 0, 0, 0, 0))
+                     + chunk(b"tRNS", key.to_bytes(2, "big"))
+                     + chunk(b"IDAT", zlib.compress(b"\0" + row)) + chunk(b"IEND", b""))
+    seen = np.array(read_image(path))[0, :, 0]
+    assert seen.tolist() == [other * 255 // (2 ** bits - 1), 255] * 4
+
+
+def test_a_tiff_of_too_many_pages(tmp_path, monkeypatch):
+    path = tmp_path / "fax.tif"
+    page = plain("L", 0)
+    page.save(path, save_all=True, append_images=[page] * 4)
+    assert len(images.read_pages(path)) == 5
+    monkeypatch.setattr(images, "MAX_PAGES", 4)
+    with pytest.raises(ImageError, match="fax.tif: more than 4 pages: choose some with --pages"):
+        images.read_pages(path)
+    assert len(images.read_pages(path, "2-4")) == 3
+
+
+def test_a_comment_makes_no_pdf(tmp_path):
+    path = tmp_path / "a.gif"
+    plain("L", 7).save(path, comment=b"%PDF-1.7")
+    assert pixel_of(read_image(path)) == (7, 7, 7)
+
+
 def test_a_device_without_end_is_too_large(monkeypatch):
     monkeypatch.setattr(images, "MAX_BYTES", 1000)
     with pytest.raises(ImageError, match="/dev/zero: larger than 1,000 bytes"):

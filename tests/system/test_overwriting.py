@@ -13,6 +13,7 @@ from plumbing.files import OwnFiles, refuse_inputs
 from plumbing.settings import InputError
 from reader.hard import make
 from shipped import ANSWER, CHECKPOINT, PAGE, PROMPT
+from toy.pages import STAGE0
 
 
 def sums(folder: Path) -> dict[str, str]:
@@ -155,6 +156,108 @@ def test_a_plot_over_a_log(tmp_path):
         line = run("-m", "paper.curves", *command, code=2).stderr.splitlines()[-1]
         assert "would be written over" in line, command
     assert sums(tmp_path) == before
+
+
+def test_a_plot_that_nobody_named_replaces_its_own_alone(tmp_path):
+    log = tmp_path / "log.jsonl"
+    log.write_text('{"step": 0, "loss": 1.0}\n')
+    (tmp_path / "catalog.jsonl").write_text('{"title": "no log"}\n')
+    run("-m", "paper.curves", tmp_path)
+    run("-m", "paper.curves", tmp_path)
+    shutil.copyfile(PAGE, tmp_path / "plot.png")
+    before = sums(tmp_path)
+    line = run("-m", "paper.curves", tmp_path, code=2).stderr.splitlines()[-1]
+    assert "plot.png: is not from this command" in line and sums(tmp_path) == before
+
+
+@pytest.mark.parametrize("name", ["all.png", "all.html"])
+def test_numbered_pictures_replace_nothing(page, name):
+    """Nobody has named all-2."""
+    taken = page.with_name(Path(name).stem + "-2" + Path(name).suffix)
+    taken.write_text("mine")
+    before = sums(page.parent)
+    folder = page.parent / "two"
+    folder.mkdir()
+    for i in range(2):
+        shutil.copyfile(page, folder / f"{i}.png")
+    done = sample("--image", folder, "--explain", page.with_name(name), code=2)
+    assert f"{taken}: is there already" in done.stderr.splitlines()[-1]
+    shutil.rmtree(folder)
+    assert sums(page.parent) == before
+
+
+def test_a_link_stays_one_and_a_folder_is_no_picture(page):
+    elsewhere = page.parent / "sub" / "page.html"
+    link = page.with_name("link.html")
+    link.symlink_to(elsewhere)
+    sample("--image", page, "--max-new-tokens", 1, "--explain", link)
+    assert link.is_symlink() and "</html>" in elsewhere.read_text()
+    (page.parent / "sub.html").mkdir()
+    line = sample("--image", page, "--explain", page.with_name("sub.html"), code=2).stderr
+    assert "sub.html: a folder, not a file" in line.splitlines()[-1]
+    line = sample("--image", page, "--explain", page.parent / "no" / "a.png", code=2).stderr
+    assert "there is no folder" in line.splitlines()[-1]
+
+
+def test_an_evaluation_leaves_files_alone_that_are_called_alike(tmp_path):
+    ask = ["eval.py", "--benchmark", "toy=1", "--checkpoint", STAGE0, "--max-new-tokens", 2,
+           "--out", tmp_path]
+    for name in ("toy.ranking.csv", "toy.ranked.jsonl", "toy.rankings.md"):
+        (tmp_path / name).write_text("mine")
+    before = sums(tmp_path)
+    run(*ask)
+    run(*ask)
+    assert before.items() <= sums(tmp_path).items()
+    predictions = tmp_path / "toy.jsonl"
+    assert predictions.exists()
+
+
+def test_predictions_that_lack_some_are_not_scored(tmp_path):
+    ask = ["eval.py", "--benchmark", "toy=3", "--checkpoint", STAGE0, "--max-new-tokens", 2,
+           "--out", tmp_path]
+    run(*ask)
+    predictions = tmp_path / "toy.jsonl"
+    predictions.write_text(predictions.read_text().splitlines(True)[0])
+    scores = (tmp_path / "scores.json").read_text()
+    line = run(*ask, code=2).stderr.splitlines()[-1]
+    assert f"{predictions}: 1 of 3 predictions are left" in line
+    assert (tmp_path / "scores.json").read_text() == scores
+
+
+def test_somebody_elses_scores_and_lock_stay(tmp_path):
+    predictions = tmp_path / "DocVQA.jsonl"
+    predictions.write_text(json.dumps({"question": "?", "answers": ["a"], "prediction": "a"}) + "\n")
+    other = tmp_path / "other"
+    other.mkdir()
+    (other / "scores.json").write_text('{"mathematics": 1}')
+    before = sums(tmp_path)
+    line = run("eval.py", "--score", predictions, "--out", other, code=2).stderr.splitlines()[-1]
+    assert "scores.json: not as eval.py writes it" in line and sums(tmp_path) == before
+    run("eval.py", "--score", predictions, "--out", tmp_path / "new")
+    run("eval.py", "--score", predictions, "--out", tmp_path / "new")
+    (other / "scores.json").unlink()
+    (other / ".lock").write_text("precious")
+    line = run("eval.py", "--benchmark", "toy=1", "--checkpoint", STAGE0, "--out", other,
+               code=2).stderr.splitlines()[-1]
+    assert ".lock: not this program's lock" in line
+    assert (other / ".lock").read_text() == "precious"
+
+
+def test_a_lesson_leaves_another_tokenizer_alone(tmp_path):
+    (tmp_path / "tokenizer.model").write_text("mine")
+    command = ["-m", "reader.llm", "--out", tmp_path, "--threads", 1, "--workers", 0, "--steps", 0]
+    line = run(*command, code=2).stderr.splitlines()[-1]
+    assert "tokenizer.model: not the reader's tokenizer" in line
+    assert [path.name for path in tmp_path.iterdir()] == ["tokenizer.model"]
+    assert (tmp_path / "tokenizer.model").read_text() == "mine"
+
+
+@pytest.mark.parametrize("flag", ["--lr=nan", "--threads=0", "--batch-size=0", "--log-every=0",
+                                  "--workers=-1"])
+def test_a_lessons_numbers_make_sense(tmp_path, flag):
+    line = run("-m", "reader.encoder", "--out", tmp_path / "out", flag, code=2).stderr
+    assert f"argument {flag.split('=')[0]}: " in line.splitlines()[-1]
+    assert not (tmp_path / "out").exists()
 
 
 # --------------------------------------------------------------------------------------------------

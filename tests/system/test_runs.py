@@ -100,6 +100,20 @@ def test_a_lock_of_another_machine_is_waited_for(tmp_path, monkeypatch, capsys):
         holder.wait()
 
 
+def test_folders_of_the_users_that_are_called_alike_stay(out):
+    """In a stage's folder, before it is complete and afterwards."""
+    partial = out / "stage2.partial"
+    (partial / "step-by-step").mkdir(parents=True)
+    (partial / "step-by-step" / "notes.md").write_text("mine")
+    (partial / "step-notes.partial").write_text("mine")
+    (partial / "recipe.json").write_text("{}")
+    for said in ("", "is complete"):
+        assert said in run(*train(out, "--steps", 1)).stdout
+        assert (out / "stage2" / "step-by-step" / "notes.md").read_text() == "mine"
+        assert (out / "stage2" / "step-notes.partial").read_text() == "mine"
+        assert not list((out / "stage2").glob("step-0*"))
+
+
 def test_of_two_that_start_together_one_trains(stage1, out, tmp_path):
     """The lock goes with the process: after both, a third goes on."""
     pair = [start(*train(out, "--steps", 4)) for _ in range(2)]

@@ -95,6 +95,22 @@ def test_a_conversation_answers_as_one_question_does(folder, pages, names):
     assert answers == expected and vision.call_count == 1
 
 
+def test_interactive_without_an_input(folder, pages):
+    """As cron starts it."""
+    code = ("import runpy, sys; sys.stdin = None; "
+            "runpy.run_path('sample.py', run_name='__main__')")
+    done = run("-c", code, "--checkpoint", folder, "--image", pages / "00.png", "--interactive",
+               code=2)
+    assert done.stderr.splitlines()[-1] == ("sample.py: --interactive: there is no input to read "
+                                            "questions from")
+
+
+def test_a_file_name_moves_no_cursor(folder):
+    name = "no\nsuch\x1b[31m\udcff.png"
+    line = run("sample.py", "--checkpoint", folder, "--image", name, code=2).stderr.splitlines()[-1]
+    assert line == r"sample.py: no\nsuch\x1b[31m\udcff.png: no such file"
+
+
 def test_interactive(folder, pages):
     options = "--checkpoint", folder, "--image", pages / "00.png", "--max-new-tokens", 5
     alone = [sample(*options, "--prompt", question).stdout

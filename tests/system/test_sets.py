@@ -21,6 +21,7 @@ from data import Sample, fill_rows
 from model import read_config
 from plumbing import streams
 from plumbing.examples import IMAGE, BadSample, Example
+from plumbing.folders import data_files
 from plumbing.formats import split_images
 from plumbing.runs import recorded
 from plumbing.settings import InputError
@@ -88,6 +89,22 @@ def test_records_that_straddle_blocks_come_once(written, monkeypatch, name, bloc
     examples, kinds = read_all(path)
     check_examples(examples, expected)
     assert not kinds and len(DataSet([str(path)], 0).shards) > 2
+
+
+def test_a_glob_below_a_folder_with_brackets(tmp_path, monkeypatch):
+    """The folder's name is no part of the pattern."""
+    folder = tmp_path / "my [docs]" / "mine"
+    folder.mkdir(parents=True)
+    (folder / "train.jsonl").write_text("{}\n")
+    monkeypatch.chdir(folder.parent)
+    assert data_files("mine/tr*.jsonl") == (folder, [folder / "train.jsonl"])
+
+
+@pytest.mark.parametrize("weight", ["0", "0.0", 400 * "9"])
+def test_a_weight_is_a_finite_number_above_0(tmp_path, weight):
+    (tmp_path / "a.jsonl").write_text("{}\n")
+    with pytest.raises(InputError, match="a weight is a finite number above 0"):
+        Documents([f"{tmp_path / 'a.jsonl'}:{weight}"], 0, None)
 
 
 def test_folders_files_and_globs(written):

@@ -606,7 +606,9 @@ def test_bad_saved_models(backbones, tmp_path):
             ("llm", "rope_theta", "x"), ("llm", "tie_embeddings", 3), ("llm", "typo", 1),
             ("vision", "feature_layer", 7), ("vision", "image_mean", None),
             ("vision", "max_tiles", 0), ("vision", "max_tiles", None),
-            ("vision", "max_tiles", 1001)]:
+            ("vision", "max_tiles", 1001), ("vision", "image_mean", True),
+            ("vision", "feature_layer", 1.0), ("vision", "feature_layer", True),
+            ("llm", "rope_theta", 10 ** 400), ("llm", "hidden_size", 10 ** 18)]:
         config = {**good, section: {**good[section], key: value}}
         (tmp_path / "good" / "config.json").write_text(json.dumps(config))
         with pytest.raises(CheckpointError) as error:
