@@ -25,7 +25,7 @@ from data import Tokenizer, prepare_question
 from model import AlignVLM
 from paper.patch_tokens import INK, distributions_of, named, patch_boxes
 from plumbing.examples import IMAGE
-from plumbing.files import numbered, refuse_inputs, write_text
+from plumbing.files import numbered, write_text
 from plumbing.images import read_pages
 from plumbing.pdf import page_numbers
 from plumbing.settings import InputError
@@ -191,9 +191,7 @@ def explain(model: AlignVLM, tokenizer: Tokenizer, files: list[Path], out: Path,
         from paper.patch_tokens import explain_files
         return explain_files(model, tokenizer, files, out, max_tiles, chosen)
     groups = [files] if together else [[file] for file in files]
-    paths = numbered(out, len(groups))
-    for path in paths:
-        refuse_inputs(path, files)
+    paths = numbered(out, len(groups), files)
     for group, path in zip(groups, paths):
         pages, names = [], []
         for file in group:

@@ -20,7 +20,7 @@ from tqdm import tqdm
 from connector import AlignTopK, spread, token_blocks
 from data import Tokenizer
 from model import AlignVLM
-from plumbing.files import numbered, refuse_inputs, write_text
+from plumbing.files import numbered, write_text
 from plumbing.images import read_pages
 from plumbing.settings import InputError, read_json
 from vision import SigLIPConfig, on_canvas, tile, tile_boxes
@@ -164,9 +164,7 @@ def explain_files(model: AlignVLM, tokenizer: Tokenizer, files: list[Path], out:
     each file, as read_pages takes it. Raises InputError if a picture would be written over a
     file."""
     pages = [(file, page) for file in files for page in read_pages(file, chosen)]
-    paths = numbered(out, len(pages))
-    for path in paths:
-        refuse_inputs(path, files)
+    paths = numbered(out, len(pages), files)
     for (file, page), path in zip(tqdm(pages, desc="explaining"), paths):
         draw_tokens(model, tokenizer, page, path, max_tiles, file.name)
         tqdm.write(f"{file}: the token of every patch is drawn in {path}")

@@ -218,6 +218,17 @@ def refuse_foreign_table(out: Path) -> None:
                          "it, or take another --out")
 
 
+def refuse_foreign_scores(out: Path) -> None:
+    """Raise InputError if a table.md or scores.json is there that --score has not written."""
+    refuse_foreign_table(out)
+    path = out / "scores.json"
+    if path.exists():
+        before = with_nan(read_json(path))
+        check_scores(before, path)
+        if "weights" in before:
+            raise InputError(f"{path}: a model's own scores: take another --out")
+
+
 def score_text(name: str, score: float, interval: list[float]) -> str:
     low, high = interval
     return f"{name}={score:.4f} [{low:.4f}, {high:.4f}]"
@@ -275,18 +286,12 @@ def benchmark_file(spec: str) -> tuple[str, Path]:
 def score_files(specs: list[str], out: Path | None) -> None:
     """--score: files of predictions, called BENCHMARK.jsonl or given as BENCHMARK=FILE."""
     results = {"model": "these predictions", "scores": {}, "intervals": {}, "noise": {}}
+    files = [benchmark_file(spec) for spec in specs]
     if out:
-        refuse_foreign_table(out)
-        earlier = out / "scores.json"
-        if earlier.exists():
-            before = with_nan(read_json(earlier))
-            check_scores(before, earlier)
-            if "weights" in before:
-                raise InputError(f"{earlier}: a model's own scores: take another --out")
-    for spec in specs:
-        name, path = benchmark_file(spec)
-        for written in ("table.md", "scores.json") if out else ():
-            refuse_inputs(out / written, [path])
+        for written in ("table.md", "scores.json"):
+            refuse_inputs(out / written, [path for _, path in files])
+        refuse_foreign_scores(out)
+    for spec, (name, path) in zip(specs, files):
         if name in results["scores"]:
             raise InputError(f"{spec}: a second file for {name}: score one at a time")
         rows = read_predictions(path)

@@ -44,14 +44,15 @@ def refuse_inputs(out: Path, inputs: Iterable[Path]) -> None:
                                      "another name")
 
 
-def numbered(out: Path, n: int) -> list[Path]:
+def numbered(out: Path, n: int, inputs: Iterable[Path]) -> list[Path]:
     """Where n files go: `out`, or of several NAME-1, NAME-2, ... Raises InputError where one of
-    those is there already: nobody has named it."""
-    if n == 1:
-        return [out]
-    paths = [out.with_name(f"{out.stem}-{i}{out.suffix}") for i in range(1, n + 1)]
+    them is read, or one that nobody has named is there already."""
+    paths = [out]
+    if n > 1:
+        paths = [out.with_name(f"{out.stem}-{i}{out.suffix}") for i in range(1, n + 1)]
     for path in paths:
-        if os.path.lexists(path):
+        refuse_inputs(path, inputs)
+        if n > 1 and os.path.lexists(path):
             raise InputError(f"{path}: is there already: delete it, or take another name")
     return paths
 

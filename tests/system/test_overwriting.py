@@ -226,7 +226,7 @@ def test_predictions_that_lack_some_are_not_scored(tmp_path):
 
 def test_somebody_elses_scores_and_lock_stay(tmp_path):
     predictions = tmp_path / "DocVQA.jsonl"
-    predictions.write_text(json.dumps({"question": "?", "answers": ["a"], "prediction": "a"}) + "\n")
+    predictions.write_text(json.dumps(PREDICTION) + "\n")
     other = tmp_path / "other"
     other.mkdir()
     (other / "scores.json").write_text('{"mathematics": 1}')
