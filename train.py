@@ -632,7 +632,7 @@ def main() -> None:
     args.out = args.out or Path("out") / args.preset
     stages = stages_of(args)
     device = start_processes(args.timeout)
-    on_first_rank(lambda: claim(args.out))
+    on_first_rank(lambda: claim(args.out, args.timeout))
     if args.preset == "reader" and 1 in stages and not (args.out / "stage0").exists():
         if dist.get_world_size() > 1:
             raise InputError(f"{args.out} has no stage0: python -m reader.join {args.out} makes "

@@ -13,7 +13,7 @@ import math
 import os
 from pathlib import Path
 
-from plumbing.files import partial_of, refuse_inputs
+from plumbing.files import is_ours, partial_of, refuse_inputs
 from plumbing.logs import read_log
 from plumbing.processes import run_main
 from plumbing.settings import InputError
@@ -21,7 +21,6 @@ from plumbing.texts import in_one_line
 
 COLUMNS = ["step", "loss", "held_out_loss", "lr", "tokens_per_s"]   # of a curve: numbers, or None
 POINTS = 200            # that a curve has after thinning
-SOFTWARE = b"AlignVLM's paper.curves"      # what a picture of ours says that it is from
 
 
 def read_curves(path: Path) -> dict[str, list[dict]]:
@@ -40,7 +39,7 @@ def numbers_of(row: dict, path: Path) -> dict:
     numbers = {column: row.get(column) for column in COLUMNS}
     for column, number in numbers.items():
         is_missing = number is None and column != "step"
-        is_number = isinstance(number, float) or isinstance(number, int) and number < 10 ** 18
+        is_number = isinstance(number, float) or isinstance(number, int) and abs(number) < 10 ** 18
         if not (is_missing or is_number):
             raise InputError(f"{path}: a row has {str(number)[:40]} for its {column}")
     return numbers
@@ -128,7 +127,7 @@ def plot(curves: dict[str, list[dict]], path: Path) -> None:
     figure.legend(loc="outside right upper")
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = partial_of(path)
-    figure.savefig(partial, format="png", dpi=90, metadata={"Software": SOFTWARE.decode()})
+    figure.savefig(partial, format="png", dpi=90, metadata={"Software": "AlignVLM"})    # is_ours
     os.replace(partial, path)
 
 
@@ -149,8 +148,9 @@ def main() -> None:
     args = parser.parse_args()
     first = args.runs[0]
     out = args.csv or args.out or (first if first.is_dir() else first.parent) / "plot.png"
-    if not args.csv and not args.out and out.exists() and SOFTWARE not in out.read_bytes()[:2000]:
-        raise InputError(f"{out}: is not from this command: name a picture with --out")
+    if not args.csv and not args.out and out.exists() and not is_ours(out):
+        raise InputError(f"{out}: is not from this command, or from an older one: delete it, or "
+                         "name another with --out")
     refuse_inputs(out, [file for run in args.runs for file in logs_of(run)])
     curves = {}
     for run in args.runs:

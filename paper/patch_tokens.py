@@ -14,6 +14,7 @@ from pathlib import Path
 import numpy as np
 import torch
 from PIL import Image, ImageDraw, ImageFont
+from PIL.PngImagePlugin import PngInfo
 from torch import Tensor
 from tqdm import tqdm
 
@@ -198,7 +199,9 @@ def draw_tokens(model: AlignVLM, tokenizer: Tokenizer, page: Image.Image, out: P
     shares = {kind: count[kind] / ids.numel() for kind in INK}
     picture = sheet(panels, title, shares, full)
     partial = out.with_name(out.name + ".partial")
-    picture.save(partial, "PNG")
+    mark = PngInfo()
+    mark.add_text("Software", "AlignVLM")       # by which is_ours knows it
+    picture.save(partial, "PNG", pnginfo=mark)
     os.replace(partial, out)
 
 
@@ -370,10 +373,10 @@ def vocab_report(model: AlignVLM, tokenizer: Tokenizer, pages: Iterable[Tensor],
         "variance_along_its_own": along_its_own}
     of_blank = np.isin(order.numpy(), list(taken))
     draw_report(figure, report, p.numpy(), of_blank, points.numpy(), kept.numpy())
+    write_text(out.with_suffix(".json"), json.dumps(report, indent=2) + "\n")
     partial = out.with_name(out.name + ".partial")
     figure.savefig(partial, format="png", dpi=150)
     os.replace(partial, out)
-    write_text(out.with_suffix(".json"), json.dumps(report, indent=2) + "\n")
     return report
 
 

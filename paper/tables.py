@@ -224,9 +224,9 @@ def refuse_foreign_scores(out: Path) -> None:
     path = out / "scores.json"
     if path.exists():
         before = with_nan(read_json(path))
-        check_scores(before, path)
         if "weights" in before:
             raise InputError(f"{path}: a model's own scores: take another --out")
+        check_scores(before, path)
 
 
 def score_text(name: str, score: float, interval: list[float]) -> str:

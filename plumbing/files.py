@@ -45,16 +45,31 @@ def refuse_inputs(out: Path, inputs: Iterable[Path]) -> None:
 
 
 def numbered(out: Path, n: int, inputs: Iterable[Path]) -> list[Path]:
-    """Where n files go: `out`, or of several NAME-1, NAME-2, ... Raises InputError where one of
-    them is read, or one that nobody has named is there already."""
-    paths = [out]
+    """Where n files go: `out`, or of several NAME-1, NAME-2, ... A link to a file stays one.
+
+    Raises InputError where one of them is read, is a folder or has none to stand in, and where one
+    that nobody has named is there and is not ours.
+    """
+    paths = [Path(os.path.realpath(out)) if out.is_symlink() else out]
     if n > 1:
         paths = [out.with_name(f"{out.stem}-{i}{out.suffix}") for i in range(1, n + 1)]
     for path in paths:
+        if path.is_dir():
+            raise InputError(f"{path}: a folder, not a file")
+        if not path.parent.is_dir():
+            raise InputError(f"{path}: there is no folder {path.parent}")
         refuse_inputs(path, inputs)
-        if n > 1 and os.path.lexists(path):
+        if n > 1 and os.path.lexists(path) and not is_ours(path):
             raise InputError(f"{path}: is there already: delete it, or take another name")
     return paths
+
+
+def is_ours(path: Path) -> bool:
+    """Whether a picture or an HTML page says that this program has made it."""
+    if not path.is_file() or path.is_symlink():
+        return False
+    with path.open("rb") as file:
+        return b"AlignVLM" in file.read(2000)
 
 
 class OwnFiles:

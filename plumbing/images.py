@@ -77,9 +77,10 @@ def read_pages(file, chosen: str | None = None) -> list[Image.Image]:
         n_pixels += page.width * page.height
         if n_pixels > MAX_PAGE_PIXELS:
             raise ImageError(f"{name}: pages of more than {MAX_PAGE_PIXELS:,} pixels together; "
-                             "scale them down first, or choose some with --pages")
+                             "scale them down first, or save some of them apart")
         if len(pages) == MAX_PAGES:
-            raise ImageError(f"{name}: more than {MAX_PAGES:,} pages: choose some with --pages")
+            raise ImageError(f"{name}: more than {MAX_PAGES:,} pages: save some of them apart, or "
+                             "choose some with sample.py --pages")
         pages.append(page)
     return pages
 
@@ -290,7 +291,7 @@ def png_picture(data: bytes) -> Picture:
             kept.append(data[at:stop])
         elif kind == b"tRNS":
             if data[stop - 4:stop] == zlib.crc32(kind + content).to_bytes(4, "big"):
-                kept.append(in_eight_bits(data[at:stop], *data[24:26]))
+                kept.append(in_eight_bits(data[at:stop], data[24:26]))
         elif kind == b"eXIf":
             exif = content
         elif kind in (b"tEXt", b"zTXt", b"iTXt"):
@@ -306,12 +307,12 @@ def png_picture(data: bytes) -> Picture:
     return b"".join(kept), orientation_of(exif or profile, xmp or profile)
 
 
-def in_eight_bits(chunk: bytes, bits: int, colour_type: int) -> bytes:
+def in_eight_bits(chunk: bytes, kind: bytes) -> bytes:
     """A PNG's tRNS chunk, its grey that is paper as one of 256, as Pillow makes samples of 2 and 4
-    bits."""
-    if colour_type != 0 or bits not in (2, 4) or len(chunk) != 14:
+    bits. kind: the bits of a sample, and the type of its colour."""
+    if kind not in (b"\x02\x00", b"\x04\x00") or len(chunk) != 14:
         return chunk
-    grey = int.from_bytes(chunk[8:10], "big") * 255 // (2 ** bits - 1)
+    grey = int.from_bytes(chunk[8:10], "big") * 255 // (2 ** kind[0] - 1)
     content = b"tRNS" + min(grey, 0xFFFF).to_bytes(2, "big")
     return chunk[:4] + content + zlib.crc32(content).to_bytes(4, "big")
 

@@ -26,9 +26,10 @@ from plumbing.texts import in_one_line
 
 VARIABLES = ["RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"]    # that torchrun sets
 FINDING = timedelta(minutes=10)         # processes that are started together find each other in
-# What gloo says of a rank that is gone, and of one that is gone or does not come.
-GONE = re.compile("closed by peer|reset by peer|broken pipe|no route to host", re.IGNORECASE)
-LOST = re.compile(f"{GONE.pattern}|timed out", re.IGNORECASE)
+MEETING = timedelta(seconds=20)         # within which all notice that a rank is lost
+# What gloo says of a rank that is gone, or does not come.
+LOST = re.compile("closed by peer|reset by peer|broken pipe|no route to host|timed out",
+                  re.IGNORECASE)
 
 T = TypeVar("T")
 
@@ -198,29 +199,45 @@ def forget_dump(store: dist.Store) -> None:
 
 @contextlib.contextmanager
 def name_stalled_rank(timeout: timedelta) -> Iterator[None]:
-    """If ranks wait in vain for another in here, raise InputError: with its name, if it is still
-    connected.
+    """If ranks wait in vain for another in here, raise InputError; who has waited for all of
+    `timeout` names the one.
 
-    A rank that has waited too long closes its connections, so to others it seems to have ended. All
-    meet once more: who is not there is the one.
+    Gloo closes the connections of a rank that has waited too long, so to others it seems to have
+    ended. They end too, and so the last one hears of it. But each leaves a note in torchrun's
+    store: who has left none is the one.
     """
-    control = dist.new_group(backend="gloo")
     try:
         yield
     except RuntimeError as error:
         if not LOST.search(str(error)):
             raise
-        try:
-            wait = min(timeout, timedelta(seconds=30))
-            dist.monitored_barrier(control, wait, wait_all_ranks=True)
-        except RuntimeError as absent:
-            why = str(absent).splitlines()[0]
-            if "rank 0 logs" in why:
-                raise InputError("another rank has stalled or ended: rank 0 says which") from None
-            if GONE.search(why) and "Ranks" not in why:
-                raise InputError("another rank has ended: its own lines say why") from None
-            raise InputError(f"a rank has stalled or died: {why}") from None
-        raise
+        is_late = "timed out" in str(error).lower()
+        silent = ranks_without_note(MEETING if is_late else timedelta())
+        if not is_late:
+            raise InputError("another rank has ended, or has waited in vain: its own lines say "
+                             "more, or torchrun's") from None
+        if not silent:
+            raise InputError(f"a rank was more than {timeout.total_seconds():g} s late, and is "
+                             "there again: the same command goes on; --timeout may be "
+                             "more") from None
+        names = f"rank{'s' if len(silent) > 1 else ''} {', '.join(map(str, silent))}"
+        raise InputError(f"{names} of {dist.get_world_size()} stalled or ended: see the last lines "
+                         "from there, if there are any") from None
+
+
+def ranks_without_note(wait: timedelta) -> list[int]:
+    """Leave this rank's note; then the ranks that leave none within `wait`. Where the store does
+    not answer, rank 0: it, or its machine, keeps it."""
+    store = dist.distributed_c10d._get_default_store()
+    notes = [f"noticed/{rank}" for rank in range(dist.get_world_size())]
+    until = time.monotonic() + wait.total_seconds()
+    try:
+        store.set(notes[dist.get_rank()], "")
+        while not store.check(notes) and time.monotonic() < until:
+            time.sleep(0.5)
+        return [rank for rank, note in enumerate(notes) if not store.check([note])]
+    except RuntimeError:
+        return [0]
 
 
 def on_first_rank(work: Callable[[], T]) -> T:
@@ -260,8 +277,9 @@ def run_main(main: Callable[[], None]) -> None:
     Python would wait for its own loading processes. What was printed until then is shown.
     """
     watch_signals()
-    if hasattr(sys.stdout, "reconfigure"):      # a terminal that lacks a character is no reason to
-        sys.stdout.reconfigure(errors="replace")                                        # stop
+    # A terminal that lacks a character is no reason to stop.
+    if hasattr(sys.stdout, "reconfigure"):
+        sys.stdout.reconfigure(errors="replace")
     try:
         main()
     except KeyboardInterrupt:

@@ -32,45 +32,56 @@ TAKEN = errno.EACCES, errno.EAGAIN      # another process has the lock
 LEASE = timedelta(seconds=120)          # after which NFS frees the lock of a machine that is gone
 
 
-def claim(out: Path) -> None:
+def claim(out: Path, timeout: timedelta = 2 * LEASE) -> None:
     """Make the folder `out`, and keep it for this process until that ends, however it does: two
     runs in one folder would delete each other's states. Raises InputError where another has it, or
     where OUT/.lock is somebody's own file.
 
-    The lock is POSIX's, which loading processes do not inherit, and which NFS knows.
+    The lock is POSIX's, which loading processes do not inherit, and which NFS knows. One of another
+    machine is waited for, LEASE or half of `timeout` at most: after all of it other ranks would
+    count this one as stalled.
     """
     try:
         os.fspath(out).encode()
     except UnicodeEncodeError:
-        raise InputError(f"--out {out}: a name that is no UTF-8, which safetensors cannot "
+        raise InputError(f"--out {out}: a name that is no UTF-8, which not everything here can "
                          "read") from None
     try:
         out.mkdir(parents=True, exist_ok=True)
         lock = os.open(out / ".lock", os.O_RDWR | os.O_CREAT, 0o666)    # open as long as we live
     except OSError as error:
         raise InputError(f"--out {out}: {error.strerror}") from None
+    if owner_of(lock) and not owner_of(lock).startswith("process "):
+        raise InputError(f"{out / '.lock'}: not this program's lock: take another --out")
     if sys.platform == "win32":         # it has no such lock
         return
-    error = try_lock(lock)
     here = socket.gethostname()
-    owner = os.pread(lock, 200, 0).decode(errors="replace") or f"process ? on {here}"
-    if not owner.startswith("process "):
-        raise InputError(f"{out / '.lock'}: not this program's lock: take another --out")
-    if error in TAKEN and not owner.endswith(f" on {here}"):
-        print(f"{out}: {owner} is at work in this folder, or was: waiting for {LEASE.seconds} s",
-              file=sys.stderr)
-        last_look = time.monotonic() + LEASE.total_seconds()
-        while (error := try_lock(lock)) in TAKEN and time.monotonic() < last_look:
-            time.sleep(1)
-    if error in TAKEN:
-        raise InputError(f"{out}: {owner} is at work in this folder: wait for it, or take another "
-                         f"--out; if that machine is gone, delete {out / '.lock'}")
+    patience = min(LEASE, timeout / 2)
+    last_look = time.monotonic() + patience.total_seconds()
+    is_said = False
+    while (error := try_lock(lock)) in TAKEN:
+        owner = owner_of(lock) or "another process"     # it has not said yet who it is
+        line = f"{out}: {owner} is at work in this folder: wait for it, or take another --out"
+        if owner.endswith(f" on {here}"):
+            raise InputError(line)
+        if time.monotonic() > last_look:
+            raise InputError(f"{line}; if its machine is gone, delete {out / '.lock'}")
+        if not is_said:
+            is_said = True
+            print(f"{out}: {owner} is at work in this folder, or was: its lock is waited for, "
+                  f"{patience.total_seconds():.0f} s at most", file=sys.stderr)
+        time.sleep(1)
     if error:
         print(f"{out} cannot be locked here ({os.strerror(error)}): start no second run in it",
               file=sys.stderr)
         return
     os.ftruncate(lock, 0)
     os.pwrite(lock, f"process {os.getpid()} on {here}".encode(), 0)
+
+
+def owner_of(lock: int) -> str:
+    """What the holder of an open lock has written into it."""
+    return os.pread(lock, 200, 0).decode(errors="replace")
 
 
 def try_lock(lock: int) -> int:

@@ -49,7 +49,7 @@ class Settings:
         if not is_number or not 0 < value < HUGE:
             wanted = "integer" if kind is int else "number"
             if is_number and value > 0:
-                raise self.error(key, f"is {str(value)[:20]}..., more than a {wanted} of a model")
+                raise self.error(key, f"is {HUGE:,} or more")
             raise self.error(key, f"is {value!r}, not a positive {wanted}")
         return kind(value)
 

@@ -119,15 +119,25 @@ class States:
                            optim_state_dict=state["optimizer"])
             self.step = progress["step"]
             return progress
-        except torch.OutOfMemoryError:
-            raise
         except (OSError, CheckpointException, ValueError, KeyError, TypeError,
                 RuntimeError) as error:
-            if LOST.search(str(error)) and not isinstance(error, OSError):
-                raise RuntimeError(str(error)) from None    # a rank, which name_stalled_rank names
-            why = " ".join(str(error).split())[:300]
-            raise InputError(f"{path}: not a complete training state of this stage ({why}): delete "
-                             "it to go on from the one before") from None
+            raise self.not_read(error, path) from None
+
+    def not_read(self, error: BaseException, path: Path) -> Exception:
+        """The error to raise where a state could not be read. It need not be the state's fault."""
+        reasons = [error]
+        if isinstance(error, CheckpointException):
+            reasons = [reason for reason, _ in error.failures.values()]     # by rank
+        for reason in reasons:
+            said = str(reason)
+            is_lost = LOST.search(said) and not isinstance(reason, OSError)
+            if is_lost or isinstance(reason, torch.OutOfMemoryError) or "allocate memory" in said:
+                return RuntimeError(said)       # of a lost rank, name_stalled_rank says which
+        why = " ".join(f"{reasons[0]}".split())[-300:] or repr(reasons[0])
+        hint = ""
+        if len(list(self.folder.glob(STATE))) > 1:
+            hint = ": if it is damaged, delete it, and the run goes on from the one before"
+        return InputError(f"{path}: not a complete training state of this stage ({why}){hint}")
 
 
 def check_room(folder: Path, model: nn.Module) -> None:

@@ -84,10 +84,10 @@ def read_aloud(llm: Llama, tokenizer: Tokenizer, batch: tuple,
     x = nn.utils.rnn.pad_sequence(prompts, True)
     for step in llm.generate(x, [len(p) for p in prompts], tokenizer.stop,
                              max(map(len, golds)) + 20):
-        for ids, token in zip(read, step):
+        for answer, token in zip(read, step):
             if token is not None:
-                ids.append(token)
-    return [tokenizer.decode(ids) for ids in read], golds
+                answer.append(token)
+    return [tokenizer.decode(answer) for answer in read], golds
 
 
 def write_own_tokenizer(path: Path) -> None:

@@ -1,8 +1,9 @@
-"""Six gloo processes, one of which stalls, dies, dies while it reads a state, or has a GPU.
+"""One of six gloo processes, of which one stalls, dies, is late, or has a GPU.
 
-    python tests/helpers/lost_ranks.py stalls|dies|dies-loading|has-a-gpu FOLDER
+    python tests/helpers/lost_ranks.py stalls|dies|dies-loading|is-late|has-a-gpu LOST FOLDER RANK
 
-The others come to the next collective at different times. Prints what each says, `RANK: line`.
+LOST is that one. The others come to the next collective one after another. Prints what
+name_stalled_rank says.
 """
 import os
 import sys
@@ -23,60 +24,51 @@ from plumbing.processes import check_same_kind, name_stalled_rank
 from plumbing.settings import InputError
 from plumbing.states import States, newest_state
 
-WORLD, LOST = 6, 4
-TIMEOUT = timedelta(seconds=4)
+WORLD = 6
+PATIENCE = timedelta(seconds=100)       # six processes that start together on two cores
+TIMEOUT = timedelta(seconds=6)
 
 
-def work(rank: int, how: str, folder: Path) -> None:
+def work(rank: int, how: str, lost: int, folder: Path) -> None:
     """What a rank does until one of them is lost."""
     if how == "has-a-gpu":
-        check_same_kind(torch.device("cuda" if rank == LOST else "cpu", 0))
+        check_same_kind(torch.device("cuda" if rank == lost else "cpu", 0))
     if how == "dies-loading":
-        load_a_state(rank, folder)
-    dist.all_reduce(torch.ones(3))
-    if rank == LOST:
+        load_a_state(rank == lost, folder)
+    dist.barrier()
+    group = dist.new_group(timeout=TIMEOUT)
+    dist.all_reduce(torch.ones(3), group=group)
+    if rank == lost:
         if how == "dies":
             os._exit(9)
-        time.sleep(60)
+        time.sleep(TIMEOUT.seconds + 4 if how == "is-late" else 300)
     time.sleep(0.2 * (WORLD - rank))
-    dist.all_reduce(torch.ones(3))
+    dist.all_reduce(torch.ones(3), group=group)
 
 
-def load_a_state(rank: int, folder: Path) -> None:
+def load_a_state(dies: bool, folder: Path) -> None:
     model = nn.Linear(12, 12)
     fully_shard(model, mesh=init_device_mesh("cpu", (WORLD,)))
     optimizer = torch.optim.AdamW(model.parameters())
-    states = States(folder, model, optimizer, TIMEOUT)
+    states = States(folder, model, optimizer, PATIENCE)
     states.save(3, {"step": 3})
     states.finish()
     dist.barrier()
-    if rank == LOST:
+    if dies:
         dcp.FileSystemReader.read_data = lambda *_: os._exit(9)     # as the kernel, out of memory
     states.load(newest_state(folder))
 
 
-def run(rank: int, how: str, folder: Path) -> None:
+def main() -> None:
+    how, lost, folder, rank = sys.argv[1], int(sys.argv[2]), Path(sys.argv[3]), int(sys.argv[4])
     store = dist.FileStore(str(folder / "store"), WORLD)
-    dist.init_process_group("gloo", store=store, rank=rank, world_size=WORLD, timeout=TIMEOUT)
+    dist.init_process_group("gloo", store=store, rank=rank, world_size=WORLD, timeout=PATIENCE)
     try:
         with name_stalled_rank(TIMEOUT):
-            work(rank, how, folder)
+            work(rank, how, lost, folder)
     except InputError as error:
-        print(f"{rank}: {error}\n", end="", flush=True)
-
-
-def main() -> None:
-    how, folder = sys.argv[1], Path(sys.argv[2])
-    ranks = []
-    for rank in range(WORLD):
-        ranks.append(os.fork())
-        if ranks[-1] == 0:
-            run(rank, how, folder)
-            os._exit(0)
-    for rank, process in enumerate(ranks):
-        if rank != LOST:
-            os.waitpid(process, 0)
-    os.kill(ranks[LOST], 9)
+        print(error, flush=True)
+    os._exit(0)
 
 
 if __name__ == "__main__":

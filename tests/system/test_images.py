@@ -143,13 +143,20 @@ def test_a_clear_grey_of_few_bits(tmp_path, bits, key):
     assert seen.tolist() == [other * 255 // (2 ** bits - 1), 255] * 4
 
 
+def test_a_clear_grey_and_nothing_else():
+    content = b"tRNS" + bytes(2)
+    chunk = struct.pack(">I", 2) + content + zlib.crc32(content).to_bytes(4, "big")
+    with pytest.raises(ImageError, match="not a readable image"):
+        read_image(io.BytesIO(images.PNG + chunk))
+
+
 def test_a_tiff_of_too_many_pages(tmp_path, monkeypatch):
     path = tmp_path / "fax.tif"
     page = plain("L", 0)
     page.save(path, save_all=True, append_images=[page] * 4)
     assert len(images.read_pages(path)) == 5
     monkeypatch.setattr(images, "MAX_PAGES", 4)
-    with pytest.raises(ImageError, match="fax.tif: more than 4 pages: choose some with --pages"):
+    with pytest.raises(ImageError, match="fax.tif: more than 4 pages: .* --pages"):
         images.read_pages(path)
     assert len(images.read_pages(path, "2-4")) == 3
 

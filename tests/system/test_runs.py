@@ -90,7 +90,7 @@ def test_a_lock_of_another_machine_is_waited_for(tmp_path, monkeypatch, capsys):
                                   stdout=subprocess.PIPE)
         assert holder.stdout.readline() == b"held\n"
         if patience < seconds:
-            with pytest.raises(InputError, match="7 on node-b is at work.*if that machine is gone"):
+            with pytest.raises(InputError, match="7 on node-b is at work.*if its machine is gone"):
                 runs.claim(tmp_path)
         else:
             runs.claim(tmp_path)
