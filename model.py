@@ -33,7 +33,7 @@ from plumbing.weights import Weights, load, model_folder, read_safetensors
 from vision import SIGLIP_PRESETS, SigLIP, SigLIPConfig, read_siglip
 
 IGNORE = -100           # marks a label that is not supervised, as in torch's cross_entropy
-CIRCLES = 256           # an answer ends when its last so many tokens are one piece, repeated
+CIRCLES = 256           # an answer is ended whose last 256 tokens are one piece, repeated
 LOGITS = 2 ** 26        # numbers that the LM head makes at a time in training: 256 MB in fp32
 
 
@@ -515,8 +515,8 @@ class KVCache:
     """Preallocated keys and values of every layer, (B, kv_heads, length, head_dim) each.
 
     They are written by position. start: how many positions the prefix fills, in every row. length:
-    these and as many as are asked for. reach: how many of them attention reads. The prefix has a
-    row for each of the batch, or one for all.
+    the prefix's positions and those that are asked for. reach: how many of them attention reads.
+    The prefix has a row for each of the batch, or one for all.
     """
 
     def __init__(self, config: LlamaConfig, batch: int, length: int, device, dtype: torch.dtype,

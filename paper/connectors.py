@@ -113,7 +113,7 @@ def run(*command) -> None:
 
 
 def train_and_ask(kind: str, seed: int, backbones: Path, out: Path, documents: int) -> dict:
-    """The three stages with one connector, then its questions -> result_of this run.
+    """The three stages with one connector, then its questions -> what result_of says of the run.
 
     `out` is the run's folder. Raises KeyboardInterrupt if a stage was asked to stop.
     """

@@ -28,7 +28,8 @@ MAX_TEXT = 2 ** 20          # bytes of a compressed text that are looked at
 PNG = b"\x89PNG\r\n\x1a\n"
 JPEG = b"\xff\xd8"
 TIFF = (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+")
-OTHERS = (b"GIF8", b"RIFF", b"BM", b"P1", b"P2", b"P3", b"P4", b"P5", b"P6")      # no PDF either
+# Of other pictures, in whose comments %PDF- may stand.
+OTHERS = (b"GIF8", b"RIFF", b"BM", b"P1", b"P2", b"P3", b"P4", b"P5", b"P6")
 XMP = b"http://ns.adobe.com/xap/1.0/\0"
 
 # What makes a stored picture upright, by the value of its orientation.

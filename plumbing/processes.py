@@ -211,11 +211,11 @@ def name_stalled_rank(timeout: timedelta) -> Iterator[None]:
     except RuntimeError as error:
         if not LOST.search(str(error)):
             raise
-        is_late = "timed out" in str(error).lower()
-        silent = ranks_without_note(MEETING if is_late else timedelta())
-        if not is_late:
+        leave_note()
+        if "timed out" not in str(error).lower():
             raise InputError("another rank has ended, or has waited in vain: its own lines say "
                              "more, or torchrun's") from None
+        silent = ranks_without_note()
         if not silent:
             raise InputError(f"a rank was more than {timeout.total_seconds():g} s late, and is "
                              "there again: the same command goes on; --timeout may be "
@@ -225,14 +225,19 @@ def name_stalled_rank(timeout: timedelta) -> Iterator[None]:
                          "from there, if there are any") from None
 
 
-def ranks_without_note(wait: timedelta) -> list[int]:
-    """Leave this rank's note; then the ranks that leave none within `wait`. Where the store does
-    not answer, rank 0: it, or its machine, keeps it."""
+def leave_note() -> None:
+    """Say in torchrun's store that this rank has noticed that another is lost."""
+    with contextlib.suppress(RuntimeError):     # the store is lost as well
+        dist.distributed_c10d._get_default_store().set(f"noticed/{dist.get_rank()}", "")
+
+
+def ranks_without_note() -> list[int]:
+    """The ranks that leave none within MEETING. Where the store does not answer, rank 0: it, or its
+    machine, keeps it."""
     store = dist.distributed_c10d._get_default_store()
     notes = [f"noticed/{rank}" for rank in range(dist.get_world_size())]
-    until = time.monotonic() + wait.total_seconds()
+    until = time.monotonic() + MEETING.total_seconds()
     try:
-        store.set(notes[dist.get_rank()], "")
         while not store.check(notes) and time.monotonic() < until:
             time.sleep(0.5)
         return [rank for rank, note in enumerate(notes) if not store.check([note])]

@@ -133,7 +133,7 @@ class States:
             is_lost = LOST.search(said) and not isinstance(reason, OSError)
             if is_lost or isinstance(reason, torch.OutOfMemoryError) or "allocate memory" in said:
                 return RuntimeError(said)       # of a lost rank, name_stalled_rank says which
-        why = " ".join(f"{reasons[0]}".split())[-300:] or repr(reasons[0])
+        why = " ".join(str(reasons[0]).split())[-300:] or repr(reasons[0])
         hint = ""
         if len(list(self.folder.glob(STATE))) > 1:
             hint = ": if it is damaged, delete it, and the run goes on from the one before"
