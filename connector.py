@@ -29,8 +29,9 @@ from plumbing.weights import local_rows
 # dE_text are rounded once a block.
 BLOCK_BYTES = 256 * 2 ** 20
 GPU_BLOCK_BYTES = 512 * 2 ** 20
-# The rows of a block that are in fp32 at the same time take so many bytes at most: they fit a CPU's
-# cache. A GPU has no such cache, and likes large kernels.
+# A few rows of a block are in fp32 at the same time: one matrix of them takes so many bytes at most,
+# so that the one to four that are there fit a CPU's cache. A GPU has no such cache, and likes large
+# kernels.
 CACHE_BYTES = 2 * 2 ** 20
 GPU_CHUNK_BYTES = 64 * 2 ** 20
 
@@ -58,9 +59,11 @@ class Align(nn.Module):
         return nnf.softmax(logits, dim=-1)         # (..., V)
 
     def forward(self, F: Tensor, E_text: Tensor) -> Tensor:
-        """F (..., d), E_text (V, D), the LLM's live input embedding -> F' (..., D), equation 2:
+        """F (..., d), E_text (V, D) -> F' (..., D), equation 2:
 
             F_align = self.p_vocab(F) @ E_text
+
+        E_text is the LLM's own embedding matrix, not a copy: gradients reach it from here too.
 
         The paper's P_vocab has a column for each feature, ours a row: so nothing is transposed.
         Mixture calculates this line, and all of its gradients, block by block.
@@ -280,7 +283,7 @@ class AlignTopK(nn.Module):
         self.register_buffer("C", C, persistent=False)                              # (D, D)
 
     def p_vocab(self, F: Tensor) -> Tensor:
-        """F (..., d) -> (..., k), equation 1: the k tokens share the probability of all."""
+        """F (..., d) -> (..., k), equation 1: the probabilities of the k tokens sum to one."""
         h = self.norm_D(self.W1(F))                                     # (..., D)
         wide = h.to(self.m.dtype)
         mean = (wide @ self.m)[..., None]                               # (..., 1)
@@ -291,7 +294,7 @@ class AlignTopK(nn.Module):
         return nnf.softmax(u, dim=-1).to(h.dtype)                       # (..., k)
 
     def forward(self, F: Tensor, E_text: Tensor) -> Tensor:
-        """F (..., d), E_text (V, D), the LLM's live input embedding -> F' (..., D), equation 2."""
+        """F (..., d), E_text (V, D) -> F' (..., D), equation 2 with k of the rows of E_text."""
         return self.p_vocab(F) @ E_text[self.token_ids]                 # (..., D)
 
 
@@ -355,7 +358,7 @@ class FromScratch(nn.Module):
 
     @torch.no_grad()
     def init_weights(self, lm_head: Tensor) -> None:
-        """Matrices keep their input's variance; latents and table are N(0, 1) (Flamingo, Ovis)."""
+        """Matrices keep their input's variance; latents and table are N(0, 1), as Ovis' table."""
         for name, p in self.named_parameters():
             if name in ("latents", "table"):
                 fill_normal(p, std=1.0)
@@ -385,7 +388,8 @@ class Ovis(FromScratch):
     """Ovis' visual embedding table (https://arxiv.org/abs/2405.20797): a mixture of K own vectors.
 
     F' = softmax(LayerNorm(W_VET F))^T E_VET. The paper's section 3.2 leaves out the LayerNorm,
-    which Ovis has. Its softmax is Ovis' default; a hard choice of one row is not here.
+    which Ovis has. Its softmax is Ovis' default. Three options of Ovis are not here: a hard choice
+    of one row, neighbours that are merged into one feature, and rows that mark where tiles begin.
     """
 
     def __init__(self, d: int, D: int, K: int):

@@ -30,7 +30,7 @@ from tqdm import tqdm
 from data import READ, Tokenizer
 from model import AlignVLM
 from paper.benchmarks import READERS, Benchmark, open_benchmark
-from paper.metrics import METRICS
+from paper.metrics import METRICS, exact_match
 from paper.noise import STD_PAGES, feature_std, noise_on
 from paper.patch_tokens import refuse_foreign_report, summary_line, vocab_report
 from paper.predictions import begin_predictions, join_predictions
@@ -73,7 +73,7 @@ def held_out_scores(model: AlignVLM, tokenizer: Tokenizer, n: int, seed: int) ->
         for (page, _, gold), text, prediction in zip(some, texts, answers):
             size = "several tiles" if page.large else "one tile"
             for group in (page.kind, size, "held-out"):
-                right[group] += prediction == gold
+                right[group] += exact_match(prediction, [gold])
                 errors[group] += edit_distance(text, page.text)
                 characters[group] += len(page.text)
                 count[group] += 1

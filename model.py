@@ -109,8 +109,8 @@ class AlignVLM(nn.Module):
     def embed(self, tokens: Tensor, pixels: Tensor) -> Tensor:
         """tokens (B, L) int64 with IMAGE at T * n places, pixels (T, 3, S, S) -> H (B, L, D).
 
-        H is H_input of the paper. tokens may be on the CPU, or an array: a GPU is not waited for
-        then. Raises ValueError where places and visual tokens differ in number.
+        H is H_input of the paper. Both may be on the CPU, tokens also an array: a GPU is not waited
+        for then. Raises ValueError where places and visual tokens differ in number.
         """
         E_text = self.llm.embed_tokens.weight                       # (V, D)
         tokens = torch.as_tensor(tokens)                            # (B, L)
@@ -122,7 +122,7 @@ class AlignVLM(nn.Module):
         H = nnf.embedding(text, E_text)                             # (B, L, D), equation 3
         if n_visual == 0:       # every rank must come here, or none: else FSDP waits for ever
             return H
-        F = self.vision(pixels)                                     # (T, N, d)
+        F = self.vision(send(pixels, E_text.device))                # (T, N, d)
         F_align = self.connector(F, E_text)                         # (T, n, D), equations 1 and 2
         F_align = F_align.flatten(0, 1).to(H.dtype)                 # (T * n, D)
         # H_input = concat(F'_align, E_text(x)): each visual token stands where its image does.
@@ -164,8 +164,7 @@ class AlignVLM(nn.Module):
                  max_new_tokens: int = 256, **generation) -> Iterator[list[int | None]]:
         """Continue B prompts (L_b,) with their tiles (T_b, 3, S, S), as Llama.generate does."""
         tokens = pad_sequence(list(prompts), batch_first=True)              # (B, L)
-        pixels = torch.cat(pixels).to(self.llm.embed_tokens.weight)         # (T, 3, S, S)
-        H = self.embed(tokens, pixels)                                      # (B, L, D)
+        H = self.embed(tokens, torch.cat(pixels))                           # (B, L, D)
         lengths = [len(prompt) for prompt in prompts]
         yield from self.llm.generate(H, lengths, stop, max_new_tokens, **generation)
 
@@ -294,7 +293,10 @@ class Llama(nn.Module):
         return self.linear(h, self.head)
 
     def forward(self, tokens: Tensor) -> Tensor:
-        """tokens (B, L) int64 -> all logits (B, L, V). AlignVLM makes those that it needs."""
+        """tokens (B, L) int64 -> all logits (B, L, V): to be held against another implementation.
+
+        AlignVLM makes those that it needs.
+        """
         return self.logits(self.hidden(self.embed_tokens(tokens)))
 
     @torch.inference_mode()
@@ -305,8 +307,8 @@ class Llama(nn.Module):
 
         lengths: of each prompt, without its padding. Each step yields B new token ids, None for a
         row that has ended. A token of `stop` ends a row and is not yielded. A row also ends when
-        its last tokens go in circles; these are yielded. A greedy answer is the same whatever the
-        other prompts are.
+        its last tokens go in circles; these are yielded. No prompt sees another: they change each
+        other's logits by rounding alone.
 
         temperature 0 is greedy. Otherwise a token is drawn from the smallest set that holds top_p
         of the probability. prefix: a cache that `hidden` has filled to its end with what stands
@@ -316,11 +318,11 @@ class Llama(nn.Module):
         generator = torch.Generator(x.device).manual_seed(seed)
         cache = self.new_cache(B, L + max_new_tokens, prefix)
         lengths = torch.tensor(lengths, device=x.device)                    # (B,)
-        position = cache.start + lengths[:, None]                           # (B, 1), the next one
-        positions = cache.start + torch.arange(L, device=x.device).expand(B, L)     # (B, L)
-        cache.reach = cache.start + L
-        h = self.hidden(x, None, cache, positions)                          # (B, L, D)
+        cache.reach = cache.start + L                               # the rest is still to be filled
+        of_prompts = cache.start + torch.arange(L, device=x.device).expand(B, L)    # (B, L)
+        h = self.hidden(x, None, cache, of_prompts)                         # (B, L, D)
         h = h[torch.arange(B, device=x.device), lengths - 1]                # (B, D)
+        position = cache.start + lengths[:, None]                           # (B, 1), of what is next
         done = [False] * B
         written: list[list[int]] = [[] for _ in range(B)]
         for step in range(max_new_tokens):
@@ -383,20 +385,6 @@ class Llama(nn.Module):
                 p.normal_(std=(2 * self.config.n_layers) ** -0.5 * p.shape[-1] ** -0.5)
             else:
                 p.normal_(std=p.shape[-1] ** -0.5)
-
-
-def goes_in_circles(tokens: list) -> bool:
-    """Whether the last CIRCLES tokens repeat one piece, of at most a quarter of CIRCLES.
-
-    tokens: ids, or the texts that they stand for. Over a page that it cannot read a model may never
-    end by itself. Nougat looks for this too (https://arxiv.org/abs/2308.13418). Rows of dots are
-    seldom as long.
-    """
-    tail = tokens[-CIRCLES:]
-    if len(tail) < CIRCLES:
-        return False
-    return any(tail[-1] == tail[-1 - n] and tail[n:] == tail[:-n]
-               for n in range(1, CIRCLES // 4 + 1))
 
 
 class Layer(nn.Module):
@@ -515,7 +503,8 @@ class KVCache:
     """Preallocated keys and values of every layer, (B, kv_heads, length, head_dim) each.
 
     They are written by position. start: how many positions the prefix fills, in every row. length:
-    the prefix's positions and those that are asked for. reach: how many of them attention reads.
+    the prefix's positions and those that are asked for. reach: how many of them attention reads,
+    all of them unless it is set.
     The prefix has a row for each of the batch, or one for all.
     """
 
@@ -571,6 +560,20 @@ def sample_token(logits: Tensor, temperature: float, top_p: float,
     p = p.masked_fill(before >= top_p, 0.0)
     drawn = torch.multinomial(p, 1, generator=generator)        # (B, 1)
     return ids.gather(1, drawn)[:, 0]
+
+
+def goes_in_circles(tokens: list) -> bool:
+    """Whether the last CIRCLES tokens repeat one piece, of at most a quarter of CIRCLES.
+
+    tokens: ids, or the texts that they stand for. Over a page that it cannot read a model may never
+    end by itself. Nougat ends such answers too, by how little its logits change
+    (https://arxiv.org/abs/2308.13418). Rows of dots are seldom as long.
+    """
+    tail = tokens[-CIRCLES:]
+    if len(tail) < CIRCLES:
+        return False
+    return any(tail[-1] == tail[-1 - n] and tail[n:] == tail[:-n]
+               for n in range(1, CIRCLES // 4 + 1))
 
 
 def read_llama(folder: Path) -> tuple[LlamaConfig, Weights]:

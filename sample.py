@@ -55,7 +55,7 @@ def answer(model: AlignVLM, tokenizer: Tokenizer, images: list[Image.Image | lis
     Yields the answers so far after every token, and once more at the end.
 
     generation: what AlignVLM.generate takes (max_new_tokens, temperature, top_p, seed).
-    An empty prompt leaves the image alone in the user's turn: a caption, as in the paper's stage 1.
+    An empty prompt leaves the image alone in the user's turn: so stage 1 shows a caption's image.
     """
     questions = []
     for pages, prompt in zip(images, prompts):
@@ -98,8 +98,7 @@ class Conversation:
         tokens, pixels = prepare_question(model, tokenizer, images, "", max_tiles)
         tokens = tokens[:after_images(tokens)]          # (P,), those of every question
         with torch.inference_mode():
-            E_text = model.llm.embed_tokens.weight
-            x = model.embed(tokens[None], pixels.to(E_text))                # (1, P, D)
+            x = model.embed(tokens[None], pixels)                           # (1, P, D)
             self.prefix = model.llm.new_cache(1, len(tokens))
             model.llm.hidden(x, cache=self.prefix)
 

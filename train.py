@@ -1,6 +1,6 @@
 """Train AlignVLM's three stages: captions, documents, instructions (paper section 3.3).
 
-    python train.py                         # the toy: all stages, on a laptop, in ten minutes
+    python train.py                         # the toy: all stages, ten minutes on two cores
     python train.py --stage 1               # one of them; the next starts from its folder
     torchrun --nproc_per_node 8 train.py --stage 1 --data cc12m/ --out out/1b \\
         --vision google/siglip-so400m-patch14-384 --llm meta-llama/Llama-3.2-1B-Instruct   # 8 GPUs
@@ -117,7 +117,9 @@ def shard(model: AlignVLM, device: torch.device, shard_size: int | None = None,
     if bf16 or device.type == "cuda":
         policy = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)
     blocks = [*model.vision.encoder["layers"], *model.llm.layers]
-    if compile:     # rows with and without images, first blocks, frozen ones: each is a graph
+    if compile:
+        # The compiler makes a graph for each case that a block meets (with images or without, frozen
+        # or not, the first block or another), and by default gives up after eight.
         torch._dynamo.config.recompile_limit = 64
     for block in blocks:
         if compile:         # first: the compiler does not enter what checkpoint wraps

@@ -214,8 +214,8 @@ class SigLIP(nn.Module):
     def forward(self, pixels: Tensor) -> Tensor:
         """Pixels (T, 3, S, S), normalised -> F (T, N, d), F_t = VisionEncoder(P_t) of every tile.
 
-        The dtype stays. F = concat(F_1, ..., F_T) is F.flatten(0, 1) (T * N, d): AlignVLM.embed
-        does it, after the connector.
+        F has the dtype of the weights. F = concat(F_1, ..., F_T) is F.flatten(0, 1) (T * N, d):
+        AlignVLM.embed does it, after the connector.
         """
         x = self.embeddings(pixels)                         # (T, N, d)
         for layer in self.encoder["layers"][:self.depth]:
@@ -261,7 +261,8 @@ class Embeddings(nn.Module):
         self.position_embedding = nn.Embedding(config.n_patches, d)
 
     def forward(self, pixels: Tensor) -> Tensor:
-        """Pixels (T, 3, S, S) -> (T, N, d)."""
+        """Pixels (T, 3, S, S) -> (T, N, d), in the dtype of the weights."""
+        pixels = pixels.to(self.patch_embedding.weight.dtype)
         patches = self.patch_embedding(pixels)              # (T, d, sqrt(N), sqrt(N))
         patches = patches.flatten(2).transpose(1, 2)        # (T, N, d), row by row
         return patches + self.position_embedding.weight     # (T, N, d)

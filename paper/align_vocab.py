@@ -72,8 +72,7 @@ def choose_align_vocab(model: AlignVLM, folder: Path, pixels: list[Tensor], k: i
     E_text = model.llm.embed_tokens.weight                              # (V, D)
     if not 1 <= k <= len(E_text):
         raise InputError(f"k is {k}: keep from 1 to {len(E_text)} tokens")
-    pages = [model.vision(page.to(E_text.device, E_text.dtype)).flatten(0, 1)
-             for page in pixels]                                        # F (T * N, d) each
+    pages = [model.vision(page.to(E_text.device)).flatten(0, 1) for page in pixels]     # F each
     token_ids, deviation = choose_tokens(model.connector, pages, E_text, k)
     deviation = {"pages": len(pages), **deviation}
     text = json.dumps({**deviation, "tokens": token_ids.tolist()}) + "\n"

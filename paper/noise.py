@@ -102,10 +102,10 @@ def feature_std(model: AlignVLM, pages: Iterable[list[Image.Image]],
     It has three digits: another device computes the same.
     """
     n, total, squares = 0, 0.0, 0.0
-    like = next(model.vision.parameters())
+    device = model.llm.embed_tokens.weight.device
     for sample in pages:
         for page in sample:
-            pixels = tile(page, model.config.vision, max_tiles).to(like)            # (T, 3, S, S)
+            pixels = tile(page, model.config.vision, max_tiles).to(device)          # (T, 3, S, S)
             F = model.vision(pixels).double()                                       # (T, N, d)
             n += F.numel()
             total += F.sum().item()

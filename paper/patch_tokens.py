@@ -46,7 +46,7 @@ def distributions(model: AlignVLM, pixels: Tensor) -> Iterator[tuple[slice, Tens
     if not hasattr(model.connector, "p_vocab"):
         raise InputError(f"{type(model.connector).__name__} maps patches to no tokens: only the "
                          "Align connector does")
-    F = model.vision(pixels.to(model.llm.embed_tokens.weight))                  # (T, N, d)
+    F = model.vision(pixels.to(model.llm.embed_tokens.weight.device))           # (T, N, d)
     yield from distributions_of(model, F.flatten(0, 1))
 
 
@@ -54,7 +54,7 @@ def distributions(model: AlignVLM, pixels: Tensor) -> Iterator[tuple[slice, Tens
 def distributions_of(model: AlignVLM, F: Tensor) -> Iterator[tuple[slice, Tensor]]:
     """Features F (n_patches, d) -> blocks of n of them, each with its P_vocab (n, V), equation 1.
 
-    Of a connector that mixes only K tokens the others have probability 0.
+    Of a connector that mixes only k tokens the others have probability 0.
     """
     connector = model.connector
     E_text = model.llm.embed_tokens.weight                                      # (V, D)
@@ -418,11 +418,12 @@ def blank_patches(pixels: Tensor, config: SigLIPConfig) -> Tensor:
 
 
 def principal_components(E_text: Tensor, kept: Tensor) -> tuple[Tensor, float, float]:
-    """All token embeddings E_text (V, D) and some tokens' ids (K,) -> points (V, 2), two shares.
+    """All token embeddings E_text (V, D) and some tokens' ids (k,) -> points (V, 2), two shares.
 
     The points are the first two principal components of all. The first share is that of the
-    variance of all embeddings that lies along the first COMPONENTS components of the K tokens; the
-    second the most that so many could hold, along those of all.
+    variance of all embeddings that lies along the first COMPONENTS components of the k tokens; the
+    second the most that so many could hold, along those of all. The paper's second version draws
+    such a picture (its Figure 4).
     """
     mean, C = spread(E_text)                                                    # (D,), (D, D)
     values, axes = torch.linalg.eigh(C)                 # ascending; a column is an axis

@@ -190,8 +190,9 @@ def activation_bytes(config: AlignVLMConfig, trainable: tuple[str, ...], tokens:
 
 
 def connector_bytes(config: AlignVLMConfig, tiles: int, size: int) -> float:
-    """What the connector keeps; and of connector.Mixture's blocks two (n, V), and a few rows in
-    fp32: one or two times, or four times where the block is in bf16."""
+    """What autograd keeps of the connector, and what connector.Mixture's backward pass holds: two
+    (R, V) matrices, and a few of their rows in fp32, one and a half times, or four times where the
+    matrices are in bf16."""
     l, c = config.llm, config.connector
     D, visual = l.hidden_size, tiles * config.vision.n_patches
     keeps = visual * D * {"align": 3, "mlp": 3, "ovis": 1, "perceiver": 17 + 2 * c.depth}[c.kind]

@@ -45,8 +45,8 @@ OpenDyslexic
 HELD_OUT = ["PT Serif", "Roboto Slab", "Quattrocento", "Prociono",
             "Karla", "Cabin", "Clear Sans", "Manrope", "Tuffy",
             "mononoki", "League Mono", "Anonymous Pro"]
-# Kept for pages by others, on which nothing is trained or chosen: every family of which the name
-# begins so, such as Noto Serif Display.
+# Kept for the pages that other programs set; nothing is trained on them: every family of which the
+# name begins so, such as Noto Serif Display.
 NEVER = ["Cantarell", "Cardo", "Charis SIL", "Courier Prime", "Cousine", "Crimson Text",
          "EB Garamond", "Fira Code", "Fira Sans", "Gelasio", "Hack", "IBM Plex Sans", "Inter",
          "JetBrains Mono", "Junicode", "Libre Baskerville", "Merriweather", "Noto Serif", "PT Sans",

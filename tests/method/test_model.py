@@ -164,6 +164,18 @@ def test_embed_refuses_a_wrong_count(positions, tiles):
         small_vlm().embed(tokens, torch.zeros(tiles, 3, 9, 9))
 
 
+def test_a_model_in_bf16_takes_the_same_samples():
+    """As a saved folder is read: pack_row's pixels are fp32, the weights are not. The loss is the
+    same up to bf16's eight bits."""
+    vlm = small_vlm()
+    row = row_of(SAMPLES)
+    with torch.no_grad():
+        wide, narrow = vlm(*row), vlm.to(torch.bfloat16)(*row)
+    assert row[2].dtype == torch.float32 and narrow.dtype == torch.float32
+    assert narrow != wide
+    assert narrow.item() == pytest.approx(wide.item(), rel=0.02)
+
+
 def naive_loss(vlm: AlignVLM) -> Tensor:
     """Of SAMPLES: each as cross-entropy of all its logits, by a loop."""
     total = 0.0
