@@ -322,7 +322,7 @@ class Llama(nn.Module):
         of_prompts = cache.start + torch.arange(L, device=x.device).expand(B, L)    # (B, L)
         h = self.hidden(x, None, cache, of_prompts)                         # (B, L, D)
         h = h[torch.arange(B, device=x.device), lengths - 1]                # (B, D)
-        position = cache.start + lengths[:, None]                           # (B, 1), of what is next
+        position = cache.start + lengths[:, None]                           # (B, 1), the next one
         done = [False] * B
         written: list[list[int]] = [[] for _ in range(B)]
         for step in range(max_new_tokens):

@@ -118,8 +118,8 @@ def shard(model: AlignVLM, device: torch.device, shard_size: int | None = None,
         policy = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)
     blocks = [*model.vision.encoder["layers"], *model.llm.layers]
     if compile:
-        # The compiler makes a graph for each case that a block meets (with images or without, frozen
-        # or not, the first block or another), and by default gives up after eight.
+        # The compiler makes a graph for each case that a block meets: with images or without,
+        # frozen or not, the first block or another. By default it gives up after eight.
         torch._dynamo.config.recompile_limit = 64
     for block in blocks:
         if compile:         # first: the compiler does not enter what checkpoint wraps
