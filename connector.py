@@ -29,8 +29,8 @@ from plumbing.weights import local_rows
 # dE_text are rounded once a block.
 BLOCK_BYTES = 256 * 2 ** 20
 GPU_BLOCK_BYTES = 512 * 2 ** 20
-# A few rows of a block are in fp32 at the same time. One matrix of them takes so many bytes at most:
-# the one to four that are there fit a CPU's cache. A GPU has none so large, and likes large kernels.
+# A few rows of a block are in fp32 at the same time. One matrix of them takes so many bytes at
+# most: the one to four that are there fit a CPU's cache. A GPU likes large kernels.
 CACHE_BYTES = 2 * 2 ** 20
 GPU_CHUNK_BYTES = 64 * 2 ** 20
 
