@@ -152,20 +152,15 @@ def phrased(rng: random.Random, prompt: str) -> str:
     return prompt.rstrip("?") if prompt != READ and rng.random() < 0.1 else prompt
 
 
-def lesson_page(rng: random.Random, split: str, config: SigLIPConfig, single: bool,
-                lines: int = 10 ** 6, most_tiles: int = 9, kinds: tuple[str, ...] = TO_READ
-                ) -> Page:
-    """A page of one of the kinds. The more tiles, the rarer: nine cost as much as nine times one.
-    """
+def lesson_page(rng: random.Random, split: str, config: SigLIPConfig,
+                grids: list[tuple[int, int]], lines: int = 10 ** 6,
+                kinds: tuple[str, ...] = TO_READ) -> Page:
+    """A page of one of the kinds, which is cut into one of these grids of tiles."""
     kind = rng.choice(kinds)
     type_size = (20, 36) if rng.random() < 0.08 else (11, 20)       # as of a small crop, enlarged
-    grids = [(1, 1)]
-    if not single:
-        grids = [(r, c) for r, c in GRIDS for _ in range(9 // (r * c)) if 1 < r * c <= most_tiles]
     while True:
         page = write_page(rng, kind, split, config, grids, 1200, lines, type_size)
-        rows, columns = choose_grid(page.width, page.height, config.image_size)
-        if rows * columns <= most_tiles:        # a page that is longer than was meant has more
+        if choose_grid(page.width, page.height, config.image_size) in grids:    # else write another
             return page
 
 
@@ -194,7 +189,8 @@ class LaidOut(Dataset):
 
     def row(self, rng: random.Random, step: int, config: SigLIPConfig,
             single: bool) -> tuple[Tensor, Tensor, Tensor, Tensor, list[int]]:
-        """A step's pages, in tiles of this size, each of a single one or of several."""
+        """A step's pages, in tiles of this size, each of a single one or of several. The more tiles,
+        the rarer: nine cost as much as nine times one."""
         samples, size = [], 0
         while size < self.budget:
             samples.append(self.sample(rng, step, config, single))
@@ -206,7 +202,8 @@ class LaidOut(Dataset):
         lines = 1 + step // 60 if step < 700 else 10 ** 6           # longer by and by
         tiles = 2 + (step - 1000) // 150                            # more of them by and by
         most = 3 if config is self.large else max(2, min(9, tiles))
-        page = lesson_page(rng, self.split, config, single, lines, most)
+        grids = [(r, c) for r, c in GRIDS for _ in range(9 // (r * c)) if 1 < r * c <= most]
+        page = lesson_page(rng, self.split, config, [(1, 1)] if single else grids, lines)
         doubt = 0.0 if rng.random() < 0.3 else rng.random()
         # An encoder is not sure to a pixel where a character is: it stands in two patches, partly.
         shifts = [(rng.gauss(0, doubt), rng.gauss(0, doubt)) for _ in range(4 if doubt else 1)]
@@ -235,10 +232,17 @@ def packed(samples: list[tuple]) -> tuple[Tensor, Tensor, Tensor, Tensor, list[i
             [len(t) for t in tokens])
 
 
+# How often a stage has pages of each grid of tiles, (rows, columns).
+ONE_TILE = {(1, 1): 1.0}
+UP_TO_TWO = {(1, 1): 0.35, (1, 2): 0.325, (2, 1): 0.325}
+UP_TO_THREE = {(1, 1): 0.45, (1, 2): 0.15, (2, 1): 0.15, (1, 3): 0.13, (3, 1): 0.12}
+
+
 class ReaderDocuments(Dataset):
     """The samples of a stage of the paper: sample i depends on (seed, split, stage, i, n).
 
-    1: one tile read aloud. 2: pages of one tile and of several, and questions. 3: more of these.
+    1: one tile read aloud. 2: pages and questions; in its last quarter most pages have two tiles.
+    3: up to three tiles, which are side by side or one below the other.
     """
 
     def __init__(self, stage: int, n: int, seed: int, tokenizer: Tokenizer, config: SigLIPConfig,
@@ -254,14 +258,15 @@ class ReaderDocuments(Dataset):
             return index
         rng = random.Random(f"{self.seed}/{self.split}/{self.stage}/{index}")
         progress = index / self.n if self.split == "train" else 1.0
-        single = self.stage == 1 or self.config.max_tiles == 1 or rng.random() < 0.97
-        # Two to four tiles: a page of nine would cost as much as ten of one.
-        tiles = min(round(2 + 2 * progress), self.config.max_tiles)
-        read, ask = {1: (1.0, 0.0), 2: (0.35, 0.4), 3: (0.25, 0.6)}[self.stage]
+        shares = {1: ONE_TILE, 2: UP_TO_TWO if progress >= 0.75 else ONE_TILE,
+                  3: UP_TO_THREE}[self.stage]
+        grids = [(r, c) for r, c in shares if r * c <= self.config.max_tiles]
+        grid = rng.choices(grids, [shares[grid] for grid in grids])[0]
+        read, ask = {1: (1.0, 0.0), 2: (0.35, 0.4), 3: (0.35, 0.45)}[self.stage]
         kinds = TO_ASK if self.stage > 1 and rng.random() < 0.7 else TO_READ
-        pages = [lesson_page(rng, self.split, self.config, single, most_tiles=tiles, kinds=kinds)]
+        pages = [lesson_page(rng, self.split, self.config, [grid], kinds=kinds)]
         if self.stage == 3 and rng.random() < 0.06:         # two images, as the pages of a PDF
-            pages.append(lesson_page(rng, self.split, self.config, True, kinds=TO_ASK))
+            pages.append(lesson_page(rng, self.split, self.config, [(1, 1)], kinds=TO_ASK))
         turns = turns_about(rng, pages, read, ask, 12, 6)
         example = Example([page.draw() for page in pages], turns, f"reader/{self.stage}/{index}")
         sample = prepare(example, self.tokenizer, self.config, self.config.max_tiles,

@@ -278,6 +278,21 @@ def test_samples_have_as_many_tiles_and_tokens_as_the_model(tmp_path):
 
 
 @needs_fonts
+def test_pages_of_two_tiles_come_late_in_stage_2_and_of_three_in_stage_3(tmp_path):
+    """Each has its small copy besides. The second page of a sample of two has one tile."""
+    write_tokenizer(tmp_path / "tokenizer.model")
+    tokenizer = Tokenizer(tmp_path)
+
+    def tiles(stage: int, samples: range) -> set[int]:
+        data = ReaderDocuments(stage, 100, 0, tokenizer, LARGE)
+        return {len(s.pixels) - (s.n_images - 1) for s in map(data.__getitem__, samples)}
+
+    assert tiles(1, range(4)) == tiles(2, range(50, 60)) == {1}
+    assert tiles(2, range(75, 85)) == {1, 3}
+    assert tiles(3, range(20)) == {1, 3, 4}
+
+
+@needs_fonts
 def test_classes_name_the_characters_where_they_are_drawn():
     face = faces("train")[0]
     page = Page("test", 224, 224)
