@@ -41,7 +41,7 @@ from plumbing.files import refuse_inputs, write_text
 from plumbing.logs import open_log
 from plumbing.processes import name_stalled_rank, on_first_rank, run_main, start_processes
 from plumbing.runs import claim
-from plumbing.settings import InputError, read_json, tile_limit
+from plumbing.settings import SEVERAL, InputError, a_path, read_json, tile_limit
 from plumbing.texts import edit_distance
 from plumbing.weights import model_folder
 from sample import SHIPPED, answer
@@ -223,16 +223,16 @@ def parse_args() -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
-    add("--benchmark", nargs="+", default=["reader-drawn"], metavar="[NAME=]PATH",
+    add("--benchmark", **SEVERAL, metavar="[NAME=]PATH",
         help="benchmarks as VLMEvalKit (TSV), DocDownstream (JSONL) or VCR-wiki (parquet) have "
         f"them; pages of print: {', '.join(READERS)}; the toy's pages, 200 or as many as one "
         "likes: toy, toy=N (default: reader-drawn)")
-    add("--checkpoint", default=SHIPPED, help="model folder, or a name on the hub, `owner/name` "
+    add("--checkpoint", help="model folder, or a name on the hub, `owner/name` "
         "(default: the shipped model, reader/stage3)")
-    add("--out", type=Path, help="where predictions, table.md and scores.json go (default: "
+    add("--out", type=a_path, help="where predictions, table.md and scores.json go (default: "
         "CHECKPOINT/eval; out/owner/name/eval for a name on the hub, out/shipped/eval for the "
         "shipped model)")
-    add("--score", nargs="+", metavar="[NAME=]FILE", help="only score files of predictions again")
+    add("--score", **SEVERAL, metavar="[NAME=]FILE", help="only score files of predictions again")
     add("--vocab", type=int, metavar="N", help="only average P_vocab over the first N samples' "
         "pages (a page of two samples counts twice), into OUT/vocab.png and vocab.json (needs `pip "
         "install matplotlib`)")
@@ -245,10 +245,10 @@ def parse_args() -> argparse.Namespace:
     add("--max-tiles", type=tile_limit, help="tiles a page is cut into at most (default: what the "
         "model's config.json says)")
     noise = parser.add_mutually_exclusive_group()
-    noise.add_argument("--noise", type=float, nargs="+", metavar="SIGMA", help="evaluate once more "
+    noise.add_argument("--noise", type=float, **SEVERAL, metavar="SIGMA", help="evaluate once more "
                        "with Gaussian noise of this standard deviation on the visual features F "
                        "(the paper: 3)")
-    noise.add_argument("--noise-relative", type=float, nargs="+", metavar="R", help="the same, in "
+    noise.add_argument("--noise-relative", type=float, **SEVERAL, metavar="R", help="the same, in "
                        "standard deviations of F")
     args = parser.parse_args()
     numbers = args.limit, args.vocab, args.batch_size, args.max_new_tokens
@@ -257,10 +257,14 @@ def parse_args() -> argparse.Namespace:
     if not all(0 < sigma < math.inf for sigma in args.noise or args.noise_relative or []):
         parser.error("the noise is more than 0: without any the benchmark is evaluated anyway")
     noisy = args.noise or args.noise_relative
-    if args.score and (args.limit or args.vocab or noisy):
-        parser.error("--score takes predictions as they are: without --limit, --vocab and --noise")
+    asked = (args.benchmark, args.checkpoint, args.limit, args.vocab, noisy, args.max_tiles,
+             args.max_new_tokens)
+    if args.score and any(asked):
+        parser.error("--score takes predictions as they are: only --out goes with it")
     if args.vocab and (args.limit or noisy):
         parser.error("--vocab N takes the first N samples: without --limit and --noise")
+    args.benchmark = args.benchmark or ["reader-drawn"]
+    args.checkpoint = args.checkpoint or SHIPPED
     return args
 
 

@@ -21,7 +21,7 @@ import math
 import os
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 import torch
@@ -34,7 +34,7 @@ from model import CIRCLES, AlignVLM, AlignVLMConfig, Llama, goes_in_circles
 from plumbing import fast
 from plumbing.examples import IMAGE, Turn
 from plumbing.images import read_pages
-from plumbing.settings import InputError, tile_limit
+from plumbing.settings import SEVERAL, InputError, a_path, tile_limit
 from plumbing.texts import in_one_line
 from plumbing.weights import model_folder
 from vision import choose_grid, coverage, tile_boxes
@@ -42,14 +42,15 @@ from vision import choose_grid, coverage, tile_boxes
 SHIPPED = Path(__file__).parent / "reader" / "stage3"   # the model that comes with this repository
 BATCH = 16                      # pages that are asked about together
 MAX_QUESTION = 4096             # tokens that --interactive takes in one question
+KEPT = 0.5                      # share of a page's pixels in its tiles, below which it is said
 
 # -------------------------------------------------------------------------------------------------
 # From a page to an answer
 
 
-def answer(model: AlignVLM, tokenizer: Tokenizer, images: list[Image.Image | list[Image.Image]],
-           prompts: list[str], max_tiles: int | None = None,
-           **generation) -> Iterator[list[str]]:
+def answer(model: AlignVLM, tokenizer: Tokenizer,
+           images: Iterable[Image.Image | list[Image.Image]], prompts: list[str],
+           max_tiles: int | None = None, **generation) -> Iterator[list[str]]:
     """Answer each (image or images, prompt), all of them as one batch.
 
     Yields the answers so far after every token, and once more at the end.
@@ -163,21 +164,28 @@ def show(answers: Iterator[list[str]]) -> list[float]:
 
 
 def describe(pages: list[Image.Image], config: AlignVLMConfig, max_tiles: int | None) -> None:
-    """Say how much several pages are, and whether tiles have less than half of a page's pixels."""
+    """Say how much several pages are, and whether tiles have less than KEPT of one."""
     if len(pages) > 1:
         n_tiles = sum(len(tile_boxes(*page.size, config.vision, max_tiles)) for page in pages)
         print(f"{len(pages)} pages together: {n_tiles} tiles, {n_tiles * config.tile_tokens:,} "
               "visual tokens", file=sys.stderr)
-    side = config.vision.image_size
-    grids = [choose_grid(*page.size, side, max_tiles or config.vision.max_tiles) for page in pages]
-    kept, worst = min((coverage(*page.size, side, *grid), i)
-                      for i, (page, grid) in enumerate(zip(pages, grids)))
-    if kept < 0.5:
-        width, height = pages[worst].size
-        n = math.prod(grids[worst])
-        tiles = f"{n} tile{'s' if n > 1 else ''} of {side}"
+    kept, n, (width, height) = kept_of(pages, config, max_tiles)
+    if kept < KEPT:
+        tiles = f"{n} tile{'s' if n > 1 else ''} of {config.vision.image_size}"
         print(f"a page of {width} x {height} pixels becomes {tiles}, {kept:.0%} of it: "
               "small type is lost (crop it)", file=sys.stderr)
+
+
+def kept_of(pages: list[Image.Image], config: AlignVLMConfig,
+            max_tiles: int | None) -> tuple[float, int, tuple[int, int]]:
+    """The least share of a page's pixels that its tiles keep, how many they are, and that page's
+    size."""
+    side = config.vision.image_size
+    found = []
+    for page in pages:
+        grid = choose_grid(*page.size, side, max_tiles or config.vision.max_tiles)
+        found.append((coverage(*page.size, side, *grid), math.prod(grid), page.size))
+    return min(found)
 
 
 def print_speed(llm: Llama, start: float, times: list[float]) -> None:
@@ -218,21 +226,35 @@ def answer_each(model: AlignVLM, tokenizer: Tokenizer, files: list[Path], prompt
                 chosen: str | None = None, **options) -> Iterator[str]:
     """The answer to each prompt about the image of its own, BATCH at a time, beside a bar.
 
-    chosen: --pages. options, here and below: max_tiles and generation, as `answer` takes them.
+    chosen: --pages. options, here and below: max_tiles, seed, and what else `answer` takes.
     """
+    shrunk = []                 # files with a page that has lost much of itself
+
+    def pages_of(file: Path) -> list[Image.Image]:
+        pages = read_pages(file, chosen)
+        if kept_of(pages, model.config, options["max_tiles"])[0] < KEPT:
+            shrunk.append(file)
+        return pages
+
     with tqdm(total=len(files), desc="answering") as bar:
         for first in range(0, len(files), BATCH):
-            images = [read_pages(file, chosen) for file in files[first:first + BATCH]]
-            for texts in answer(model, tokenizer, images, prompts[first:first + BATCH], **options):
+            some = files[first:first + BATCH]
+            images = (pages_of(file) for file in some)      # one at a time: they may be large
+            # Each batch draws from a seed of its own.
+            seeded = {**options, "seed": options["seed"] + first}
+            for texts in answer(model, tokenizer, images, prompts[first:first + BATCH], **seeded):
                 pass                    # the last ones are whole
             yield from texts
-            bar.update(len(images))
+            bar.update(len(some))
+    if shrunk:
+        print(f"{len(shrunk)} of {len(files)} images lose small type, first {shrunk[0]}: tiles have "
+              f"less than {KEPT:.0%} of them (crop them)", file=sys.stderr)
 
 
 def answer_questions(model: AlignVLM, tokenizer: Tokenizer, questions: Path, answers: Path,
                      **options) -> None:
     """Write the rows of `questions`, each with a `prediction`, beside `answers`, then rename."""
-    from plumbing.files import refuse_inputs
+    from plumbing.files import refuse_inputs, replacing
     from plumbing.questions import read_questions
     rows = read_questions(questions)
     files = [questions.parent / row["image"] for row in rows]
@@ -240,13 +262,11 @@ def answer_questions(model: AlignVLM, tokenizer: Tokenizer, questions: Path, ans
     prompts = [row["prompt"] for row in rows]
     if answers.exists() and not answers.is_file():
         raise InputError(f"--answers {answers}: a folder or a device, not a file")
-    answers = answers.resolve()             # a link stays one
     answers.parent.mkdir(parents=True, exist_ok=True)
-    partial = answers.with_name(answers.name + ".partial")
-    with partial.open("w", encoding="utf-8") as out:
+    with (replacing(answers, f".{os.getpid()}") as partial,
+          partial.open("w", encoding="utf-8") as out):
         for row, prediction in zip(rows, answer_each(model, tokenizer, files, prompts, **options)):
             out.write(json.dumps({**row, "prediction": prediction}) + "\n")
-    os.replace(partial, answers)
 
 
 def answer_folder(model: AlignVLM, tokenizer: Tokenizer, files: list[Path], prompt: str,
@@ -265,7 +285,7 @@ def parse_args() -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
-    add("--image", nargs="+", help="the document: PNG, JPEG, TIFF, PDF (pip install pypdfium2), "
+    add("--image", **SEVERAL, help="the document: PNG, JPEG, TIFF, PDF (pip install pypdfium2), "
         "..., of any size; several, like the pages of a file, are shown together; of a folder each "
         "file is answered by itself")
     add("--pages", help="of each --image only these, counted from 1: 2, 2-3, 2,5-7")
@@ -273,11 +293,11 @@ def parse_args() -> argparse.Namespace:
         "alone: a model that has learnt captions gives one")
     add("--interactive", action="store_true", help="read --image once, then answer the questions "
         "that are typed, a line each, until an empty one; none knows of those before it")
-    add("--explain", type=Path, metavar="OUT.html", help="a document in which a browser shows what "
+    add("--explain", type=a_path, metavar="OUT.html", help="a document in which a browser shows what "
         "each patch became and where the LLM looked; or OUT.png, a picture of each patch's token")
     add("--questions", type=Path, metavar="JSONL", help="rows with an image, relative to the file, "
         "and a prompt")
-    add("--answers", type=Path, metavar="JSONL", help="the same rows, each with a prediction")
+    add("--answers", type=a_path, metavar="JSONL", help="the same rows, each with a prediction")
     add("--align-vocab", action="store_true", help="mix only the tokens that `python -m "
         "paper.align_vocab` chose for this model")
     add("--checkpoint", help="model folder, or a name on the hub, `owner/name` (default: the "
@@ -389,6 +409,7 @@ def main() -> None:
             stream.reconfigure(errors=errors)
     generation = {"max_new_tokens": args.max_new_tokens, "temperature": args.temperature,
                   "top_p": args.top_p, "seed": args.seed}
+    sys.stderr = sys.stderr or open(os.devnull, "w")        # a daemon has none
     try:
         if args.llm is not None:
             ask_llm(args.llm, args, **generation)

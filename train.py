@@ -47,8 +47,8 @@ from plumbing.logs import Step, StepLog
 from plumbing.processes import (gather_model, name_stalled_rank, on_first_rank, run_main,
                                 start_processes)
 from plumbing.runs import (begin, check_recipe, check_shared, claim, is_complete, recorded,
-                           refuse_foreign)
-from plumbing.settings import InputError, positive, tile_limit
+                           refuse_foreign, weights_mark)
+from plumbing.settings import SEVERAL, InputError, a_path, positive, tile_limit
 from plumbing.signals import stop_on_signal
 from plumbing.states import States, drop_states, newest_state
 from plumbing.streams import (BAD_KINDS, Documents, Position, agree_on_files, agree_on_position,
@@ -523,6 +523,11 @@ def run_stage(stage: int, args: argparse.Namespace, device: torch.device) -> boo
     connector = connector_of(stage, folder if complete else start, args)
     max_tiles = args.max_tiles or tiles_of(stage, start, args)
     record = record_of(stage, recipe, connector, max_tiles, args)
+    record["start"] = None
+    if stage == 1 and args.llm:
+        record["start"] = on_first_rank(lambda: weights_mark(args.vision, args.llm))
+    elif stage > 0 and not complete:
+        record["start"] = recorded(start, "id")
     if complete:
         check_recipe(folder, record)
         if main_rank:
@@ -538,7 +543,6 @@ def run_stage(stage: int, args: argparse.Namespace, device: torch.device) -> boo
     # starts. It is read before anything is written; stage 0 writes its own.
     vocab_size = model.config.llm.vocab_size
     tokenizer = Tokenizer(start, vocab_size) if stage > 0 else None
-    record["start"] = recorded(start, "id") if stage > 0 else None
     state, training = on_first_rank(lambda: begin(partial, record, model))
     check_shared(partial, training, args.timeout)
     if stage == 0:
@@ -738,13 +742,13 @@ def add_recipe_flags(add) -> None:
         help="text tokens a sample, cut at its end (default: the recipe's)")
     add("--epochs", type=positive(int), help="passes over --data (default: the recipe's)")
     add("--lr", type=positive(float), help="peak learning rate (default: the recipe's)")
-    add("--lr-scale", type=lr_share, nargs="+", default=[], metavar="MODULE=SHARE",
+    add("--lr-scale", type=lr_share, **SEVERAL, default=[], metavar="MODULE=SHARE",
         help="what vision, connector or llm has of --lr: vision=0.2; 0 freezes it, any other share "
         "trains it (default: the recipe's)")
 
 
 def add_data_flags(add) -> None:
-    add("--data", nargs="+", metavar="PATH[:WEIGHT]", help="what --stage learns from: folders, "
+    add("--data", **SEVERAL, metavar="PATH[:WEIGHT]", help="what --stage learns from: folders, "
         "files or globs of tar (img2dataset), parquet (BigDocs, VCR-wiki), JSONL or JSON "
         "(DocDownstream, MS-Swift, LLaVA); with weights the data sets are mixed in that ratio "
         "(default: the drawn pages of the preset, toy or reader)")
@@ -754,12 +758,12 @@ def add_data_flags(add) -> None:
         "stops, judged from a thousand samples or an epoch on (default: %(default)s)")
     add("--workers", type=int,
         help="data loading processes per process (default: with --data up to 4, else 0)")
-    add("--eval-data", nargs="+", metavar="PATH",
+    add("--eval-data", **SEVERAL, metavar="PATH",
         help="held-out data of --eval-every, as for --data (toy and reader draw their own)")
 
 
 def add_run_flags(add) -> None:
-    add("--out", type=Path, help="the run's folder (default: out/PRESET)")
+    add("--out", type=a_path, help="the run's folder (default: out/PRESET)")
     add("--save-every", type=positive(int), default=200,
         help="steps between training states (default: %(default)s)")
     add("--max-steps", type=positive(int),

@@ -20,7 +20,7 @@ from paper.predictions import read_predictions
 from paper.tables import benchmark_file, markdown
 from plumbing.files import refuse_inputs, write_text
 from plumbing.processes import run_main
-from plumbing.settings import InputError
+from plumbing.settings import InputError, a_path
 
 # The score of a sample that counts as right. Most metrics give 0 or 1. A page that is read aloud is
 # right if at most half of its characters are wrong.
@@ -113,7 +113,7 @@ def main() -> None:
         formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("files", nargs=2, metavar="[NAME=]FILE", help="predictions of eval.py, of "
                         "the benchmark that the first one's name or NAME says")
-    parser.add_argument("--out", type=Path, help="write the samples that are scored differently to "
+    parser.add_argument("--out", type=a_path, help="write the samples that are scored differently to "
                         "this JSONL file")
     args = parser.parse_args()
     name, first = benchmark_file(args.files[0])

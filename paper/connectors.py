@@ -30,7 +30,7 @@ from plumbing import fast
 from plumbing.files import write_text
 from plumbing.logs import read_log
 from plumbing.processes import run_main
-from plumbing.settings import InputError
+from plumbing.settings import InputError, a_path
 from toy.pages import KINDS, STAGE0, draw, drawn_page, eye_chart, plain_text
 from vision import tile
 
@@ -208,7 +208,7 @@ def main() -> None:
         help="runs of each, with seeds 0, 1, ... (default: %(default)s)")
     add("--documents", type=int, default=100,
         help="held-out pages in the end (default: %(default)s)")
-    add("--out", type=Path, default=Path("out/connectors"), help="default: %(default)s")
+    add("--out", type=a_path, default=Path("out/connectors"), help="default: %(default)s")
     args = parser.parse_args()
     if min(args.seeds, args.documents) < 1:
         parser.error("--seeds and --documents are at least 1")

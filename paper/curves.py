@@ -10,13 +10,12 @@ RUN is a log.jsonl, a folder with some below it, or a table that --csv has writt
 import argparse
 import csv
 import math
-import os
 from pathlib import Path
 
-from plumbing.files import is_ours, partial_of, refuse_inputs
+from plumbing.files import is_ours, refuse_inputs, replacing
 from plumbing.logs import read_log
 from plumbing.processes import run_main
-from plumbing.settings import InputError
+from plumbing.settings import InputError, a_path
 from plumbing.texts import in_one_line
 
 COLUMNS = ["step", "loss", "held_out_loss", "lr", "tokens_per_s"]   # of a curve: numbers, or None
@@ -72,9 +71,8 @@ def read_table(path: Path) -> dict[str, list[dict]]:
 
 def write_table(curves: dict[str, list[dict]], path: Path) -> None:
     """Curves, thinned, as a CSV: a line a point, with the curve's name before COLUMNS."""
-    partial = partial_of(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    with partial.open("w", newline="") as file:
+    with replacing(path) as partial, partial.open("w", newline="") as file:
         table = csv.writer(file, lineterminator="\n")
         table.writerow(["curve", *COLUMNS])
         for name, rows in curves.items():
@@ -82,7 +80,6 @@ def write_table(curves: dict[str, list[dict]], path: Path) -> None:
                 numbers = {column: "" if row[column] is None else f"{row[column]:.5g}"
                            for column in COLUMNS}
                 table.writerow([name, *{**numbers, "step": f"{row['step']:.0f}"}.values()])
-    os.replace(partial, path)
 
 
 def thinned(rows: list[dict], points: int = POINTS) -> list[dict]:
@@ -126,9 +123,8 @@ def plot(curves: dict[str, list[dict]], path: Path) -> None:
     speed.set(xlabel="step", ylabel="tokens a second", ylim=(0, None))
     figure.legend(loc="outside right upper")
     path.parent.mkdir(parents=True, exist_ok=True)
-    partial = partial_of(path)
-    figure.savefig(partial, format="png", dpi=90, metadata={"Software": "AlignVLM"})    # is_ours
-    os.replace(partial, path)
+    with replacing(path) as partial:        # "Software" is what is_ours looks for
+        figure.savefig(partial, format="png", dpi=90, metadata={"Software": "AlignVLM"})
 
 
 def points(rows: list[dict], column: str) -> tuple[list[float], list[float]]:
@@ -142,9 +138,9 @@ def main() -> None:
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("runs", type=Path, nargs="+", metavar="RUN")
     result = parser.add_mutually_exclusive_group()
-    result.add_argument("--out", type=Path,
+    result.add_argument("--out", type=a_path,
                         help="the picture (default: plot.png in the first RUN, or beside it)")
-    result.add_argument("--csv", type=Path, help="write a table of means instead of a picture")
+    result.add_argument("--csv", type=a_path, help="write a table of means instead of a picture")
     args = parser.parse_args()
     first = args.runs[0]
     out = args.csv or args.out or (first if first.is_dir() else first.parent) / "plot.png"

@@ -14,6 +14,7 @@ there, of longer ones each layer's STRONGEST patches.
 import base64
 import io
 import json
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -22,7 +23,7 @@ from PIL import Image
 from torch import Tensor
 
 from data import Tokenizer, prepare_question
-from model import AlignVLM
+from model import CIRCLES, AlignVLM, goes_in_circles
 from paper.patch_tokens import INK, distributions_of, named, patch_boxes
 from plumbing.examples import IMAGE
 from plumbing.files import numbered, write_text
@@ -223,7 +224,9 @@ def explore(model: AlignVLM, tokenizer: Tokenizer, pages: list[Image.Image], nam
             ids.append(token)
             p.append(watch.P[token].item())
     steps = ids.copy()
-    if len(watch.likeliest) > len(ids):         # one step more, at which the answer ended
+    if goes_in_circles(ids):
+        print(f"ended: the last {CIRCLES} tokens repeat themselves", file=sys.stderr)
+    elif len(watch.likeliest) > len(ids):       # one step more, at which the answer ended
         end = max(tokenizer.stop, key=lambda token: watch.P[token].item())
         steps.append(end)
         p.append(watch.P[end].item())

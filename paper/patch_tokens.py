@@ -4,7 +4,6 @@
     python eval.py --vocab 100                              # P_vocab over many pages (Figure 3)
 """
 import json
-import os
 import unicodedata
 from collections import Counter
 from collections.abc import Iterable, Iterator
@@ -21,7 +20,7 @@ from tqdm import tqdm
 from connector import AlignTopK, spread, token_blocks
 from data import Tokenizer
 from model import AlignVLM
-from plumbing.files import numbered, write_text
+from plumbing.files import numbered, replacing, write_text
 from plumbing.images import read_pages
 from plumbing.settings import InputError, read_json
 from vision import SigLIPConfig, on_canvas, tile, tile_boxes
@@ -198,11 +197,10 @@ def draw_tokens(model: AlignVLM, tokenizer: Tokenizer, page: Image.Image, out: P
     count = Counter(tokens[i][1] for i in ids.flatten().tolist())
     shares = {kind: count[kind] / ids.numel() for kind in INK}
     picture = sheet(panels, title, shares, full)
-    partial = out.with_name(out.name + ".partial")
     mark = PngInfo()
     mark.add_text("Software", "AlignVLM")       # by which is_ours knows it
-    picture.save(partial, "PNG", pnginfo=mark)
-    os.replace(partial, out)
+    with replacing(out) as partial:
+        picture.save(partial, "PNG", pnginfo=mark)
 
 
 def panel(page: Image.Image, boxes: list[tuple[int, int, int, int]], ids: Tensor, opacity: Tensor,
@@ -374,9 +372,8 @@ def vocab_report(model: AlignVLM, tokenizer: Tokenizer, pages: Iterable[Tensor],
     of_blank = np.isin(order.numpy(), list(taken))
     draw_report(figure, report, p.numpy(), of_blank, points.numpy(), kept.numpy())
     write_text(out.with_suffix(".json"), json.dumps(report, indent=2) + "\n")
-    partial = out.with_name(out.name + ".partial")
-    figure.savefig(partial, format="png", dpi=150)
-    os.replace(partial, out)
+    with replacing(out) as partial:
+        figure.savefig(partial, format="png", dpi=150)
     return report
 
 

@@ -24,7 +24,7 @@ from plumbing.hub import hub_folder
 from plumbing.logs import PEAKS
 from plumbing.processes import run_main
 from plumbing.released import llama_sizes, siglip_sizes
-from plumbing.settings import positive, tile_limit
+from plumbing.settings import SEVERAL, InputError, positive, tile_limit
 from vision import SigLIPConfig
 
 
@@ -239,6 +239,9 @@ def print_memory(recipe: Recipe, config: AlignVLMConfig, data: StageData, tiles:
     """Bytes a GPU with train.py's flags that save more and more of them, up to the first that
     fits."""
     length = tiles * config.tile_tokens + data.text
+    if args.row_tokens and args.row_tokens <= tiles * config.tile_tokens:
+        raise InputError(f"--row-tokens {args.row_tokens}: a page of {tiles} tiles alone has "
+                         f"{tiles * config.tile_tokens:,}")
     # A smaller row would cut the stage's longest texts.
     longest = tiles * config.tile_tokens + recipe.max_length
     a_share = math.ceil(recipe.batch_size / args.gpus)          # of a step's samples
@@ -292,7 +295,7 @@ def parse_args() -> argparse.Namespace:
     same("--row-tokens", type=positive(int), help="tokens a forward pass (default: the recipe's)")
     same("--epochs", type=positive(int),
          help="passes over the stage's data (default: the recipe's)")
-    same("--lr-scale", type=lr_share, nargs="+", default=[], metavar="MODULE=SHARE",
+    same("--lr-scale", type=lr_share, **SEVERAL, default=[], metavar="MODULE=SHARE",
          help="0 freezes a module, any other share trains it (default: the recipe's)")
     same("--max-tiles", type=tile_limit, default=9, help="tiles a page is cut into at most "
          "(default: %(default)s)")

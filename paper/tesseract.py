@@ -20,7 +20,7 @@ from paper.benchmarks import READERS, open_benchmark
 from paper.metrics import METRICS
 from plumbing.files import OwnFiles
 from plumbing.processes import run_main
-from plumbing.settings import InputError
+from plumbing.settings import InputError, a_path
 
 
 def read_aloud(image: Image.Image) -> str:
@@ -42,7 +42,7 @@ def main() -> None:
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
     add("benchmarks", nargs="+", choices=READERS, help="which pages")
-    add("--out", type=Path, default=Path("out/tesseract/eval"),
+    add("--out", type=a_path, default=Path("out/tesseract/eval"),
         help="where the predictions go (default: %(default)s)")
     args = parser.parse_args()
     files = OwnFiles(args.out, [f"{name}.jsonl" for name in args.benchmarks])

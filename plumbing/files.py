@@ -2,11 +2,13 @@
 import contextlib
 import hashlib
 import os
-from collections.abc import Iterable
+import zlib
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 from plumbing.settings import InputError
 
+MARKED = 2 ** 16            # bytes, in three places, by which a file is known again
 WRITTEN = ".written"        # in a folder of OwnFiles: what was written into it
 
 
@@ -22,9 +24,44 @@ def write_text(path: Path, text: str) -> None:
 
 def write_bytes(path: Path, data: bytes) -> None:
     """The same for any file."""
-    partial = partial_of(path)
-    partial.write_bytes(data)
-    os.replace(partial, path)
+    with replacing(path) as partial:
+        partial.write_bytes(data)
+
+
+@contextlib.contextmanager
+def replacing(path: Path, mark: str = "") -> Iterator[Path]:
+    """Where a file is written, beside its place, which it takes at the end of the block. If that
+    fails nothing is left of it. A link stays one. mark: what tells it from another process's, where
+    two may write the same file. Raises InputError for a folder, OSError with the file's name."""
+    path = Path(os.path.realpath(path))
+    if path.is_dir():
+        raise InputError(f"{path}: a folder, not a file")
+    partial = partial_of(path.with_name(path.name + mark))
+    try:
+        yield partial
+        os.replace(partial, path)
+    except BaseException as error:
+        with contextlib.suppress(OSError):
+            partial.unlink()
+        if isinstance(error, OSError) and error.filename is None:       # a full disk has no name
+            error.filename = str(path)
+        raise
+
+
+def file_mark(path: Path) -> list[int]:
+    """A file's size, and a checksum of its first, middle and last MARKED bytes: of a terabyte of
+    tars all would be too many. Of a file that cannot be read both are 0: its samples are bad ones.
+    """
+    checksum = 0
+    try:
+        size = path.stat().st_size
+        with path.open("rb") as file:
+            for start in (0, (size - MARKED) // 2, size - MARKED):
+                file.seek(max(0, start))
+                checksum = zlib.crc32(file.read(MARKED), checksum)
+    except OSError:
+        return [0, 0]
+    return [size, checksum]
 
 
 def to_disk(path: Path) -> None:
@@ -34,8 +71,10 @@ def to_disk(path: Path) -> None:
 
 
 def refuse_inputs(out: Path, inputs: Iterable[Path]) -> None:
-    """Raise InputError if `out` is one of the files that are read, by whatever name or link. Call
-    it before any work is done."""
+    """Raise InputError if `out` is a folder, or one of the files that are read, by whatever name or
+    link. Call it before any work is done."""
+    if out.is_dir():
+        raise InputError(f"{out}: a folder, not a file")
     for path in inputs:
         for written in (out, partial_of(out)):
             with contextlib.suppress(OSError):      # one of them is not there: two files
@@ -76,22 +115,32 @@ class OwnFiles:
     """The files that a command writes into a folder of the user's.
 
     It replaces what is as it has written it, and refuses the folder if one of `names` is there that
-    it has not written, or that was changed since (InputError). FOLDER/.written tells them: a
+    it has not written, or that was changed since (InputError). What it has written under other
+    names would no longer fit: that is deleted, unless it was changed. FOLDER/.written tells them: a
     SHA-256 and a name a line, as `sha256sum -c` reads it.
     """
 
     def __init__(self, folder: Path, names: Iterable[str]):
         self.folder = folder
         folder.mkdir(parents=True, exist_ok=True)
-        lines = set()
+        self.lines = set()
         with contextlib.suppress(FileNotFoundError):
-            lines = set((folder / WRITTEN).read_text(errors="replace").splitlines())
-        for name in names:
-            path = folder / name
-            if os.path.lexists(path) and (not path.is_file() or path.is_symlink()
-                                          or written_line(path.read_bytes(), name) not in lines):
-                raise InputError(f"{path}: is not from this command, or was changed: give another "
-                                 "folder, or delete it")
+            self.lines = set((folder / WRITTEN).read_text(errors="replace").splitlines())
+        names = set(names)
+        for name in sorted(names):
+            if os.path.lexists(folder / name) and not self.has_written(name):
+                raise InputError(f"{folder / name}: is not from this command, or was changed: give "
+                                 "another folder, or delete it")
+        earlier = {line.partition("  ")[2] for line in self.lines}
+        for name in sorted(earlier - names):
+            if Path(name).name == name and self.has_written(name):
+                (folder / name).unlink()
+
+    def has_written(self, name: str) -> bool:
+        """Whether a file is there as it was written."""
+        path = self.folder / name
+        return (path.is_file() and not path.is_symlink()
+                and written_line(path.read_bytes(), name) in self.lines)
 
     def write(self, name: str, data: bytes) -> None:
         """Write one of the names. What is written is listed first: a kill in between leaves the

@@ -117,7 +117,7 @@ def line_spans(text: mmap.mmap, start: int, stop: int) -> list[Span]:
 
 
 BETWEEN_RECORDS = re.compile(r"[\s,]*")
-TURNS_KEY = re.compile(r'"(?:conversations|messages)"\s*:')
+LIST_ITEM = re.compile(r"(?:[\[,]|\A)\s*(\{)")
 DECODER = json.JSONDecoder()
 
 
@@ -134,19 +134,12 @@ def record_at(window: str, at: int) -> tuple[bool, int]:
 
 def next_record(window: str, first: int) -> int:
     """Where the next record with turns begins, from `first` on; the window's length if there is
-    none.
-
-    It is found by its key, which cannot be inside a string: quotes are escaped there.
-    """
-    for key in TURNS_KEY.finditer(window, first):
-        at = key.start()
-        for _ in range(20):     # its brace is the last one before it, or there are objects between
-            at = window.rfind("{", first, at)
-            if at < 0:
-                break
-            has_turns, end = record_at(window, at)
-            if has_turns and end > key.start():
-                return at
+    none. What holds other records is met before them. In a string there is none: its quotes are
+    escaped."""
+    for item in LIST_ITEM.finditer(window, first):
+        has_turns, _ = record_at(window, item.start(1))
+        if has_turns:
+            return item.start(1)
     return len(window)
 
 

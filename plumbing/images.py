@@ -309,12 +309,16 @@ def png_picture(data: bytes) -> Picture:
 
 
 def in_eight_bits(chunk: bytes, kind: bytes) -> bytes:
-    """A PNG's tRNS chunk, its grey that is paper as one of 256, as Pillow makes samples of 2 and 4
-    bits. kind: the bits of a sample, and the type of its colour."""
-    if kind not in (b"\x02\x00", b"\x04\x00") or len(chunk) != 14:
+    """A PNG's tRNS chunk, its grey or colour that is paper in 8 bits, as Pillow makes grey of 2 and
+    4 bits and colours of 16. kind: the bits of a sample, and the type of its colour."""
+    if kind in (b"\x02\x00", b"\x04\x00") and len(chunk) == 14:
+        grey = int.from_bytes(chunk[8:10], "big") * 255 // (2 ** kind[0] - 1)
+        content = b"tRNS" + min(grey, 0xFFFF).to_bytes(2, "big")
+    elif kind == b"\x10\x02" and len(chunk) == 18:
+        colour = bytes([0, chunk[8], 0, chunk[10], 0, chunk[12]])       # the high byte of each
+        content = b"tRNS" + colour
+    else:
         return chunk
-    grey = int.from_bytes(chunk[8:10], "big") * 255 // (2 ** kind[0] - 1)
-    content = b"tRNS" + min(grey, 0xFFFF).to_bytes(2, "big")
     return chunk[:4] + content + zlib.crc32(content).to_bytes(4, "big")
 
 

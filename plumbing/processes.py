@@ -13,7 +13,7 @@ import uuid
 from collections.abc import Callable, Iterator, Mapping
 from datetime import timedelta
 from pathlib import Path
-from typing import NoReturn, TypeVar
+from typing import NoReturn, TextIO, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -285,10 +285,40 @@ def run_main(main: Callable[[], None]) -> None:
     # A terminal that lacks a character is no reason to stop.
     if hasattr(sys.stdout, "reconfigure"):
         sys.stdout.reconfigure(errors="replace")
+    stdout, stderr = Unheard(sys.stdout, BrokenPipeError), Unheard(sys.stderr, OSError, ValueError)
+    with contextlib.redirect_stdout(stdout), contextlib.redirect_stderr(stderr):
+        status = status_of(main)
+    end_at_once(status)
+
+
+class Unheard:
+    """A stream like another one, but for some errors: what it cannot take then is lost, and no
+    reason to stop. Ctrl-C ends `tee` first, a log's disk is full (OSError), a terminal is closed
+    (ValueError), or there is none."""
+
+    def __init__(self, stream: TextIO | None, *errors: type[Exception]):
+        self.stream, self.errors = stream or open(os.devnull, "w"), errors
+
+    def write(self, text: str) -> int:
+        with contextlib.suppress(*self.errors):
+            self.stream.write(text)
+        return len(text)
+
+    def flush(self) -> None:
+        with contextlib.suppress(*self.errors):
+            self.stream.flush()
+
+    def __getattr__(self, name: str):
+        return getattr(self.stream, name)
+
+
+def status_of(main: Callable[[], None]) -> int:
+    """Run a program -> its exit status. What went wrong is said on stderr."""
     try:
         main()
+        sys.stdout.flush()              # the disk may be full
     except KeyboardInterrupt:
-        end_at_once(130)
+        return 130
     except Exception as error:
         # OSError: a disk is full, a file is missing.
         bad_input = isinstance(error, (InputError, OSError, SafetensorError))
@@ -296,8 +326,8 @@ def run_main(main: Callable[[], None]) -> None:
         if bad_input:
             message = in_one_line(f"{Path(sys.argv[0]).name}: {error}")
         print(message, file=sys.stderr, flush=True)
-        end_at_once(2 if bad_input else 1)
-    end_at_once(0)
+        return 2 if bad_input else 1
+    return 0
 
 
 def end_at_once(status: int) -> NoReturn:

@@ -4,8 +4,8 @@
     OUT/stage2.partial      holds one that is not, and its training states (plumbing/states.py)
     OUT/.lock               is held by the run that is at work in OUT
 
-recipe.json holds what a stage was trained with, an id of that training, and the id of the one it
-started from.
+recipe.json holds what a stage was trained with, an id of that training, and what it started from:
+the id of the training before, or a checksum of released weights.
 """
 import errno
 import json
@@ -15,6 +15,7 @@ import socket
 import sys
 import time
 import uuid
+import zlib
 from datetime import timedelta
 from pathlib import Path
 
@@ -22,7 +23,7 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
-from plumbing.files import write_text
+from plumbing.files import file_mark, write_text
 from plumbing.saving import why_not
 from plumbing.settings import InputError, read_json
 from plumbing.states import STATE, check_room, newest_state
@@ -100,6 +101,16 @@ def recorded(folder: Path, key: str, default=None):
     if not (folder / "recipe.json").exists():
         return default
     return read_json(folder / "recipe.json").get(key, default)
+
+
+def weights_mark(*folders: Path) -> int | None:
+    """What tells released weights from others: a checksum of the sizes of their files, and of some
+    of their bytes. None where they are no longer there."""
+    files = [file for folder in folders for kind in ("*.safetensors", "*.pth")
+             for file in sorted(folder.glob(kind))]
+    if not files:
+        return None
+    return zlib.crc32(json.dumps([file_mark(file) for file in files]).encode())
 
 
 def is_complete(stage: int, out: Path) -> bool:

@@ -11,6 +11,7 @@ from pathlib import Path
 
 HUGE = 10 ** 12         # no setting is as large
 MAX_TILES = 100         # of a page: among more it takes seconds to choose a grid
+SEVERAL = {"nargs": "+", "action": "extend"}    # argparse: a flag's values; a second one adds its own
 
 
 class InputError(ValueError):
@@ -138,6 +139,13 @@ def whole(text: str) -> int:
     if not text.isdecimal() or len(text) > 9:
         raise argparse.ArgumentTypeError(f"{text[:20]!r} is no whole number from 0 on")
     return int(text)
+
+
+def a_path(text: str) -> Path:
+    """The argparse type of what is written: an empty one would be the folder one is in."""
+    if not text:
+        raise argparse.ArgumentTypeError("it is empty: a variable that is not set?")
+    return Path(text)
 
 
 def tile_limit(text: str) -> int:

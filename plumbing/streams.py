@@ -34,6 +34,7 @@ from torch.utils.data import Dataset
 from tqdm import tqdm
 
 from plumbing.examples import BadSample, Example
+from plumbing.files import file_mark
 from plumbing.folders import data_files, file_format, path_exists
 from plumbing.formats import (DAMAGED, MAX_RECORD, TWICE, Span, json_example, line_spans,
                               list_spans, parquet_example, read_parquet, tar_example, tar_spans)
@@ -47,7 +48,6 @@ BAD_KINDS = ["unreadable file", "broken record", "missing field", "empty answer"
              "not implemented"]
 GROUP = 8192            # samples that are shuffled together, at least
 BLOCK = 2 ** 20         # bytes of a JSON file that make a shard
-MARKED = 2 ** 16        # bytes, in three places, by which a file is known again
 PARQUET_SHARDS = 16     # shards of a parquet file
 COUNTED = 16            # shards of tars and JSON of which the samples are counted beforehand
 
@@ -462,22 +462,6 @@ def check_usable(documents: Documents, n: int) -> None:
                      f"the first {len(references)} samples: none can be used")
 
 
-def file_mark(path: Path) -> list[int]:
-    """A file's size, and a checksum of its first, middle and last MARKED bytes: of a terabyte of
-    tars all would be too many. Of a file that cannot be read both are 0: its samples are bad ones.
-    """
-    checksum = 0
-    try:
-        size = path.stat().st_size
-        with path.open("rb") as file:
-            for start in (0, (size - MARKED) // 2, size - MARKED):
-                file.seek(max(0, start))
-                checksum = zlib.crc32(file.read(MARKED), checksum)
-    except OSError:
-        return [0, 0]
-    return [size, checksum]
-
-
 def check_same_files(before: dict[str, list[int]], now: dict[str, list[int]]) -> None:
     """Raise InputError if the files of --data are not those of `before`: the samples would go on
     in another order, some twice and some never. Both: Documents.file_marks's."""
@@ -498,6 +482,6 @@ def check_bad_share(counts: Counter, max_bad: float) -> None:
     bad = {kind: counts[kind] for kind in BAD_KINDS if counts[kind]}
     n_bad = sum(bad.values())
     if n_bad > max_bad * counts["seen"]:
-        table = "".join(f"\n{n:10,}  {kind}" for kind, n in bad.items())
+        kinds = ", ".join(f"{kind} {n:,}" for kind, n in bad.items())
         raise InputError(f"{n_bad:,} of {counts['seen']:,} samples were bad, more than --max-bad "
-                         f"{max_bad}:{table}")
+                         f"{max_bad}: {kinds}")

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from data import Tokenizer
 from model import AlignVLM, AlignVLMConfig
 from plumbing.processes import run_main
+from plumbing.settings import a_path
 from reader import encoder, llm, training
 from reader.drawing import BLANK, N_CLASSES, SLOTS
 from reader.lessons import WEIGHTS, class_tokens
@@ -107,7 +108,7 @@ def main() -> None:
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
     add("--seed", type=int, default=0, help="(default: %(default)s)")
-    add("out", type=Path, nargs="?", default=Path("out/reader"), help="(default: %(default)s)")
+    add("out", type=a_path, nargs="?", default=Path("out/reader"), help="(default: %(default)s)")
     args = parser.parse_args()
     print(make_stage0(args.out, args.seed))
 

@@ -15,6 +15,7 @@ from pathlib import Path
 from data import READ
 from plumbing.files import OwnFiles
 from plumbing.processes import run_main
+from plumbing.settings import a_path
 from reader import words
 from reader.drawing import Page, Run
 from reader.sheet import Sheet, asked, fit_one_tile, value_and_question, value_for
@@ -566,7 +567,7 @@ def main() -> None:
     add = parser.add_argument
     add("--draw", type=int, default=20, metavar="N", help="pages (default: %(default)s)")
     add("--seed", type=int, default=0, help="which pages (default: %(default)s)")
-    add("folder", type=Path, help="where the images and questions.jsonl go; made if missing")
+    add("folder", type=a_path, help="where the images and questions.jsonl go; made if missing")
     args = parser.parse_args()
     if args.draw < 1:
         parser.error("--draw is at least 1")

@@ -16,7 +16,7 @@ from tqdm import tqdm
 from plumbing.devices import send
 from plumbing.processes import keep_heap
 from plumbing.runs import claim
-from plumbing.settings import InputError, positive, whole
+from plumbing.settings import InputError, a_path, positive, whole
 from plumbing.workers import loaded, start_worker
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
@@ -78,7 +78,7 @@ def in_bf16() -> torch.autocast:
 def add_flags(parser: argparse.ArgumentParser, out: str, steps: int) -> None:
     """What every lesson takes; their defaults of --out and --steps."""
     add = parser.add_argument
-    add("--out", type=Path, default=Path(out), help="where state and log go (default: %(default)s)")
+    add("--out", type=a_path, default=Path(out), help="where state and log go (default: %(default)s)")
     add("--steps", type=whole, default=steps, help="(default: %(default)s)")
     add("--lr", type=positive(float), default=1.5e-3, help="at its highest (default: %(default)s)")
     add("--seed", type=int, default=0, help="(default: %(default)s)")

@@ -27,6 +27,7 @@ from model import IGNORE
 from plumbing.examples import IMAGE, Example, Turn
 from plumbing.files import OwnFiles
 from plumbing.processes import run_main
+from plumbing.settings import a_path
 from plumbing.streams import Position, numbered_draws
 from plumbing.tokenizers import write_tokenizer_model
 from vision import SigLIPConfig, tile_boxes
@@ -513,7 +514,7 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0, help="which pages (default: %(default)s)")
     parser.add_argument("--train", action="store_true",
                         help="write the questions as train.jsonl too, for `train.py --data`")
-    parser.add_argument("out", type=Path,
+    parser.add_argument("out", type=a_path,
                         help="the folder for the PNGs and questions.jsonl; made if missing")
     args = parser.parse_args()
     if args.draw < 1:

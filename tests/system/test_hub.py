@@ -1,5 +1,6 @@
 """Names of the hub in a folder's place: the real huggingface_hub against helpers/hub_server.py."""
 import json
+import re
 import shutil
 import sys
 import time
@@ -242,10 +243,11 @@ def test_what_cannot_be_used_is_refused_before_its_weights_are_fetched(hub, tmp_
 
 
 def test_two_processes_fetch_once_and_a_run_goes_on(hub, tmp_path):
-    """The second waits for the first. The same command goes on where it stopped."""
-    config = TheirConfig(vocab_size=542, hidden_size=32, num_hidden_layers=1,
-                         num_attention_heads=4, num_key_value_heads=2, intermediate_size=48)
-    randomise(LlamaForCausalLM(config)).save_pretrained(tmp_path / "llm")
+    """The second waits for the first. The same command goes on where it stopped, but not with other
+    weights."""
+    llm_config = TheirConfig(vocab_size=542, hidden_size=32, num_hidden_layers=1,
+                             num_attention_heads=4, num_key_value_heads=2, intermediate_size=48)
+    randomise(LlamaForCausalLM(llm_config)).save_pretrained(tmp_path / "llm")
     write_toy_tokenizer(tmp_path / "llm" / "tokenizer.model")
     config = SiglipVisionConfig(hidden_size=24, num_hidden_layers=1, num_attention_heads=3,
                                 intermediate_size=40, image_size=112, patch_size=14)
@@ -266,3 +268,8 @@ def test_two_processes_fetch_once_and_a_run_goes_on(hub, tmp_path):
     assert {**recipe, "id": None} == {**again, "id": None}
     done = run(*train)
     assert "stage 1 is complete" in done.stdout
+    shutil.copytree(tmp_path / "llm", tmp_path / "other")
+    randomise(LlamaForCausalLM(llm_config), 1).save_pretrained(tmp_path / "other")
+    other = [tmp_path / "other" if part == "us/llm@main" else part for part in train]
+    line = run(*other, code=2).stderr.splitlines()[-1]
+    assert re.search(r"stage1 was trained with start \d+, not \d+: take another --out", line)

@@ -143,6 +143,21 @@ def test_a_clear_grey_of_few_bits(tmp_path, bits, key):
     assert seen.tolist() == [other * 255 // (2 ** bits - 1), 255] * 4
 
 
+def test_a_clear_colour_of_16_bits(tmp_path):
+    """Pillow keeps the high byte of each sample. Paper has another low byte than the key here."""
+    def chunk(kind: bytes, content: bytes) -> bytes:
+        checksum = zlib.crc32(kind + content).to_bytes(4, "big")
+        return struct.pack(">I", len(content)) + kind + content + checksum
+
+    paper, ink = struct.pack(">3H", 0x1234, 0x5678, 0x9abc), struct.pack(">3H", 0x1234, 0, 0xffff)
+    path = tmp_path / "a.png"
+    path.write_bytes(images.PNG + chunk(b"IHDR", struct.pack(">IIBBBBB", 4, 1, 16, 2, 0, 0, 0))
+                     + chunk(b"tRNS", paper)
+                     + chunk(b"IDAT", zlib.compress(b"\0" + 2 * (paper + ink)))
+                     + chunk(b"IEND", b""))
+    assert np.array(read_image(path))[0].tolist() == 2 * [[255] * 3, [0x12, 0, 0xff]]
+
+
 def test_a_clear_grey_and_nothing_else():
     content = b"tRNS" + bytes(2)
     chunk = struct.pack(">I", 2) + content + zlib.crc32(content).to_bytes(4, "big")

@@ -13,7 +13,7 @@ from plumbing.files import OwnFiles, refuse_inputs
 from plumbing.settings import InputError
 from reader.hard import make
 from shipped import ANSWER, CHECKPOINT, PAGE, PROMPT
-from toy.pages import STAGE0
+from toy.pages import STAGE0, draw_pages
 
 
 def sums(folder: Path) -> dict[str, str]:
@@ -342,3 +342,20 @@ def test_a_kill_between_two_files_leaves_a_folder_that_can_be_drawn_again(tmp_pa
     with pytest.raises(InputError, match="/b: is not from this command"):
         OwnFiles(tmp_path, ["a", "b"])
     OwnFiles(tmp_path, ["a"])
+    assert (tmp_path / "b").read_bytes() == b"changed"
+
+
+def test_what_would_no_longer_fit_goes(tmp_path):
+    """train.jsonl says what stands on the pages that were drawn before. What is the user's own, or
+    was changed, stays."""
+    draw_pages(tmp_path, 3, 5, train=True)
+    (tmp_path / "mine.txt").write_text("mine")
+    before = sums(tmp_path)
+    changed, lost = sorted(tmp_path.glob("000[12]-*.png"))
+    changed.write_bytes(b"changed")
+    draw_pages(tmp_path, 1, 6, train=False)
+    after = sums(tmp_path)
+    assert not (tmp_path / "train.jsonl").exists() and not lost.exists()
+    assert changed.read_bytes() == b"changed" and (tmp_path / "mine.txt").read_text() == "mine"
+    [page] = [json.loads(line)["image"] for line in (tmp_path / "questions.jsonl").open()]
+    assert (tmp_path / page).exists() and before != after

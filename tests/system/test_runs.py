@@ -17,7 +17,7 @@ from safetensors.torch import load_file
 from conftest import losses, run, start, torchrun
 from plumbing import runs
 from plumbing.settings import InputError
-from plumbing.streams import file_mark
+from plumbing.files import file_mark
 from shipped import PAGE
 
 

@@ -95,6 +95,32 @@ def test_a_conversation_answers_as_one_question_does(folder, pages, names):
     assert answers == expected and vision.call_count == 1
 
 
+def test_each_batch_draws_anew(folder, pages, tmp_path, monkeypatch):
+    """The same question twice, in batches of one: at a temperature two answers."""
+    monkeypatch.setattr(sample_py, "BATCH", 1)
+    model, tokenizer = AlignVLM.from_pretrained(folder).eval(), Tokenizer(folder)
+    files, prompts = 2 * [pages / "00.png"], 2 * ["what is TAX?"]
+    options = {"max_tiles": None, "max_new_tokens": 20, "temperature": 5.0}
+    first, second = sample_py.answer_each(model, tokenizer, files, prompts, seed=3, **options)
+    assert first != second
+    again = sample_py.answer_each(model, tokenizer, files, prompts, seed=3, **options)
+    assert list(again) == [first, second]
+
+
+def test_a_folder_whose_pages_lose_small_type(folder, tmp_path):
+    """One line for all of them, after the answers."""
+    Image.new("RGB", (2000, 1500)).save(tmp_path / "b.png")
+    Image.new("RGB", (100, 100)).save(tmp_path / "a.png")
+    done = sample("--checkpoint", folder, "--image", tmp_path, "--max-new-tokens", 1)
+    [line] = [line for line in done.stderr.splitlines() if "small type" in line]
+    assert line.startswith(f"1 of 2 images lose small type, first {tmp_path / 'b.png'}: ")
+
+
+def test_a_flag_that_is_given_twice_has_both(monkeypatch):
+    monkeypatch.setattr("sys.argv", ["sample.py", "--image", "a", "b", "--image", "c"])
+    assert sample_py.parse_args().image == ["a", "b", "c"]
+
+
 def test_interactive_without_an_input(folder, pages):
     """As cron starts it."""
     code = ("import runpy, sys; sys.stdin = None; "

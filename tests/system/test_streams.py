@@ -2,6 +2,7 @@
 large sets cost."""
 import itertools
 import json
+import mmap
 import shutil
 import tarfile
 import threading
@@ -19,6 +20,7 @@ from torch.utils.data import DataLoader
 
 from conftest import ROOT, alone, run
 from plumbing import streams
+from plumbing.formats import list_spans
 from plumbing.settings import InputError
 from plumbing.streams import Documents, Position, deal, steps_of
 from sets import (N, PAGES, PEAK, add_sample, documents_of, messages, no_hang,  # noqa: F401
@@ -257,6 +259,26 @@ def read_in_a_process(path: Path) -> float:
     seconds, megabytes = map(float, done.stdout.split())
     print(f"{path.name}: first batch after {seconds:.1f} s, {megabytes:.0f} MB")
     return megabytes
+
+
+def test_a_list_of_records_that_hold_objects_of_many_kinds(tmp_path):
+    """Braces in texts, words with their boxes before the turns, turns below another key: whatever
+    a record holds, it comes once, in shards of any length."""
+    turns = [{"role": "user", "content": "?"}, {"role": "assistant", "content": "x"}]
+    before = [{"words": [{"text": f"w{i}", "box": [i, 2, 3, 4]} for i in range(60)]},
+              {"text": ', {"a": [{ \\frac{a}{b}' * 20}, {"meta": {"messages": []}},
+              {"history": [{"messages": turns}, {"messages": turns}]}, {}]
+    records = [{"id": i, **before[i % len(before)], "messages": turns} for i in range(200)]
+    path = tmp_path / "list.json"
+    for indent in (None, 2):
+        path.write_text(json.dumps(records, indent=indent))
+        with path.open("rb") as file:
+            text = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+        for length in (len(text), 40_000, 4_001):
+            spans = [span for start in range(0, len(text), length)
+                     for span in list_spans(text, start, start + length)]
+            found = [json.loads(text[start:stop])["id"] for start, stop in spans]
+            assert found == list(range(200))
 
 
 def test_a_million_samples_cost_no_memory(tmp_path):

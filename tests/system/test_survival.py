@@ -83,6 +83,22 @@ def test_a_signal_saves_and_exits_0(out, number):
     assert step == len(losses(out / "stage2.partial")) and str(state) in printed
 
 
+def test_a_signal_saves_also_where_nobody_hears_it(out):
+    """Ctrl-C in `train.py 2>&1 | tee log` ends tee first."""
+    process = start(*train(out, "--steps", 400, "--save-every", 1000))
+    log = out / "stage2.partial" / "log.jsonl"
+    wait_for(log, process)
+    process.stdout.close()
+    process.stderr.close()
+    while log.read_text().count("\n") < 2:
+        time.sleep(0.05)
+    process.send_signal(signal.SIGINT)
+    assert process.wait(timeout=30) == 0
+    [state] = (out / "stage2.partial").glob("step-*")
+    step = json.loads((state / "progress.json").read_text())["step"]
+    assert step == len(losses(out / "stage2.partial"))
+
+
 @pytest.mark.parametrize("progress", [
     "[]", '{"step": 3}', '{"step": 3, "position": {"x": 1}, "bad": {}}'])
 def test_a_damaged_state_is_one_line_that_names_it(out, progress):
