@@ -13,7 +13,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import connector
 from conftest import close, n_parameters, randomise
 from connector import (CONNECTORS, Align, AlignTopK, ConnectorConfig, Mixture, MLPConnector, Ovis,
-                       multiply, new_connector, spread, token_blocks)
+                       multiply, new_connector, softmax_layer_norm, spread, token_blocks)
 from model import ALIGNVLM_PRESETS, IGNORE, IMAGE, AlignVLM, AlignVLMConfig
 from small_models import CONNECTOR, LLM, TILES, VISION
 
@@ -226,6 +226,19 @@ def test_bf16_is_no_further_from_the_truth_than_autograd(small_blocks):
         assert (a - c).abs().max() < 1.5 * (b - c).abs().max() + 2 ** -9 * size
 
 
+def test_in_bf16_a_probability_is_rounded_once():
+    """LayerNorm and softmax are fp32: were the norm's output rounded too, what is far from the mean
+    would be off by ten times as much."""
+    generator = torch.Generator().manual_seed(5)
+    z, weight, bias = (torch.randn(*shape, generator=generator).bfloat16()
+                       for shape in ((40, 300), (300,), (300,)))
+    P = torch.empty_like(z)
+    softmax_layer_norm(z, 2 * weight, bias, 1e-5, out=P)
+    wide = torch.nn.functional.layer_norm(z.double(), (300,), 2 * weight.double(), bias.double())
+    exact = wide.softmax(-1)
+    assert ((P - exact).abs() <= 1.01 * 2 ** -8 * exact).all()
+
+
 def test_nothing_V_wide_is_kept_for_the_backward_pass(small_blocks):
     align, F, E_text, _ = inputs((4, 25), 7, 11, 60)
     kept = []
@@ -310,6 +323,7 @@ def test_in_bf16_the_statistics_are_fp32(small_blocks):
     align, F, E_text, _ = inputs((50,), 24, 40, 300, torch.bfloat16)
     m, C = spread(align.W2.weight)
     assert m.dtype == C.dtype == torch.float32
+    close(m.double(), align.W2.weight.double().mean(0), 1e-6)
     ours, full = top_K(align, range(300))(F, E_text), align(F, E_text)
     exact = Align(24, 40, 300).double()
     exact.load_state_dict(align.state_dict())

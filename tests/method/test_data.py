@@ -217,3 +217,5 @@ def test_rows_hold_every_sample_and_no_more_than_their_budget():
     print(f"rows are filled to {np.mean(filled):.1%}")
     assert np.mean(filled) >= 0.95
     assert fill_rows([], 16_384) == []
+    halves = [Sample(torch.zeros(8192), None, None, None, "") for _ in range(4)]
+    assert [len(row) for row in fill_rows(halves, 16_384)] == [2, 2]        # to the last token

@@ -20,6 +20,22 @@ from small_models import (LLAMAS, PROMPTS, SAMPLES, SCALED, STEPS, VISION, V, cl
 # The decoder
 
 
+def test_from_scratch_a_projection_keeps_the_variance_of_its_input():
+    """Those whose outputs are added to x are smaller by sqrt(2 n_layers); an embedding is about as
+    long as one of 1 / D a number."""
+    torch.manual_seed(0)
+    llm = Llama(LlamaConfig(vocab_size=400, hidden_size=128, n_layers=8, n_heads=4, n_kv_heads=2,
+                            head_dim=40, intermediate_size=200, tie_embeddings=False))
+    llm.init_weights()
+    for name, W in llm.named_parameters():
+        if W.ndim > 1 and "embed" not in name:
+            y = torch.randn(500, W.shape[1]) @ W.T
+            is_added = "o_proj" in name or "down_proj" in name
+            assert y.std().item() == pytest.approx(1 / 4 if is_added else 1, rel=0.1), name
+    lengths = llm.embed_tokens.weight.norm(dim=-1)
+    assert lengths.mean().item() == pytest.approx(1, rel=0.1)
+
+
 def naive_rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     return weight * x / ((x * x).sum(-1, keepdim=True) / x.shape[-1] + eps).sqrt()
 

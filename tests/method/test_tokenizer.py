@@ -21,6 +21,12 @@ def test_tokenizer_has_llama3s_layout(tokenizer):
         assert tokenizer.special[f"<|{name}|>"] == first + offset
 
 
+def test_an_answer_is_over_at_each_of_llama3s_ends(tokenizer):
+    """Of a turn, of a message to a tool, of a text: a released Llama writes all three."""
+    ends = {"<|eot_id|>", "<|eom_id|>", "<|end_of_text|>"}
+    assert {name for name, i in tokenizer.special.items() if i in tokenizer.stop} == ends
+
+
 @pytest.mark.parametrize("text", ["", "INVOICE\nTAX 4.75", "what is the page of it?", "  \n\n \t",
                                   "Größe 木 🙂", "\x00\x7f", "users"])
 def test_tokenizer_round_trip(tokenizer, text):

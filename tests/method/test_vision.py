@@ -96,6 +96,21 @@ def test_siglip_equals_its_equations(name, feature_layer):
                     alone=config.n_patches == 1)
 
 
+def test_from_scratch_a_projection_keeps_the_variance_of_its_input():
+    """Of a patch, too; a position embedding is about as long as one of 1 / d a number."""
+    torch.manual_seed(0)
+    siglip = SigLIP(SigLIPConfig(96, 1, 2, 160, image_size=280, patch_size=14))
+    siglip.init_weights()
+    kernel = siglip.embeddings.patch_embedding.weight
+    matrices = [p for p in siglip.encoder.parameters() if p.ndim > 1] + [kernel.flatten(1)]
+    assert len(matrices) == 7
+    for W in matrices:
+        y = torch.randn(500, W.shape[1]) @ W.T
+        assert y.std().item() == pytest.approx(1, rel=0.1)
+    lengths = siglip.embeddings.position_embedding.weight.norm(dim=-1)
+    assert lengths.mean().item() == pytest.approx(1, rel=0.1)
+
+
 # ------------------------------------------------------------------------------------------------
 # Tiling
 

@@ -12,8 +12,8 @@ from benchmark_cases import cases
 from commands import run
 from data import READ
 from paper.benchmarks import READERS
-from paper.compare import compare
-from paper.metrics import METRICS, PAGE_KINDS, RESAMPLES
+from paper.compare import compare, report
+from paper.metrics import METRICS, PAGE_KINDS, RESAMPLES, middle
 from plumbing.settings import InputError
 
 
@@ -81,6 +81,11 @@ def test_the_bootstrap_is_the_metric_of_drawn_rows():
     assert all(values.shape == (RESAMPLES,) for values in drawn.values())
 
 
+def test_the_middle_has_95_of_100_draws():
+    draws = np.random.default_rng(0).permutation(np.arange(2001.0))
+    assert middle(np.append(draws, math.nan)) == [50, 1950]
+
+
 def test_f1_is_drawn_by_document():
     """Ten rows of a document agree: there are 40 samples, not 400, so it is wider by sqrt(10)."""
     rows = [row(i, "yes" if i // 10 % 2 else "no", document=f"page {i // 10}") for i in range(400)]
@@ -137,6 +142,15 @@ def test_a_page_that_is_read_well_is_ahead_of_one_that_is_not():
     found = compare(METRICS["reader-pages"], a, b)
     assert found.scores_a.tolist() == [1, 0, 0]
     assert found.scores_b.tolist() == [pytest.approx(10 / 11), 1, 1]
+
+
+def test_a_page_that_is_half_read_is_right_and_the_better_read_one_higher():
+    """Of eight letters A reads 4, 3 and 7, B all, 4 and none."""
+    read = {"gold": "abcdefgh", "question": READ, "split": "letter"}
+    a, b = ([row(i, "abcdefgh"[:n], **read) for i, n in enumerate(letters)]
+            for letters in ([4, 3, 7], [8, 4, 0]))
+    said = report("reader-pages", ["a", "b"], compare(METRICS["reader-pages"], a, b))
+    assert said.endswith("right: both 1, only A 1, only B 1, neither 0\nhigher: A 1, B 2\n")
 
 
 def test_a_value_that_is_rightly_none_is_ahead_of_one_that_was_made_up():

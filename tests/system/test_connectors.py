@@ -22,7 +22,7 @@ from conftest import HELPERS, close, n_parameters, randomise, run, sample, torch
 from connector import CONNECTORS, ConnectorConfig, Perceiver, new_connector
 from data import Tokenizer
 from model import ALIGNVLM_PRESETS, IGNORE, IMAGE, AlignVLM, AlignVLMConfig, read_config
-from paper.connectors import NOISE, patch_token_ids
+from paper.connectors import BATCH, NOISE, STEPS, patch_token_ids, result_of
 from paper.connectors import table as race_table
 from paper.plan import memory, step_flops
 from plumbing.settings import CheckpointError, InputError
@@ -292,6 +292,28 @@ def test_the_race_teaches_the_encoder_what_stands_in_each_patch(tmp_path):
             assert (token_ids[0] == space).all()
             token_ids, blank = token_ids[1:], blank[1:]
         assert torch.equal(token_ids == space, blank)
+
+
+def test_a_race_is_counted_over_its_stages(tmp_path):
+    """90 % of the answers are right after the fiftieth step of stage 3, and all of stages 1 and 2.
+    Each stage's log has two steps, of half a second."""
+    (tmp_path / "eval").mkdir()
+    noise = [{"sigma": 1.0, "score": 70.0}]
+    (tmp_path / "eval" / "scores.json").write_text(json.dumps(
+        {"scores": {"toy": {"exact_match": 0.875, "other": 0.5}}, "noise": {"toy": noise}}))
+    model = AlignVLM(TOY)
+    saved(model, tmp_path).rename(tmp_path / "stage3")
+    looks = [{"step": step, "held_out_loss": 1.0, "exact_match": share}
+             for step, share in [(24, 0.89), (49, 0.9), (74, 0.98)]]
+    for stage in STEPS:
+        lines = [{"step": step, "loss": 1.0, "images_per_s": 2 * BATCH} for step in (0, 1)]
+        lines += looks if stage == 3 else [{"step": 1, "held_out_loss": 1.0}]
+        (tmp_path / f"stage{stage}").mkdir(exist_ok=True)
+        (tmp_path / f"stage{stage}" / "log.jsonl").write_text("\n".join(map(json.dumps, lines)))
+    assert result_of(tmp_path) == {
+        "exact_match": 87.5, "noise": noise, "seconds": 3.0,
+        "samples_to_90": BATCH * (STEPS[1] + STEPS[2] + 50),
+        "parameters": n_parameters(model.connector)}
 
 
 def test_the_races_table_has_mean_and_spread():

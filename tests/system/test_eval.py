@@ -26,7 +26,7 @@ import eval as evaluation
 from conftest import ROOT, randomise, run, torchrun
 from data import Tokenizer, encode_chat
 from model import ALIGNVLM_PRESETS, AlignVLM
-from paper.benchmarks import SHORT, as_list, name_of, open_benchmark
+from paper.benchmarks import READERS, SHORT, as_list, name_of, open_benchmark
 from paper.noise import feature_std, noise_on, summary
 from paper.predictions import read_predictions
 from paper.tables import COLUMNS, TABLE_1, benchmark_file, noise_table, score_tables
@@ -148,6 +148,14 @@ def test_tsv_columns_in_any_order_paths_splits_and_line_ends(tmp_path):
     ("[" * 5000 + "]" * 5000, ["[" * 5000 + "]" * 5000])])
 def test_answers_are_read_and_never_run(text, answers):
     assert as_list(text) == answers
+
+
+@pytest.mark.parametrize("name, asks", [
+    ("DocVQA_VAL", SHORT), ("InfoVQA_VAL", SHORT), ("ChartQA_TEST", SHORT), ("TextVQA_VAL", SHORT),
+    ("VCR_EN_EASY_ALL", "")])
+def test_a_tsvs_question_is_asked_as_vlmevalkit_asks_it(tmp_path, name, asks):
+    tsv = write_tsv(tmp_path / f"{name}.tsv", HEADER, DOCVQA[:1])
+    assert open_benchmark(str(tsv)).prompts == [f"what is it?{asks}"]
 
 
 @pytest.mark.parametrize("split, tail", [
@@ -757,6 +765,53 @@ def test_noise_is_averaged_over_the_benchmarks_that_have_the_same():
                         "| 0.0300 |"]
     alone = noise_table({"WTQ": noise["WTQ"]}, {"WTQ": 30.0}, "ours")
     assert "average of 1" not in alone
+    assert alone.endswith("| **ours** | WTQ | 3 | 1 | 3 | 30.00 | 20.00 | 20.00 to 20.00 | 10.00 "
+                          "| 0.0200 |\n")
+
+
+def test_every_page_that_is_read_aloud_fits_into_the_longest_answer():
+    """A token is a character there."""
+    for name in READERS:
+        golds = [gold for row in open_benchmark(name).rows for gold in row["answers"]]
+        assert max(map(len, golds)) < evaluation.longest_answer(name)
+    assert evaluation.longest_answer("DocVQA") == evaluation.longest_answer("toy") == 256
+
+
+def test_a_fingerprint_is_of_names_and_numbers():
+    """Else a model that is trained further would go on with the predictions of the earlier one."""
+    model = AlignVLM(ALIGNVLM_PRESETS["toy"])
+    model.init_weights()
+    before = evaluation.fingerprint(model)
+    assert evaluation.fingerprint(model) == before
+    with torch.no_grad():
+        for part in (model.vision, model.connector, model.llm):
+            p = next(part.parameters())
+            p *= 1.01
+            after = evaluation.fingerprint(model)
+            assert after != before
+            before = after
+
+
+def test_the_toys_scores_are_over_all_of_its_pages(monkeypatch):
+    """Of each page the first character is not read, and of one nothing; every second answer is
+    wrong."""
+    documents = held_out_documents(6, 3)
+    texts = [page.text[1:] if i else "" for i, (page, _, _) in enumerate(documents)]
+    said = [gold if i % 2 else gold + "?" for i, (_, _, gold) in enumerate(documents)]
+
+    def answer(model, tokenizer, images, prompts):
+        yield [""] * len(images)
+        yield texts if prompts == [evaluation.READ] * len(images) else said
+
+    monkeypatch.setattr(evaluation, "answer", answer)
+    scores = evaluation.held_out_scores(None, None, 6, 3)
+    lengths = [len(page.text) for page, _, _ in documents]
+    assert scores["held-out"] == {"exact_match": 0.5, "n": 6,
+                                  "cer": (lengths[0] + 5) / sum(lengths)}
+    kinds = [page.kind for page, _, _ in documents]
+    assert kinds[0] == kinds[5] and scores[kinds[0]] == {
+        "exact_match": 0.5, "n": 2, "cer": (lengths[0] + 1) / (lengths[0] + lengths[5])}
+    assert scores[kinds[1]] == {"exact_match": 1, "n": 1, "cer": 1 / lengths[1]}
 
 
 def test_averages_are_over_what_was_measured():
@@ -850,6 +905,13 @@ def test_relative_noise_is_in_standard_deviations_of_F(folder, model, alone, tmp
     assert runs[0]["cosine_distance"] < runs[1]["cosine_distance"]
     names = {path.name for path in tmp_path.iterdir()}
     assert {"toy.noise-0.5std.jsonl", "toy.noise-2std.jsonl"} < names
+    measured = results["noise"]["toy"][1]["cosine_distance"]
+    results["noise"]["toy"][1]["cosine_distance"] = 7.0         # measured again: the newer counts
+    (tmp_path / "scores.json").write_text(json.dumps(results))
+    again = main("--checkpoint", folder, "--benchmark", "toy=4", "--max-new-tokens", 2,
+                 "--noise-relative", 2, "--out", tmp_path)
+    assert [run["cosine_distance"] for run in again["noise"]["toy"]] == [
+        runs[0]["cosine_distance"], measured]
     with noise_on(model[0], 0.0) as nothing:
         assert nothing is None
     measured = [{"distance": 1.0, "tokens": 4, "sum": 2.0, "squares": 10.0, "numbers": 2},

@@ -6,6 +6,7 @@ import random
 import re
 from dataclasses import replace
 from html.parser import HTMLParser
+from pathlib import Path
 from types import SimpleNamespace
 from unittest import mock
 
@@ -388,6 +389,13 @@ def test_several_images_are_one_document_and_a_folder_one_each(folder, tmp_path)
         [image] = read(tmp_path / f"page-{number}.html").images
         assert image["name"] == name
     assert not out.exists()
+
+
+def test_chosen_pages_keep_their_numbers():
+    assert explorer.page_names(Path("doc.pdf"), 3, "7,2-3") == [
+        "doc.pdf, page 2", "doc.pdf, page 3", "doc.pdf, page 7"]
+    assert explorer.page_names(Path("doc.pdf"), 1, "7") == ["doc.pdf, page 7"]
+    assert explorer.page_names(Path("doc.png"), 1, None) == ["doc.png"]
 
 
 @pytest.mark.parametrize("name, says", [

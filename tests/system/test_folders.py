@@ -89,6 +89,14 @@ def test_evaluation_never_takes_training_data(folder):
         Documents([str(folder)], 0, lambda example: example, held_out=True)
 
 
+def test_evaluation_takes_held_out_data_also_of_sets_with_weights(folder):
+    put(folder, "a/train.jsonl", "a/val.jsonl", "b/train.jsonl", "b/val.jsonl")
+    for held_out, name in (False, "train.jsonl"), (True, "val.jsonl"):
+        specs = [f"{folder / 'a'}:2", str(folder / "b")]
+        sets = Documents(specs, 0, None, held_out=held_out).sets
+        assert [[file.name for _, file, _ in data_set.files] for data_set in sets] == [[name]] * 2
+
+
 def test_images_of_a_folder(tmp_path):
     """Foreign files and what is no image are left out, whatever Pillow can open."""
     for name in ["b.PNG", "a.jpg", "c.tif", "d.pdf", "._a.jpg", ".hidden.png", "a.h5", "a.mpg",

@@ -176,6 +176,16 @@ def test_a_tiff_of_too_many_pages(tmp_path, monkeypatch):
     assert len(images.read_pages(path, "2-4")) == 3
 
 
+def test_pages_that_are_too_large_together(tmp_path, monkeypatch):
+    """Each of them has six pixels."""
+    path = tmp_path / "fax.tif"
+    plain("L", 0).save(path, save_all=True, append_images=[plain("L", 0)] * 2)
+    monkeypatch.setattr(images, "MAX_PAGE_PIXELS", 17)
+    with pytest.raises(ImageError, match="fax.tif: pages of more than 17 pixels together"):
+        images.read_pages(path)
+    assert len(images.read_pages(path, "2-3")) == 2
+
+
 def test_a_comment_makes_no_pdf(tmp_path):
     path = tmp_path / "a.gif"
     plain("L", 7).save(path, comment=b"%PDF-1.7")
@@ -214,6 +224,17 @@ def test_read_image_applies_exif_rotation(tmp_path, orientation):
     expected = UPRIGHT[orientation](stored).astype(int)
     assert got.shape == expected.shape
     assert abs(got - expected).max() < 20       # JPEG
+
+
+@pytest.mark.parametrize("name", ["a.jpg", "a.webp"])
+def test_exif_counts_before_xmp(tmp_path, name):
+    """A program that turns a picture may forget one of them."""
+    exif, page = Image.Exif(), plain("RGB", WHITE)
+    exif[274] = 6
+    sizes = [read_image(written(tmp_path, page, name, **said)).size for said in (
+        {}, {"xmp": b'<x tiff:Orientation="8"/>'}, {"xmp": b'<x tiff:Orientation="3"/>'},
+        {"xmp": b'<x tiff:Orientation="3"/>', "exif": exif})]
+    assert sizes == [(3, 2), (2, 3), (3, 2), (2, 3)]
 
 
 @pytest.mark.parametrize("mode", ["RGB", "L", "1", "P", "RGBA", "LA", "I;16"])

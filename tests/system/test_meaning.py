@@ -61,6 +61,8 @@ JPG, PNG = encoded(RED, "JPEG"), encoded(BLUE)
 TARS = {
     "as img2dataset": ([("1.jpg", JPG), ("1.txt", b"one"), ("1.json", b'{"caption": "one"}')],
                        ["red one"]),
+    "another caption in the JSON": ([("1.jpg", JPG), ("1.txt", b"one"),
+                                     ("1.json", b'{"caption": "two"}')], ["red one"]),
     "dates for names": ([("22.05.jpg", JPG), ("22.05.txt", b"one"),
                          ("22.06.png", PNG), ("22.06.txt", b"two")], ["red one", "blue two"]),
     "dates, one without its image": ([("22.05.jpg", JPG), ("22.06.txt", b"two")],

@@ -116,6 +116,13 @@ def test_the_size_of_a_page_is_bounded(box, size):
     assert page.size == size
 
 
+def test_each_page_has_a_size_of_its_own():
+    boxes = [b"/MediaBox[0 0 72 36]", b"/MediaBox[0 0 2384 3370]", b"/MediaBox[0 0 .01 .01]"]
+    data = pdf_bytes(*[(box, RED) for box in boxes])
+    assert [page.size for page in pages_of(data)] == [(200, 100), (3260, 4608), (1, 1)]
+    assert [page.size for page in pages_of(data, "2")] == [(3260, 4608)]
+
+
 def test_a_pdf_is_known_by_its_content(tmp_path, toys):
     """Not by its name, as other images; it may begin with a greeting."""
     (tmp_path / "a.png").write_bytes(b"\r\nfrom: a printer\r\n" + toys.read_bytes())

@@ -1,12 +1,17 @@
 """The plan's arithmetic against what really runs, and what is drawn of a log."""
 import json
+import math
+import re
 from pathlib import Path
 
 import pytest
+import torch
 from PIL import Image
 
 from conftest import ROOT, run, torchrun
+from model import ALIGNVLM_PRESETS, AlignVLM
 from paper.curves import read_curves
+from paper.plan import cpu_memory
 from plumbing.logs import read_log
 
 def plan(*options, code: int = 0):
@@ -37,6 +42,35 @@ def test_the_plan_follows_the_recipe_that_the_flags_make():
                 "--batch-size", 100)
     assert "connector trained, 100 samples" in done.stdout
     assert f"{3 * 81_000:,} steps" in done.stdout and " + connector" not in done.stdout
+
+
+def test_a_step_takes_as_long_as_its_flops_on_all_gpus():
+    """Four H100s at a quarter of their peak are one at its peak: 989 TFLOP/s. The low-resource data
+    has five tiles a page, where as many may be, and 779 K samples."""
+    common = "--preset", "low-resource", "--stage", 2, "--gpus", 4, "--mfu", 0.25
+    done = plan(*common)
+    assert "each of 5 tiles and 384 tokens of text" in done.stdout
+    found = re.search(r"(\S+) FLOPs a step, (\S+) s at 25% .*; (\S+) steps in (\S+) hours",
+                      done.stdout)
+    flops, seconds, steps, hours = (float(text.replace(",", "")) for text in found.groups())
+    assert steps == math.ceil(779_000 / 128)
+    assert seconds == pytest.approx(flops / 989e12, rel=0.01)
+    assert hours == pytest.approx(steps * seconds / 3600, rel=0.06)
+    for most, tiles in (1, 1), (2, 3):      # of several tiles the whole page is one more
+        assert f"each of {tiles} tiles" in plan(*common, "--max-tiles", most).stdout
+
+
+@pytest.mark.parametrize("trained", [("connector",), ("vision", "connector", "llm")])
+def test_the_cpus_memory_is_that_of_a_copy_of_weights_and_moments(trained):
+    model = AlignVLM(ALIGNVLM_PRESETS["toy"])
+    parameters = [p for name in trained for p in getattr(model, name).parameters()]
+    for p in parameters:
+        p.grad = torch.zeros_like(p)
+    optimizer = torch.optim.AdamW(parameters)
+    optimizer.step()
+    moments = [x for state in optimizer.state.values() for x in state.values() if x.ndim]
+    held = sum(x.nbytes for x in [*model.parameters(), *moments])
+    assert cpu_memory(model.config, trained, 1, offload=False) == held
 
 
 @pytest.mark.parametrize("flags", [
@@ -74,6 +108,14 @@ def test_plot_draws_joined_logs(tmp_path):
         (tmp_path / bad).write_text(text)
         [line] = run("-m", "paper.curves", tmp_path / bad, code=2).stderr.splitlines()
         assert bad in line
+
+
+def test_a_log_that_ends_where_it_was_resumed_has_the_steps_before(tmp_path):
+    """Killed again at once: what was done from there on is lost."""
+    lines = [*({"step": i, "loss": 1.0} for i in range(6)), {"step": 5, "held_out_loss": 2.0},
+             {"resumed": 4, "processes": 1}]
+    (tmp_path / "log.jsonl").write_text("\n".join(map(json.dumps, lines)))
+    assert [row["step"] for row in read_log(tmp_path / "log.jsonl")] == [0, 1, 2, 3]
 
 
 def test_a_picture_takes_the_name_that_it_was_given(tmp_path):

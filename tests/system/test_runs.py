@@ -16,8 +16,8 @@ from safetensors.torch import load_file
 
 from conftest import losses, run, start, torchrun
 from plumbing import runs
+from plumbing.files import MARKED, file_mark
 from plumbing.settings import InputError
-from plumbing.files import file_mark
 from shipped import PAGE
 
 
@@ -230,6 +230,38 @@ def test_an_unreadable_file_is_bad_samples_and_can_be_gone_on_from(tmp_path):
     (tmp_path / "empty").write_bytes(b"")
     (tmp_path / "short").write_bytes(b"ab")
     assert file_mark(tmp_path / "empty") == [0, 0] and file_mark(tmp_path / "short")[0] == 2
+
+
+@pytest.mark.parametrize("place", [0, MARKED, 2 * MARKED, 5 * MARKED // 2, -1])
+def test_a_file_is_known_again_by_its_start_its_middle_and_its_end(tmp_path, place):
+    """Of three marks' length all of it."""
+    path = tmp_path / "a.tar"
+    content = bytearray(3 * MARKED)
+    path.write_bytes(content)
+    before = file_mark(path)
+    content[place] = 1
+    path.write_bytes(content)
+    assert file_mark(path) != before and file_mark(path)[0] == before[0] == 3 * MARKED
+
+
+def test_a_state_of_another_start_is_refused(tmp_path):
+    """Its stage 1 was trained anew since; released weights have no id."""
+    (tmp_path / "recipe.json").write_text('{"start": "a", "lr": 1}')
+    for start in ("a", None):
+        runs.check_recipe(tmp_path, {"start": start, "lr": 1})
+    with pytest.raises(InputError, match="was trained with start a, not b: take another --out"):
+        runs.check_recipe(tmp_path, {"start": "b", "lr": 1})
+
+
+def test_a_stage_with_a_state_is_not_complete(tmp_path):
+    """It was begun anew beside the older one."""
+    (tmp_path / "stage2").mkdir()
+    assert not runs.is_complete(2, tmp_path)
+    (tmp_path / "stage2" / "config.json").write_text("{}")
+    (tmp_path / "stage2.partial").mkdir()
+    assert runs.is_complete(2, tmp_path)
+    (tmp_path / "stage2.partial" / "step-00000004").mkdir()
+    assert not runs.is_complete(2, tmp_path)
 
 
 @pytest.mark.parametrize("command", [

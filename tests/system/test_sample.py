@@ -10,7 +10,7 @@ from PIL import Image
 
 import sample as sample_py
 from conftest import randomise, run, sample, torchrun
-from data import Tokenizer
+from data import TextError, Tokenizer
 from model import ALIGNVLM_PRESETS, IMAGE, AlignVLM, Llama, LlamaConfig
 from plumbing import fast
 from sample import answer
@@ -121,6 +121,16 @@ def test_a_flag_that_is_given_twice_has_both(monkeypatch):
     assert sample_py.parse_args().image == ["a", "b", "c"]
 
 
+def test_a_question_that_is_too_long_is_no_question(folder, pages, monkeypatch):
+    model, tokenizer = AlignVLM.from_pretrained(folder).eval(), Tokenizer(folder)
+    conversation = sample_py.Conversation(model, tokenizer, [Image.open(pages / "00.png")])
+    said = [*conversation.ask("X" * 30, max_new_tokens=2)]
+    monkeypatch.setattr(sample_py, "MAX_QUESTION", 30)      # with what ends the turn it has more
+    assert said and [*conversation.ask("X", max_new_tokens=2)]
+    with pytest.raises(TextError, match=r"a question of \d\d tokens: at most 30"):
+        next(conversation.ask("X" * 30, max_new_tokens=2))
+
+
 def test_interactive_without_an_input(folder, pages):
     """As cron starts it."""
     code = ("import runpy, sys; sys.stdin = None; "
@@ -167,6 +177,14 @@ def test_each_image_of_a_folder_is_answered_by_itself(folder, pages):
     for i in (0, 5, 17):
         alone = sample(*options, "--image", pages / f"{i:02}.png").stdout
         assert answers[i] == " / ".join(alone.removesuffix("\n").splitlines()).strip()
+
+
+def test_a_bad_image_at_a_folders_end_is_found_before_the_first_answer(folder, tmp_path):
+    for i in range(sample_py.BATCH):
+        Image.new("RGB", (8, 8)).save(tmp_path / f"{i:02}.png")
+    (tmp_path / "99.png").write_text("not an image")
+    done = sample("--checkpoint", folder, "--image", tmp_path, "--max-new-tokens", 1, code=2)
+    assert "99.png" in done.stderr.splitlines()[-1] and done.stdout == ""
 
 
 def test_a_bad_image_in_a_folder_is_one_line(folder, tmp_path):
@@ -273,6 +291,50 @@ def test_a_file_without_a_question_leaves_earlier_answers_alone(tmp_path):
     done = sample("--questions", tmp_path / "q.jsonl", "--answers", tmp_path / "a.jsonl", code=2)
     assert "not a single question" in done.stderr
     assert (tmp_path / "a.jsonl").read_text() == "earlier"
+
+
+def test_earlier_answers_stay_until_all_new_ones_are_there(tmp_path, monkeypatch):
+    """A kill amid the answers leaves the file as it was."""
+    Image.new("RGB", (8, 8)).save(tmp_path / "a.png")
+    (tmp_path / "q.jsonl").write_text('{"image": "a.png", "prompt": "?"}\n' * 2)
+    (tmp_path / "a.jsonl").write_text("earlier")
+
+    def answer_each(*_, **options):
+        yield "new"
+        if options["is_killed"]:
+            raise KeyboardInterrupt
+        yield "new"
+
+    monkeypatch.setattr(sample_py, "answer_each", answer_each)
+    files = None, None, tmp_path / "q.jsonl", tmp_path / "a.jsonl"
+    with pytest.raises(KeyboardInterrupt):
+        sample_py.answer_questions(*files, is_killed=True)
+    assert (tmp_path / "a.jsonl").read_text() == "earlier"
+    link = tmp_path / "link.jsonl"
+    link.symlink_to(tmp_path / "a.jsonl")
+    sample_py.answer_questions(*files[:3], link, is_killed=False)
+    assert link.is_symlink()
+    assert [json.loads(line)["prediction"] for line in (tmp_path / "a.jsonl").open()] == ["new"] * 2
+
+
+def test_the_flags_of_sampling_are_the_samplings(folder, pages):
+    ask = "--checkpoint", folder, "--image", pages / "05.png", "--max-new-tokens", 8
+    greedy, *drawn = [sample(*ask, *flags).stdout for flags in (
+        [], ["--temperature", 3], ["--temperature", 3], ["--temperature", 3, "--seed", 1],
+        ["--temperature", 3, "--top-p", 1e-9])]
+    assert drawn[0] == drawn[1] and len({greedy, drawn[0], drawn[2]}) == 3 and drawn[3] == greedy
+
+
+def test_speed_is_that_of_the_tokens_after_the_first(capsys):
+    """Three tokens in a second and a half, for each of which the layers and the head are read."""
+    llm = Llama(GQA)
+    sample_py.print_speed(llm, 10.0, [10.25, 10.75, 11.25, 11.75])
+    n = sum(p.numel() for p in llm.parameters()) - llm.embed_tokens.weight.numel() - 24   # the norm
+    assert capsys.readouterr().err == (f"first token after 0.25 s, then 2.0 tokens/s "
+                                       f"({2 * 4 * n / 1e9:.1f} GB/s)\n")
+    sample_py.print_speed(llm, 10.0, [10.25])
+    sample_py.print_speed(llm, 10.0, [])
+    assert capsys.readouterr().err == "first token after 0.25 s\n"
 
 
 @pytest.mark.parametrize("piece, n, is_said", [

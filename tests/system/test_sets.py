@@ -5,6 +5,7 @@ import io
 import itertools
 import json
 import re
+import shutil
 import sys
 import types
 import unittest.mock
@@ -229,6 +230,16 @@ def test_the_learning_rate_falls_over_all_epochs(started, tmp_path):
     assert rates == pytest.approx([5e-4, 5e-4, 3.75e-4, 1.25e-4])
 
 
+def test_the_last_step_of_an_odd_epoch_learns_too(started, tmp_path):
+    """Three steps of nine samples: the rate is not at 0 before the end."""
+    path = tmp_path / "train.jsonl"
+    write_lines(path, [{"messages": messages(("?", "!"))}] * 9)
+    out = from_stage(started, 3, tmp_path / "run")
+    train("--stage", 3, "--data", path, "--batch-size", 4, "--held-out", 0, "--out", out)
+    rates = [line["lr"] for line in stage_log(out, 3)]
+    assert rates == pytest.approx([5e-4, 5e-4, 2.5e-4])
+
+
 def test_steps_beyond_an_epoch_go_on_where_they_stopped(started, tmp_path):
     """Text alone: the encoder gets no gradient before the state is saved."""
     path = tmp_path / "train.jsonl"
@@ -246,6 +257,19 @@ def test_steps_beyond_an_epoch_go_on_where_they_stopped(started, tmp_path):
                         if "loss" in line]
     assert losses["stopped"] == losses["whole"]
     assert [epoch for _, epoch, _ in losses["whole"]] == [0, 0, 1, 1, 2]
+
+
+def test_a_bad_held_out_sample_is_left_out(started, tmp_path):
+    good = [{"messages": messages(("?", "!"))}] * 3
+    write_lines(tmp_path / "train.jsonl", good)
+    write_lines(tmp_path / "val.jsonl", [*good, {"text": "other keys"}])
+    out, losses = from_stage(started, 3, tmp_path / "out"), []
+    for held_out in ("train.jsonl", "val.jsonl"):
+        train("--stage", 3, "--data", tmp_path / "train.jsonl", "--eval-data", tmp_path / held_out,
+              "--batch-size", 3, "--steps", 1, "--eval-every", 1, "--held-out", 0, "--out", out)
+        losses += [line["held_out_loss"] for line in stage_log(out, 3) if "held_out_loss" in line]
+        shutil.rmtree(out / "stage3")
+    assert losses[0] == pytest.approx(losses[1]) and losses[0] > 0
 
 
 def test_a_step_of_nothing_but_bad_samples_is_survived(started, tmp_path):

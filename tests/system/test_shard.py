@@ -1,7 +1,9 @@
 """train.shard: what is compiled, what is calculated in bf16, and who finds no GPU."""
 import functools
 import json
+from collections import Counter
 from dataclasses import replace
+from datetime import timedelta
 
 import pytest
 import torch
@@ -10,10 +12,12 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
-from conftest import HELPERS, close, run, torchrun
+from conftest import HELPERS, close, rows, run, torchrun
 from data import Sample, pack_row
 from model import IGNORE
 from paper.recipes import RECIPES
+from plumbing.logs import Step, StepLog, mfu, suspects_of
+from plumbing.states import States
 from small_models import (SAMPLES, VISION, gradients_of, in_bytes, labelled, row_of,
                           small_vlm)
 from train import match_ranks, optimizer_of, shard, take_step
@@ -106,6 +110,50 @@ def test_a_step_is_adamw_on_the_mean_over_supervised_tokens(one_process):
         close(numbers[:2], torch.stack([loss.detach(), norm]))
     for mine, other in zip(ours.parameters(), plain.parameters(), strict=True):
         close(mine.full_tensor().detach(), other.detach())
+
+
+def test_moments_that_are_there_from_the_start_change_no_step(one_process, tmp_path):
+    """States makes them before the first step, which is Adam's first one all the same."""
+    row = [Sample(tokens, labelled(tokens), *in_bytes(pixels), "") for tokens, pixels in SAMPLES]
+    found = []
+    for has_states in (False, True):
+        vlm = small_vlm()
+        shard(vlm, CPU)
+        optimizer = optimizer_of(vlm, RECIPES["toy"][2])
+        if has_states:
+            States(tmp_path, vlm, optimizer, timedelta(minutes=1))
+        for _ in range(2):
+            take_step(vlm, optimizer, [row], 1e-2, 1.0, CPU)
+        found.append([p.full_tensor().detach() for p in vlm.parameters()])
+    assert all(torch.equal(a, b) for a, b in zip(*found, strict=True))
+
+
+def test_a_line_of_the_log_says_what_a_step_had(one_process, tmp_path):
+    counts = Counter(tokens=60, blank=20, images=3)
+    flops = lambda counts: 1e3 * counts["tokens"]
+    with StepLog(tmp_path / "log.jsonl", 2, 5, 9, 0, CPU, flops) as log:
+        log.add(Step({"step": 5, "lr": 1e-3}, counts, [["a"]], torch.tensor([1.5, 2.0, 3.0]), None))
+    [line] = rows(tmp_path)
+    assert (line["stage"], line["step"], line["loss"], line["grad_norm"]) == (2, 5, 1.5, 2.0)
+    assert line["padding"] == 20 / 80
+    assert line["images_per_s"] / line["tokens_per_s"] == pytest.approx(3 / 60)
+    assert line["flops_per_s"] / line["tokens_per_s"] == pytest.approx(1e3)
+
+
+def test_the_samples_of_bad_rows_are_suspects_or_all():
+    keys, nan = [["a", "b"], ["c"], ["d"]], float("nan")
+    assert suspects_of(keys, [1.0, nan, float("inf")]) == ["c", "d"]
+    assert suspects_of(keys, [1.0, 2.0, 3.0]) == ["a", "b", "c", "d"]       # the gradient was bad
+
+
+@pytest.mark.parametrize("name, peak", [
+    ("NVIDIA H100 80GB HBM3", 989e12), ("NVIDIA H100 PCIe", 756e12), ("NVIDIA H200", 989e12),
+    ("NVIDIA A100-SXM4-80GB", 312e12), ("NVIDIA RTX A1000", None), ("NVIDIA L40", None)])
+def test_a_gpu_is_measured_by_its_own_peak(monkeypatch, name, peak):
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: name)
+    share = mfu(1e14, torch.device("cuda"))
+    assert share == (pytest.approx(1e14 / peak) if peak else "unknown")
+    assert mfu(1e14, CPU) == "unknown"
 
 
 def test_a_step_counts_what_all_rows_hold(one_process):

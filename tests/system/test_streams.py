@@ -99,6 +99,14 @@ def test_epochs_and_seeds_have_orders_of_their_own(small_groups, tmp_path, token
     assert np.mean(moved) > 10, "groups alone are shuffled"
 
 
+def test_a_single_shard_too_has_another_order_in_each_epoch(tmp_path, tokenizer):
+    write_texts(tmp_path, "a", 50)
+    done = steps(documents_of(tmp_path, tokenizer), n=10)
+    keys = [key for of_step, _ in done for key in of_step]
+    assert sorted(keys[:50]) == sorted(keys[50:]) and len({*keys}) == 50
+    assert sum(a == b for a, b in zip(keys[:50], keys[50:])) < 10
+
+
 def restored(position: Position) -> Position:
     """A Position as a checkpoint brings it back."""
     return Position(**json.loads(json.dumps(asdict(position))))

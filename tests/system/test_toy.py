@@ -1,6 +1,7 @@
 """toy/: drawn pages against themselves, and what the lessons are made of."""
 import json
 import random
+from collections import Counter
 
 import numpy as np
 import pytest
@@ -11,8 +12,8 @@ from conftest import alone, run, start
 from model import IGNORE
 from sets import outcome
 from small_tokenizers import tokenizer  # noqa: F401: a fixture
-from toy.pages import (CELL, KINDS, Page, ToyDocuments, draw, drawn_page, eye_chart, glyph,
-                       held_out_documents, plain_text)
+from toy.pages import (CELL, KINDS, LESSONS, READ, Page, ToyDocuments, draw, drawn_page, eye_chart,
+                       glyph, held_out_documents, plain_text, reading_and_questions)
 from vision import SIGLIP_PRESETS, tile
 
 TOY = SIGLIP_PRESETS["toy"]
@@ -43,6 +44,23 @@ def test_drawn_pages(kind, large):
         assert all(gold in page.text for _, gold in page.questions)
         words = "".join(word for _, _, word in page.words)
         assert sorted("".join(page.text.split())) == sorted(words)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_an_answer_stands_where_its_question_says(kind):
+    """Behind its label, or in a table in the row of its key and under the column's name."""
+    rng = random.Random(kind)
+    for i in range(40):
+        page = drawn_page(rng, kind, i % 2 == 1, "train")
+        at = {(row, column): word for row, column, word in page.words}
+        for prompt, gold in page.questions:
+            name, _, key = prompt.removeprefix("what is ").removesuffix("?").partition(" of ")
+            if kind == "table":
+                [column] = [x for (y, x), word in at.items() if word == name and y == 0]
+                [row] = [y for (y, x), word in at.items() if word == key and x == 0]
+                assert at[row, column] == gold
+            else:
+                assert {f"{name} {gold}", f"{name}:{gold}"} & {*page.lines}
 
 
 def test_plain_text_is_what_the_patches_show():
@@ -137,6 +155,32 @@ def test_what_is_smudged_is_not_asked_for(tokenizer, monkeypatch):
         assert torch.equal(labels[labels != IGNORE], characters[labels != IGNORE])
         assert stays[labels != IGNORE].all() and not stays.all()
     assert n_asked > 50
+
+
+def test_a_page_is_read_then_asked_about_in_the_shares_that_are_asked_for():
+    [page] = pages_of(["invoice"], seed=0)[1:]
+    n = Counter()
+    for seed in range(1000):
+        asked = reading_and_questions(random.Random(seed), page, read=0.2, ask=0.7)
+        prompts = [prompt for prompt, _ in asked]
+        n["read" if prompts == [READ] else "ask" if READ not in prompts else "both"] += 1
+        assert READ not in prompts[1:] and len(prompts) == len(set(prompts))
+    assert [round(n[what] / 1000, 1) for what in ("read", "ask", "both")] == [0.2, 0.7, 0.1]
+
+
+def test_lessons_become_what_they_are_to_be():
+    """Stage 0 is charts and dense pages for an eighth, without the latter from three eighths on;
+    stage 1 charts alone for three fifths; stage 2 has ever more pages of several tiles for a
+    fifth."""
+    def kinds(stage: int, progress: float) -> Counter:
+        pages = [LESSONS[stage](random.Random(i), progress, "train")[0] for i in range(300)]
+        return Counter({kind: sum(page.kind == kind for page in pages) for kind in
+                        ("chart", "dense", "sticker")} | {"large": sum(p.large for p in pages)})
+
+    assert kinds(0, 0.12).total() == kinds(0, 0.12)["chart"] + kinds(0, 0.12)["dense"] == 300
+    assert kinds(0, 0.38)["dense"] == 0 < kinds(0, 0.38)["chart"]
+    assert kinds(1, 0.5)["chart"] == 300 and 150 < kinds(1, 1.0)["sticker"] < 210
+    assert kinds(2, 0.0)["large"] == 0 < kinds(2, 0.1)["large"] < 150 < kinds(2, 0.2)["large"] < 240
 
 
 # --------------------------------------------------------------------------------------------------

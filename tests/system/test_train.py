@@ -16,8 +16,9 @@ from safetensors.torch import load_file
 import sample as sample_py
 from conftest import ROOT, rows, run, sample
 from model import LLAMA_PRESETS
-from paper.recipes import RECIPES
-from train import choose_preset, learning_rate
+from paper.recipes import RECIPES, recipe_for
+from toy.pages import STAGE0
+from train import choose_preset, learning_rate, start_of
 
 LINE = {"stage", "step", "loss", "lr", "grad_norm", "tokens_per_s", "epoch", "bad", "images_per_s",
         "padding", "skipped", "peak_memory", "flops_per_s", "mfu"}
@@ -109,6 +110,7 @@ def test_a_complete_stage_is_not_trained_again_unless_its_folder_is_deleted(trai
     done = run("train.py", "--steps", 3, "--batch-size", 4, "--out", out, code=2)
     assert done.stderr.splitlines() == [f"train.py: {out / 'stage1'} was trained with steps 2, not "
                                         "3: take another --out, or delete that folder"]
+    assert "seed 0, not 1" in run("train.py", *same, "--seed", 1, code=2).stderr
     recipe = out / "stage1" / "recipe.json"
     kept = recipe.read_text()
     recipe.write_text("[]")
@@ -201,6 +203,15 @@ def test_recipes_are_the_papers():
             assert frozen == (stage == 3)
 
 
+def test_a_share_on_the_command_line_counts_before_the_recipes():
+    """The toy's stage 1 has a twentieth for the LLM."""
+    for asked, share in ({}, 0.05), ({"vision": 0.5}, 0.05), ({"llm": 2.0}, 2.0):
+        recipe = recipe_for("toy", 1, {"steps": 7, "lr": None}, asked)
+        assert recipe.lr_scale["llm"] == share and (recipe.steps, recipe.lr) == (7, 1e-3)
+    assert recipe_for("toy", 3, {}, {"vision": 0.1}).trainable == ("vision", "connector", "llm")
+    assert recipe_for("toy", 2, {}, {"vision": 0.0}).trainable == ("connector", "llm")
+
+
 def test_a_later_stage_goes_on_with_the_recipe_of_the_one_before(tmp_path):
     """Also where the LLM's size says nothing, as the reader's; else its size decides."""
     args = argparse.Namespace(llm=None, out=tmp_path, stage=3)
@@ -215,6 +226,23 @@ def test_a_later_stage_goes_on_with_the_recipe_of_the_one_before(tmp_path):
             assert choose_preset(args) == by_size
         recipe.unlink()
         assert choose_preset(args) == by_size
+
+
+def test_each_stage_starts_from_the_one_before(tmp_path):
+    """But the reader's second from its first with larger tiles, and the toy's first from the
+    shipped LLM, unless the run has one of its own."""
+    def starts(preset: str, llm: Path | None = None) -> list[Path | None]:
+        args = argparse.Namespace(preset=preset, llm=llm, out=tmp_path)
+        return [start_of(stage, args) for stage in range(4)]
+
+    one, two = tmp_path / "stage1", tmp_path / "stage2"
+    assert starts("toy") == [None, STAGE0, one, two]
+    assert starts("llama-3.2-1b", tmp_path / "llama") == [None, tmp_path / "llama", one, two]
+    for _ in range(2):
+        assert starts("reader") == [None, tmp_path / "stage0", tmp_path / "stage1-large", two]
+        (tmp_path / "stage0").mkdir(exist_ok=True)
+        (tmp_path / "stage0" / "config.json").write_text("{}")
+    assert starts("toy")[1] == tmp_path / "stage0"
 
 
 def test_learning_rate_warms_up_and_decays():

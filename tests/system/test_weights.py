@@ -217,6 +217,18 @@ def test_both_spellings_of_rope(tmp_path):
         assert (config.rope_theta, config.rope_factor) == (10000.0, 1.0)
 
 
+def test_what_a_llamas_configuration_leaves_out_is_transformers_default(tmp_path):
+    given = {"vocab_size": 50, "hidden_size": 24, "num_hidden_layers": 2, "num_attention_heads": 3,
+             "intermediate_size": 40}
+    save_file({"x": torch.zeros(1)}, tmp_path / "model.safetensors")
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": "llama", **given}))
+    ours, theirs = read_llama(tmp_path)[0], TheirConfig(**given)
+    assert (ours.rms_norm_eps, ours.n_kv_heads, ours.head_dim, ours.tie_embeddings) == (
+        theirs.rms_norm_eps, theirs.num_key_value_heads, theirs.head_dim,
+        theirs.tie_word_embeddings)
+    assert ours.rope_theta == theirs.rope_parameters["rope_theta"] and ours.rope_factor == 1
+
+
 @pytest.mark.parametrize("preset, multiplier, multiple", [
     ("llama-3.2-1b", 1.5, 256), ("llama-3.2-3b", 1.0, 256), ("llama-3.1-8b", 1.3, 1024)])
 def test_metas_numbers_for_the_released_models(preset, multiplier, multiple, tmp_path):
