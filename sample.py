@@ -247,8 +247,8 @@ def answer_each(model: AlignVLM, tokenizer: Tokenizer, files: list[Path], prompt
             yield from texts
             bar.update(len(some))
     if shrunk:
-        print(f"{len(shrunk)} of {len(files)} images lose small type, first {shrunk[0]}: tiles have "
-              f"less than {KEPT:.0%} of them (crop them)", file=sys.stderr)
+        print(f"{len(shrunk)} of {len(files)} images lose small type, first {shrunk[0]}: tiles "
+              f"have less than {KEPT:.0%} of them (crop them)", file=sys.stderr)
 
 
 def answer_questions(model: AlignVLM, tokenizer: Tokenizer, questions: Path, answers: Path,
@@ -265,7 +265,7 @@ def answer_questions(model: AlignVLM, tokenizer: Tokenizer, questions: Path, ans
     answers.parent.mkdir(parents=True, exist_ok=True)
     with (replacing(answers, f".{os.getpid()}") as partial,
           partial.open("w", encoding="utf-8") as out):
-        for row, prediction in zip(rows, answer_each(model, tokenizer, files, prompts, **options)):
+        for prediction, row in zip(answer_each(model, tokenizer, files, prompts, **options), rows):
             out.write(json.dumps({**row, "prediction": prediction}) + "\n")
 
 
@@ -273,7 +273,7 @@ def answer_folder(model: AlignVLM, tokenizer: Tokenizer, files: list[Path], prom
                   **options) -> None:
     """Ask the same about each image: a line `name: answer` each, its own line ends as slashes."""
     prompts = [prompt] * len(files)
-    for file, text in zip(files, answer_each(model, tokenizer, files, prompts, **options)):
+    for text, file in zip(answer_each(model, tokenizer, files, prompts, **options), files):
         tqdm.write(f"{in_one_line(file.name)}: {' / '.join(text.splitlines())}")
 
 
@@ -293,8 +293,9 @@ def parse_args() -> argparse.Namespace:
         "alone: a model that has learnt captions gives one")
     add("--interactive", action="store_true", help="read --image once, then answer the questions "
         "that are typed, a line each, until an empty one; none knows of those before it")
-    add("--explain", type=a_path, metavar="OUT.html", help="a document in which a browser shows what "
-        "each patch became and where the LLM looked; or OUT.png, a picture of each patch's token")
+    add("--explain", type=a_path, metavar="OUT.html", help="a document in which a browser shows "
+        "what each patch became and where the LLM looked; or OUT.png, a picture of each patch's "
+        "token")
     add("--questions", type=Path, metavar="JSONL", help="rows with an image, relative to the file, "
         "and a prompt")
     add("--answers", type=a_path, metavar="JSONL", help="the same rows, each with a prediction")

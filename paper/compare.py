@@ -113,8 +113,8 @@ def main() -> None:
         formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("files", nargs=2, metavar="[NAME=]FILE", help="predictions of eval.py, of "
                         "the benchmark that the first one's name or NAME says")
-    parser.add_argument("--out", type=a_path, help="write the samples that are scored differently to "
-                        "this JSONL file")
+    parser.add_argument("--out", type=a_path, help="write the samples that are scored differently "
+                        "to this JSONL file")
     args = parser.parse_args()
     name, first = benchmark_file(args.files[0])
     second = Path(args.files[1].removeprefix(f"{name}="))

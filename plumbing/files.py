@@ -43,8 +43,8 @@ def replacing(path: Path, mark: str = "") -> Iterator[Path]:
     except BaseException as error:
         with contextlib.suppress(OSError):
             partial.unlink()
-        if isinstance(error, OSError) and error.filename is None:       # a full disk has no name
-            error.filename = str(path)
+        if isinstance(error, OSError) and error.errno and error.filename is None:
+            error.filename = str(path)      # of a full disk it would not be said
         raise
 
 

@@ -148,9 +148,11 @@ def list_spans(text: mmap.mmap, start: int, stop: int) -> list[Span]:
     that of the next shard.
 
     Records follow one another. Where the list is broken, and where a shard begins, the next one is
-    looked for.
+    looked for. If the list that it is in ends before the file does, it was inside of a record that
+    began earlier.
     """
     spans: list[Span] = []
+    unsure_from = 0 if start else None      # of the spans, those since a record was looked for
     window = text[start:stop + 2 ** 22].decode("latin-1")       # a character a byte
     at = window.find("[") + 1 if start == 0 else next_record(window, 0)
     is_broken = start > 0
@@ -163,6 +165,10 @@ def list_spans(text: mmap.mmap, start: int, stop: int) -> list[Span]:
             return spans
         if window[at] == "]" and not window[at + 1:].strip():
             return spans
+        if window[at] == "]" and unsure_from is not None:
+            del spans[unsure_from:]
+            at = next_record(window, at + 1)
+            continue
         has_turns, end = record_at(window, at)
         if has_turns and at >= stop - start:        # the next shard's first
             return spans
@@ -170,6 +176,8 @@ def list_spans(text: mmap.mmap, start: int, stop: int) -> list[Span]:
         if is_broken:
             end = next_record(window, at + 1)
         spans.append((start + at, start + end))
+        if is_broken:
+            unsure_from = len(spans)
         at = end
 
 

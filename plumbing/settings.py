@@ -11,7 +11,7 @@ from pathlib import Path
 
 HUGE = 10 ** 12         # no setting is as large
 MAX_TILES = 100         # of a page: among more it takes seconds to choose a grid
-SEVERAL = {"nargs": "+", "action": "extend"}    # argparse: a flag's values; a second one adds its own
+SEVERAL = {"nargs": "+", "action": "extend"}    # of an argparse flag that may be given twice
 
 
 class InputError(ValueError):

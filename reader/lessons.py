@@ -189,8 +189,7 @@ class LaidOut(Dataset):
 
     def row(self, rng: random.Random, step: int, config: SigLIPConfig,
             single: bool) -> tuple[Tensor, Tensor, Tensor, Tensor, list[int]]:
-        """A step's pages, in tiles of this size, each of a single one or of several. The more tiles,
-        the rarer: nine cost as much as nine times one."""
+        """A step's pages, in tiles of this size, each of a single one or of several."""
         samples, size = [], 0
         while size < self.budget:
             samples.append(self.sample(rng, step, config, single))
@@ -202,6 +201,7 @@ class LaidOut(Dataset):
         lines = 1 + step // 60 if step < 700 else 10 ** 6           # longer by and by
         tiles = 2 + (step - 1000) // 150                            # more of them by and by
         most = 3 if config is self.large else max(2, min(9, tiles))
+        # The more tiles, the rarer: nine cost as much as nine times one.
         grids = [(r, c) for r, c in GRIDS for _ in range(9 // (r * c)) if 1 < r * c <= most]
         page = lesson_page(rng, self.split, config, [(1, 1)] if single else grids, lines)
         doubt = 0.0 if rng.random() < 0.3 else rng.random()
@@ -232,17 +232,17 @@ def packed(samples: list[tuple]) -> tuple[Tensor, Tensor, Tensor, Tensor, list[i
             [len(t) for t in tokens])
 
 
-# How often a stage has pages of each grid of tiles, (rows, columns).
+# How often a stage has pages of each grid of tiles, (rows, columns). A page of two costs three
+# times as much as one of a single tile: on two cores there was no time for more of them.
 ONE_TILE = {(1, 1): 1.0}
-UP_TO_TWO = {(1, 1): 0.35, (1, 2): 0.325, (2, 1): 0.325}
-UP_TO_THREE = {(1, 1): 0.45, (1, 2): 0.15, (2, 1): 0.15, (1, 3): 0.13, (3, 1): 0.12}
+UP_TO_FOUR = {(1, 1): 0.97, (1, 2): 0.008, (2, 1): 0.008, (1, 3): 0.005, (3, 1): 0.005,
+              (2, 2): 0.004}
 
 
 class ReaderDocuments(Dataset):
     """The samples of a stage of the paper: sample i depends on (seed, split, stage, i, n).
 
-    1: one tile read aloud. 2: pages and questions; in its last quarter most pages have two tiles.
-    3: up to three tiles, which are side by side or one below the other.
+    1: one tile read aloud. 2: pages of one tile and of several, and questions. 3: more of these.
     """
 
     def __init__(self, stage: int, n: int, seed: int, tokenizer: Tokenizer, config: SigLIPConfig,
@@ -257,12 +257,10 @@ class ReaderDocuments(Dataset):
         if isinstance(index, Position):
             return index
         rng = random.Random(f"{self.seed}/{self.split}/{self.stage}/{index}")
-        progress = index / self.n if self.split == "train" else 1.0
-        shares = {1: ONE_TILE, 2: UP_TO_TWO if progress >= 0.75 else ONE_TILE,
-                  3: UP_TO_THREE}[self.stage]
+        shares = ONE_TILE if self.stage == 1 else UP_TO_FOUR
         grids = [(r, c) for r, c in shares if r * c <= self.config.max_tiles]
         grid = rng.choices(grids, [shares[grid] for grid in grids])[0]
-        read, ask = {1: (1.0, 0.0), 2: (0.35, 0.4), 3: (0.35, 0.45)}[self.stage]
+        read, ask = {1: (1.0, 0.0), 2: (0.35, 0.4), 3: (0.25, 0.6)}[self.stage]
         kinds = TO_ASK if self.stage > 1 and rng.random() < 0.7 else TO_READ
         pages = [lesson_page(rng, self.split, self.config, [grid], kinds=kinds)]
         if self.stage == 3 and rng.random() < 0.06:         # two images, as the pages of a PDF

@@ -78,7 +78,8 @@ def in_bf16() -> torch.autocast:
 def add_flags(parser: argparse.ArgumentParser, out: str, steps: int) -> None:
     """What every lesson takes; their defaults of --out and --steps."""
     add = parser.add_argument
-    add("--out", type=a_path, default=Path(out), help="where state and log go (default: %(default)s)")
+    add("--out", type=a_path, default=Path(out),
+        help="where state and log go (default: %(default)s)")
     add("--steps", type=whole, default=steps, help="(default: %(default)s)")
     add("--lr", type=positive(float), default=1.5e-3, help="at its highest (default: %(default)s)")
     add("--seed", type=int, default=0, help="(default: %(default)s)")

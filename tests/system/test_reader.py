@@ -368,18 +368,19 @@ def test_samples_have_as_many_tiles_and_tokens_as_the_model(tmp_path):
 
 
 @needs_fonts
-def test_pages_of_two_tiles_come_late_in_stage_2_and_of_three_in_stage_3(tmp_path):
+def test_pages_of_several_tiles_come_from_stage_2_on(tmp_path, monkeypatch):
     """Each has its small copy besides. The second page of a sample of two has one tile."""
+    monkeypatch.setattr(lessons, "UP_TO_FOUR", {(1, 1): 0.2, (1, 2): 0.4, (3, 1): 0.4})
     write_tokenizer(tmp_path / "tokenizer.model")
     tokenizer = Tokenizer(tmp_path)
 
-    def tiles(stage: int, samples: range) -> set[int]:
-        data = ReaderDocuments(stage, 100, 0, tokenizer, LARGE)
-        return {len(s.pixels) - (s.n_images - 1) for s in map(data.__getitem__, samples)}
+    def tiles(stage: int, config: SigLIPConfig = LARGE) -> set[int]:
+        data = ReaderDocuments(stage, 100, 0, tokenizer, config)
+        return {len(s.pixels) - (s.n_images - 1) for s in map(data.__getitem__, range(12))}
 
-    assert tiles(1, range(4)) == tiles(2, range(50, 60)) == {1}
-    assert tiles(2, range(75, 85)) == {1, 3}
-    assert tiles(3, range(20)) == {1, 3, 4}
+    assert tiles(1) == {1}
+    assert tiles(2) == tiles(3) == {1, 3, 4}
+    assert tiles(3, replace(LARGE, max_tiles=2)) == {1, 3}
 
 
 @needs_fonts
