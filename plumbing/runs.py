@@ -105,12 +105,10 @@ def recorded(folder: Path, key: str, default=None):
 
 def weights_mark(*folders: Path) -> int | None:
     """What tells released weights from others: a checksum of the sizes of their files, and of some
-    of their bytes. None where they are no longer there."""
-    files = [file for folder in folders for kind in ("*.safetensors", "*.pth")
-             for file in sorted(folder.glob(kind))]
-    if not files:
-        return None
-    return zlib.crc32(json.dumps([file_mark(file) for file in files]).encode())
+    of their bytes. None where a folder's are no longer there."""
+    marks = [[file_mark(file) for kind in ("*.safetensors", "*.pth")
+              for file in sorted(folder.glob(kind))] for folder in folders]
+    return zlib.crc32(json.dumps(marks).encode()) if all(marks) else None
 
 
 def is_complete(stage: int, out: Path) -> bool:
@@ -133,11 +131,11 @@ def refuse_foreign(folder: Path, partial: Path) -> None:
 
 def check_recipe(folder: Path, recipe: dict) -> None:
     """Raise InputError if the stage in `folder` was trained, or begun, with another recipe than is
-    asked for now. A value of None for "start" fits any."""
+    asked for now. A "start" of None is not known, and fits any."""
     changed = []
     for key, value in recipe.items():
         before = recorded(folder, key, value)
-        if before != value and not (key == "start" and value is None):
+        if before != value and not (key == "start" and None in (before, value)):
             changed.append(f"{key} {before}, not {value}")
     if changed:
         raise InputError(f"{folder} was trained with {', '.join(changed)}: take another --out, or "
