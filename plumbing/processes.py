@@ -287,8 +287,20 @@ def run_main(main: Callable[[], None]) -> None:
         sys.stdout.reconfigure(errors="replace")
     stdout, stderr = Unheard(sys.stdout, BrokenPipeError), Unheard(sys.stderr, OSError, ValueError)
     with contextlib.redirect_stdout(stdout), contextlib.redirect_stderr(stderr):
-        status = status_of(main)
-    end_at_once(status)
+        try:
+            main()
+            sys.stdout.flush()          # the disk may be full
+        except KeyboardInterrupt:
+            end_at_once(130)
+        except Exception as error:
+            # OSError: a disk is full, a file is missing.
+            bad_input = isinstance(error, (InputError, OSError, SafetensorError))
+            message = traceback.format_exc()
+            if bad_input:
+                message = in_one_line(f"{Path(sys.argv[0]).name}: {error}")
+            print(message, file=sys.stderr, flush=True)
+            end_at_once(2 if bad_input else 1)
+        end_at_once(0)
 
 
 class Unheard:
@@ -310,24 +322,6 @@ class Unheard:
 
     def __getattr__(self, name: str):
         return getattr(self.stream, name)
-
-
-def status_of(main: Callable[[], None]) -> int:
-    """Run a program -> its exit status. What went wrong is said on stderr."""
-    try:
-        main()
-        sys.stdout.flush()              # the disk may be full
-    except KeyboardInterrupt:
-        return 130
-    except Exception as error:
-        # OSError: a disk is full, a file is missing.
-        bad_input = isinstance(error, (InputError, OSError, SafetensorError))
-        message = traceback.format_exc()
-        if bad_input:
-            message = in_one_line(f"{Path(sys.argv[0]).name}: {error}")
-        print(message, file=sys.stderr, flush=True)
-        return 2 if bad_input else 1
-    return 0
 
 
 def end_at_once(status: int) -> NoReturn:
