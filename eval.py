@@ -286,7 +286,8 @@ def refuse_benchmarks(benchmarks: list[Benchmark], out: Path) -> None:
     written = ["table.md", "scores.json", "vocab.png", "vocab.json"]
     for benchmark in benchmarks:
         written += [f"{benchmark.name}.jsonl", f"{benchmark.name}.settings.json"]
-        written += [path.name for path in out.glob(f"{benchmark.name}.*")]      # noise's, ranks'
+        written += [path.name for path in out.glob(f"{benchmark.name}.*")       # noise's, ranks'
+                    if path.is_file()]
     for name in written:
         refuse_inputs(out / name, read)
 

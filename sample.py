@@ -42,7 +42,7 @@ from vision import choose_grid, coverage, tile_boxes
 SHIPPED = Path(__file__).parent / "reader" / "stage3"   # the model that comes with this repository
 BATCH = 16                      # pages that are asked about together
 MAX_QUESTION = 4096             # tokens that --interactive takes in one question
-KEPT = 0.5                      # share of a page's pixels in its tiles, below which it is said
+KEPT = 0.5                      # of a page's pixels in its tiles: below that the user is told
 
 # -------------------------------------------------------------------------------------------------
 # From a page to an answer

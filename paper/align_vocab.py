@@ -76,6 +76,8 @@ def choose_align_vocab(model: AlignVLM, folder: Path, pixels: list[Tensor], k: i
     token_ids, deviation = choose_tokens(model.connector, pages, E_text, k)
     deviation = {"pages": len(pages), **deviation}
     text = json.dumps({**deviation, "tokens": token_ids.tolist()}) + "\n"
+    if (folder / ALIGN_VOCAB).is_symlink():     # to a file of the hub's cache, which stays as it is
+        (folder / ALIGN_VOCAB).unlink()
     write_text(folder / ALIGN_VOCAB, text)
     return deviation
 

@@ -31,8 +31,9 @@ def write_bytes(path: Path, data: bytes) -> None:
 @contextlib.contextmanager
 def replacing(path: Path, mark: str = "") -> Iterator[Path]:
     """Where a file is written, beside its place, which it takes at the end of the block. If that
-    fails nothing is left of it. A link stays one. mark: what tells it from another process's, where
-    two may write the same file. Raises InputError for a folder, OSError with the file's name."""
+    fails nothing is left of it; after Ctrl-C what was written is. A link stays one. mark: what
+    tells it from another process's, where two may write the same file. Raises InputError for a
+    folder, OSError with the file's name."""
     path = Path(os.path.realpath(path))
     if path.is_dir():
         raise InputError(f"{path}: a folder, not a file")
@@ -40,7 +41,7 @@ def replacing(path: Path, mark: str = "") -> Iterator[Path]:
     try:
         yield partial
         os.replace(partial, path)
-    except BaseException as error:
+    except Exception as error:
         with contextlib.suppress(OSError):
             partial.unlink()
         if isinstance(error, OSError) and error.errno and error.filename is None:
@@ -115,8 +116,7 @@ class OwnFiles:
     """The files that a command writes into a folder of the user's.
 
     It replaces what is as it has written it, and refuses the folder if one of `names` is there that
-    it has not written, or that was changed since (InputError). What it has written under other
-    names would no longer fit: that is deleted, unless it was changed. FOLDER/.written tells them: a
+    it has not written, or that was changed since (InputError). FOLDER/.written tells them: a
     SHA-256 and a name a line, as `sha256sum -c` reads it.
     """
 
@@ -126,15 +126,19 @@ class OwnFiles:
         self.lines = set()
         with contextlib.suppress(FileNotFoundError):
             self.lines = set((folder / WRITTEN).read_text(errors="replace").splitlines())
-        names = set(names)
-        for name in sorted(names):
+        self.names = set(names)
+        for name in sorted(self.names):
             if os.path.lexists(folder / name) and not self.has_written(name):
                 raise InputError(f"{folder / name}: is not from this command, or was changed: give "
                                  "another folder, or delete it")
+
+    def drop_others(self) -> None:
+        """Delete what an earlier call has written under other names, unless it was changed: what it
+        says of pages that are drawn anew would be false."""
         earlier = {line.partition("  ")[2] for line in self.lines}
-        for name in sorted(earlier - names):
+        for name in sorted(earlier - self.names):
             if Path(name).name == name and self.has_written(name):
-                (folder / name).unlink()
+                (self.folder / name).unlink()
 
     def has_written(self, name: str) -> bool:
         """Whether a file is there as it was written."""

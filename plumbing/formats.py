@@ -117,7 +117,8 @@ def line_spans(text: mmap.mmap, start: int, stop: int) -> list[Span]:
 
 
 BETWEEN_RECORDS = re.compile(r"[\s,]*")
-LIST_ITEM = re.compile(r"(?:[\[,]|\A)\s*(\{)")
+LIST_ITEM = re.compile(r"[\[,}]\s*(\{)")          # also where the comma between two is missing
+INSIDE_A_RECORD = re.compile(r'\]\s*(?:\}|,\s*")')    # a list that ends there is a field's
 DECODER = json.JSONDecoder()
 
 
@@ -148,13 +149,13 @@ def list_spans(text: mmap.mmap, start: int, stop: int) -> list[Span]:
     that of the next shard.
 
     Records follow one another. Where the list is broken, and where a shard begins, the next one is
-    looked for. If the list that it is in ends before the file does, it was inside of a record that
-    began earlier.
+    looked for. What was found so was no record if the list that it is in belongs to one.
     """
     spans: list[Span] = []
     unsure_from = 0 if start else None      # of the spans, those since a record was looked for
     window = text[start:stop + 2 ** 22].decode("latin-1")       # a character a byte
-    at = window.find("[") + 1 if start == 0 else next_record(window, 0)
+    before = text[max(0, start - 1024):start].rstrip()[-1:].decode("latin-1")
+    at = window.find("[") + 1 if start == 0 else next_record(before + window, 0) - len(before)
     is_broken = start > 0
     while True:
         at = BETWEEN_RECORDS.match(window, at).end()
@@ -165,8 +166,9 @@ def list_spans(text: mmap.mmap, start: int, stop: int) -> list[Span]:
             return spans
         if window[at] == "]" and not window[at + 1:].strip():
             return spans
-        if window[at] == "]" and unsure_from is not None:
+        if unsure_from is not None and INSIDE_A_RECORD.match(window, at):
             del spans[unsure_from:]
+            is_broken = True
             at = next_record(window, at + 1)
             continue
         has_turns, end = record_at(window, at)

@@ -136,7 +136,8 @@ def check_recipe(folder: Path, recipe: dict) -> None:
     for key, value in recipe.items():
         before = recorded(folder, key, value)
         if before != value and not (key == "start" and None in (before, value)):
-            changed.append(f"{key} {before}, not {value}")
+            changed.append("other weights to start from" if key == "start"
+                           else f"{key} {before}, not {value}")
     if changed:
         raise InputError(f"{folder} was trained with {', '.join(changed)}: take another --out, or "
                          "delete that folder")

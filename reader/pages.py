@@ -574,6 +574,7 @@ def main() -> None:
     documents = held_out(args.draw, args.seed, SigLIPConfig(image_size=SIDE))
     names = [f"{i:04}-{page.kind}.webp" for i, (page, _, _) in enumerate(documents)]
     files = OwnFiles(args.folder, [*names, "questions.jsonl"])
+    files.drop_others()
     rows = []
     for name, (page, prompt, answer) in zip(names, documents):
         image = io.BytesIO()

@@ -492,6 +492,7 @@ def draw_pages(folder: Path, n: int, seed: int, train: bool) -> None:
     names = [f"{i:04}-{page.kind}.png" for i, (page, _, _) in enumerate(documents)]
     tables = ["questions.jsonl", "train.jsonl"] if train else ["questions.jsonl"]
     files = OwnFiles(folder, [*names, *tables])
+    files.drop_others()
     questions, samples = [], []
     for name, (page, prompt, gold) in zip(names, documents):
         image = io.BytesIO()

@@ -107,6 +107,7 @@ def main() -> None:
         images[file] = letter(text)
         rows.append({"image": file, "prompt": prompt, "answer": answer, "kind": kind, "text": text})
     files = OwnFiles(folder, [*images, "questions.jsonl"])
+    files.drop_others()
     for file, image in images.items():
         data = io.BytesIO()
         image.save(data, "WEBP", quality=90)

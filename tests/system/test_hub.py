@@ -1,6 +1,5 @@
 """Names of the hub in a folder's place: the real huggingface_hub against helpers/hub_server.py."""
 import json
-import re
 import shutil
 import sys
 import time
@@ -272,4 +271,4 @@ def test_two_processes_fetch_once_and_a_run_goes_on(hub, tmp_path):
     randomise(LlamaForCausalLM(llm_config), 1).save_pretrained(tmp_path / "other")
     other = [tmp_path / "other" if part == "us/llm@main" else part for part in train]
     line = run(*other, code=2).stderr.splitlines()[-1]
-    assert re.search(r"stage1 was trained with start \d+, not \d+: take another --out", line)
+    assert "stage1 was trained with other weights to start from: take another --out" in line

@@ -249,7 +249,7 @@ def test_a_state_of_another_start_is_refused(tmp_path):
     (tmp_path / "recipe.json").write_text('{"start": "a", "lr": 1}')
     for start in ("a", None):
         runs.check_recipe(tmp_path, {"start": start, "lr": 1})
-    with pytest.raises(InputError, match="was trained with start a, not b: take another --out"):
+    with pytest.raises(InputError, match="was trained with other weights to start from: take"):
         runs.check_recipe(tmp_path, {"start": "b", "lr": 1})
 
 

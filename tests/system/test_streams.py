@@ -289,6 +289,35 @@ def test_a_list_of_records_that_hold_objects_of_many_kinds(tmp_path):
             assert found == list(range(200))
 
 
+@pytest.mark.parametrize("text, bad", [
+    ("[{0}][{1}]", [5]), ("[{0}, {1}] and more", [10]), ("[{0}\n{1}]", []),
+    ('[{0}, {{"pad": 1, "history": [{1}], "messages": [], "z": 1}}]', [])])
+def test_lists_that_are_nearly_in_order(tmp_path, text, bad):
+    """Two lists one behind the other, text behind one, no commas, a last record that holds others:
+    no record is lost, and no more is bad than is, in shards of any length that is more than a list
+    in a record has."""
+    turns = [{"role": "user", "content": "?"}, {"role": "assistant", "content": "x" * 300}]
+    records = [json.dumps({"id": i, "messages": turns}) for i in range(10)]
+    path = tmp_path / "list.json"
+    between = "\n" if "\n" in text else ", "
+    path.write_text(text.format(between.join(records[:5]), between.join(records[5:])))
+    has_inner = "history" in text
+    with path.open("rb") as file:
+        whole = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+    for length in (len(whole), 2600) if has_inner else (len(whole), 1000, 701):
+        spans = [span for start in range(0, len(whole), length)
+                 for span in list_spans(whole, start, start + length)]
+        found, n_bad = [], 0
+        for start, stop in spans:
+            try:
+                record = json.loads(whole[start:stop].strip(b" \n,"))
+                found.append(record.get("id", "the last"))
+            except ValueError:
+                n_bad += 1
+        assert found == ([*range(5), "the last"] if has_inner else [*range(10)]), length
+        assert n_bad == len(bad), length
+
+
 def test_a_million_samples_cost_no_memory(tmp_path):
     """And no scan: `pytest -s` shows the seconds from the process's start to its first batch,
     imports included."""
