@@ -504,8 +504,7 @@ class KVCache:
 
     They are written by position. start: how many positions the prefix fills, in every row. length:
     the prefix's positions and those that are asked for. reach: how many of them attention reads,
-    all of them unless it is set.
-    The prefix has a row for each of the batch, or one for all.
+    all of them unless it is set. The prefix has a row for each of the batch, or one for all.
     """
 
     def __init__(self, config: LlamaConfig, batch: int, length: int, device, dtype: torch.dtype,

@@ -228,12 +228,12 @@ def answer_each(model: AlignVLM, tokenizer: Tokenizer, files: list[Path], prompt
 
     chosen: --pages. options, here and below: max_tiles, seed, and what else `answer` takes.
     """
-    shrunk = []                 # files with a page that has lost much of itself
+    shrunk = {}                 # files with a page that has lost much of itself, in their order
 
     def pages_of(file: Path) -> list[Image.Image]:
         pages = read_pages(file, chosen)
         if kept_of(pages, model.config, options["max_tiles"])[0] < KEPT:
-            shrunk.append(file)
+            shrunk[file] = True
         return pages
 
     with tqdm(total=len(files), desc="answering") as bar:
@@ -247,7 +247,8 @@ def answer_each(model: AlignVLM, tokenizer: Tokenizer, files: list[Path], prompt
             yield from texts
             bar.update(len(some))
     if shrunk:
-        print(f"{len(shrunk)} of {len(files)} images lose small type, first {shrunk[0]}: tiles "
+        first = in_one_line(str(next(iter(shrunk))))
+        print(f"{len(shrunk)} of {len(set(files))} images lose small type, first {first}: tiles "
               f"have less than {KEPT:.0%} of them (crop them)", file=sys.stderr)
 
 

@@ -108,12 +108,17 @@ def test_each_batch_draws_anew(folder, pages, tmp_path, monkeypatch):
 
 
 def test_a_folder_whose_pages_lose_small_type(folder, tmp_path):
-    """One line for all of them, after the answers."""
-    Image.new("RGB", (2000, 1500)).save(tmp_path / "b.png")
+    """One line for all of them, after the answers. An image that is asked about twice is one, and
+    its name moves no cursor."""
+    Image.new("RGB", (2000, 1500)).save(tmp_path / "b\x1b[31m.png")
     Image.new("RGB", (100, 100)).save(tmp_path / "a.png")
-    done = sample("--checkpoint", folder, "--image", tmp_path, "--max-new-tokens", 1)
-    [line] = [line for line in done.stderr.splitlines() if "small type" in line]
-    assert line.startswith(f"1 of 2 images lose small type, first {tmp_path / 'b.png'}: ")
+    rows = [{"image": name, "prompt": "?"} for name in ("a.png", "b\x1b[31m.png", "b\x1b[31m.png")]
+    (tmp_path / "q.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    for asked in (["--image", tmp_path],
+                  ["--questions", tmp_path / "q.jsonl", "--answers", tmp_path / "a.jsonl"]):
+        done = sample("--checkpoint", folder, *asked, "--max-new-tokens", 1)
+        [line] = [line for line in done.stderr.split("\n") if "small type" in line]
+        assert "1 of 2 images lose small type, first " in line and "\x1b" not in line
 
 
 def test_a_flag_that_is_given_twice_has_both(monkeypatch):

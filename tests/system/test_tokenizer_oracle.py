@@ -17,7 +17,8 @@ from small_tokenizers import small_json
 
 SCRIPTS = ["The quick brown fox's don't we'll I'VE", "Größe naïve Ελληνικά Привет мир",
            "日本語のテキスト 中文字符 한국어", "हिन्दी में ไทย עברית العربية",
-           "👩‍👩‍👧‍👦 🙂🏽 🇩🇪 ❤️ ☃", "e\u0301 \u200b\u200d\ufeff \u00a0 \u2028 \u3000", "½ ² Ⅷ ١٢٣ 四",
+           "👩‍👩‍👧‍👦 🙂🏽 🇩🇪 ❤️ ☃",
+           "e\u0301 \u200b\u200d\ufeff \u00a0 \u2028 \u3000", "½ ² Ⅷ ١٢٣ 四",
            "def f(x):\n\treturn x**2  # ok\n", "<div class=\"a\">&nbsp;</div>",
            "3.14159 1,000,000 2024-02-29 0x1F", "\r\n\r\n \n\n\n   \t\t x",
            "a_b __init__ 'tis ''s 's", "\x00\x01\x04\x06\x13\x14\x16\x1d\x7f",
