@@ -299,11 +299,12 @@ def earlier_results(path: Path, weights: int) -> dict[str, dict]:
     """
     if not path.exists():
         refuse_foreign_table(path.parent)
-        return {"scores": {}, "intervals": {}, "noise": {}}
+        return {"scores": {}, "intervals": {}, "samples": {}, "noise": {}}
     before = read_json(path)
     if before.get("weights") != weights:
         raise InputError(f"{path}: scores of another model: take another --out")
     parts = {key: with_nan(before.get(key)) for key in ("scores", "intervals", "noise")}
+    parts["samples"] = before.get("samples", {})        # an older file has none
     check_scores(parts, path)
     return parts
 
@@ -349,6 +350,7 @@ def main() -> None:
                                                           args)
             results["scores"][benchmark.name] = scores
             results["intervals"][benchmark.name] = intervals
+            results["samples"][benchmark.name] = len(benchmark.rows[:args.limit])
             if noise:
                 runs = [*results["noise"].get(benchmark.name, []), *noise]
                 last = {run["sigma"]: run for run in runs}

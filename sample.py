@@ -229,6 +229,7 @@ def answer_each(model: AlignVLM, tokenizer: Tokenizer, files: list[Path], prompt
     chosen: --pages. options, here and below: max_tiles, seed, and what else `answer` takes.
     """
     shrunk = {}                 # files with a page that has lost much of itself, in their order
+    is_cut = False              # whether an answer was ended by --max-new-tokens
 
     def pages_of(file: Path) -> list[Image.Image]:
         pages = read_pages(file, chosen)
@@ -242,14 +243,21 @@ def answer_each(model: AlignVLM, tokenizer: Tokenizer, files: list[Path], prompt
             images = (pages_of(file) for file in some)      # one at a time: they may be large
             # Each batch draws from a seed of its own.
             seeded = {**options, "seed": options["seed"] + first}
-            for texts in answer(model, tokenizer, images, prompts[first:first + BATCH], **seeded):
-                pass                    # the last ones are whole
+            some_prompts = prompts[first:first + BATCH]
+            # The last texts are whole; `written` counts the tokens of the longest.
+            for written, texts in enumerate(answer(model, tokenizer, images, some_prompts,
+                                                   **seeded)):
+                pass
+            is_cut |= written == options["max_new_tokens"]
             yield from texts
             bar.update(len(some))
     if shrunk:
         first = in_one_line(str(next(iter(shrunk))))
         print(f"{len(shrunk)} of {len(set(files))} images lose small type, first {first}: tiles "
               f"have less than {KEPT:.0%} of them (crop them)", file=sys.stderr)
+    if is_cut:
+        print(f"cut after {options['max_new_tokens']:,} tokens: one answer or several "
+              "(--max-new-tokens)", file=sys.stderr)
 
 
 def answer_questions(model: AlignVLM, tokenizer: Tokenizer, questions: Path, answers: Path,

@@ -106,7 +106,7 @@ def table_1(scores: dict[str, float], ours: str) -> str:
 
 
 def interval_table(results: dict) -> str:
-    """Every score of every benchmark (%), and between which numbers it lies.
+    """Every score of every benchmark (%), of how many samples, and between which numbers it lies.
 
     The interval is that of drawing the benchmark's samples anew: 95 of 100 such scores lie in it.
     Empty without scores.
@@ -116,8 +116,11 @@ def interval_table(results: dict) -> str:
         intervals = results["intervals"][name]
         for score, value in scores.items():
             if not math.isnan(value):
-                rows.append([f"{name} {score}", 100 * value, span(intervals[score])])
-    return markdown(["Score, %", f"**{results['model']}**", "95 % interval"], rows) if rows else ""
+                n = results["samples"].get(name)        # none in an older scores.json
+                rows.append([f"{name} {score}", 100 * value, span(intervals[score]),
+                             None if n is None else f"{n:,}"])
+    header = ["Score, %", f"**{results['model']}**", "95 % interval", "samples"]
+    return markdown(header, rows) if rows else ""
 
 
 def span(interval: list[float]) -> str:
@@ -237,9 +240,12 @@ def score_text(name: str, score: float, interval: list[float]) -> str:
 def check_scores(results: dict, path: Path) -> None:
     """Raise InputError unless a scores.json is as `show` writes it."""
     scores, intervals, noise = (results.get(key) for key in ("scores", "intervals", "noise"))
+    samples = results.get("samples", {})
     if (not isinstance(scores, dict) or not all(map(is_scores, scores.values()))
             or not isinstance(intervals, dict) or intervals.keys() != scores.keys()
             or not all(are_intervals(intervals[name], scores[name]) for name in scores)
+            or not isinstance(samples, dict)
+            or not all(type(n) is int for n in samples.values())
             or not isinstance(noise, dict) or not all(map(are_noise_runs, noise.values()))
             or not noise.keys() <= scores.keys()):
         raise InputError(f"{path}: not as eval.py writes it: delete it, or take another --out")
@@ -285,7 +291,8 @@ def benchmark_file(spec: str) -> tuple[str, Path]:
 
 def score_files(specs: list[str], out: Path | None) -> None:
     """--score: files of predictions, called BENCHMARK.jsonl or given as BENCHMARK=FILE."""
-    results = {"model": "these predictions", "scores": {}, "intervals": {}, "noise": {}}
+    results = {"model": "these predictions", "scores": {}, "intervals": {}, "samples": {},
+               "noise": {}}
     files = [benchmark_file(spec) for spec in specs]
     if out:
         for written in ("table.md", "scores.json"):
@@ -301,4 +308,5 @@ def score_files(specs: list[str], out: Path | None) -> None:
             raise InputError(f"{path}: a row's split is {error}, which {name} does not have"
                              ) from None
         results["intervals"][name] = METRICS[name].intervals(rows)
+        results["samples"][name] = len(rows)
     show(results, out)

@@ -42,6 +42,7 @@ OTHER_MARKS = re.compile(r"<video>|<audio>|<img>.*?</img>|<audio>.*?</audio>", r
 # Fields of a record, and of a turn, that mean something which this reader does not do.
 OTHER_FIELDS = ("videos", "video", "audios", "audio", "objects", "tools", "system", "history",
                 "rejected_messages", "rejected_response", "rejected_images")
+NAMES_OF_RECORDS = ("id", "_id", "key", "index")        # which may end as an image's file does
 OTHER_TURN_FIELDS = ("tool_calls", "function_call")
 EMPTY = (None, "", [], {})      # absent, null and empty are one
 
@@ -251,7 +252,9 @@ def columns_of(names: list[str]) -> list[str]:
     there = {*names}
     fits = [columns for columns in (BIGDOCS_COLUMNS, VCR_COLUMNS) if {*columns} <= there]
     if there & {*TURNS}:
-        fits.append([name for name in (*TURNS, *IMAGES, *OTHER_FIELDS, "label") if name in there])
+        # Without an image all are read: one of another name is looked for among them.
+        known = (*TURNS, *IMAGES, *OTHER_FIELDS, "label") if there & {*IMAGES} else names
+        fits.append([name for name in known if name in there])
     if not fits:
         known = (f"{', '.join(BIGDOCS_COLUMNS)} or {', '.join(VCR_COLUMNS)} or image and "
                  f"{' or '.join(TURNS)}")
@@ -273,7 +276,7 @@ def parquet_example(path: Path, row: int, key: str, root: Path | None = None) ->
     of crossed texts, which are one answer), or a record as in JSON, with its images or their names,
     which lie in the file's folder or in root."""
     cells = read_cells(path, row)
-    if not {*cells} <= {*BIGDOCS_COLUMNS, *VCR_COLUMNS}:
+    if {*cells} & {*TURNS}:
         return record_example(cells, (path.parent, root or path.parent), key)
     image, *texts = cells.values()
     content = image_bytes(image)
@@ -356,6 +359,8 @@ def record_example(record: dict, folders: tuple[Path, Path], key: str) -> Exampl
         if record.get("label") is False:        # MS-Swift's way to say that an answer is bad
             raise BadSample("not implemented", "its field label, false")
         images = [find_image(image, folders) for image in record_images(record)]
+        if not images:
+            refuse_unread_images(record)
         turns = [record_turn(turn) for turn in field(record, TURNS)]
     except (AttributeError, TypeError):
         raise BadSample("missing field", "no messages with role and content, or an image that is "
@@ -371,6 +376,18 @@ def record_images(record: dict) -> list:
     several = {name: record[name] if isinstance(record[name], list) else [record[name]]
                for name in IMAGES if not is_empty(record.get(name))}
     return field(several, IMAGES) or []
+
+
+def refuse_unread_images(record: dict) -> None:
+    """Raise BadSample where a record without images has one in another field: `image_path` is no
+    key of any format here, and its question would be learnt without the page."""
+    for name, value in record.items():
+        parts = value if isinstance(value, list) else [value]
+        are_images = [image_bytes(part) or isinstance(part, str)
+                      and part.lower().endswith(IMAGE_SUFFIXES) for part in parts]
+        if any(are_images) and name not in NAMES_OF_RECORDS:
+            raise BadSample("not implemented", f"its field {name[:50]}: an image's is "
+                                               f"{' or '.join(IMAGES)}")
 
 
 def record_turn(turn: dict) -> Turn:

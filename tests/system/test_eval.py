@@ -749,6 +749,14 @@ def test_what_was_not_measured_is_null_in_json_and_is_kept(folder, tmp_path):
     assert "NaN" not in text and json.loads(text)["scores"]["reader-a4"]["exact_match"] is None
     assert "nan" not in (out / "table.md").read_text()
     both = main(*common, "--benchmark", "toy=2")
+    # How many samples each score is of: --limit's, also of what was measured before.
+    assert both["samples"] == {"reader-a4": 1, "toy": 1}
+    of_toy, = [line for line in (out / "table.md").read_text().splitlines()
+               if line.startswith("| toy exact_match")]
+    assert of_toy.endswith("| 1 |")
+    older = {key: value for key, value in both.items() if key != "samples"}
+    (out / "scores.json").write_text(json.dumps(older))
+    assert main(*common, "--benchmark", "toy=2")["samples"] == {"toy": 1}
     assert both["scores"]["reader-a4"] == json.loads(text)["scores"]["reader-a4"]
 
 

@@ -107,6 +107,23 @@ def test_each_batch_draws_anew(folder, pages, tmp_path, monkeypatch):
     assert list(again) == [first, second]
 
 
+@pytest.mark.parametrize("longest, is_cut", [(3, False), (4, True)])
+def test_answers_of_several_that_were_cut(folder, pages, monkeypatch, capsys, longest, is_cut):
+    """Said once, where the longest of a batch has as many tokens as it may have."""
+    def answer(_, __, images, prompts, *___, **____):
+        list(images)
+        for n in range(longest + 1):            # after each token, and once more at the end
+            yield [(n + 1) * "a"] + ["a"] * (len(prompts) - 1)
+
+    monkeypatch.setattr(sample_py, "answer", answer)
+    monkeypatch.setattr(sample_py, "BATCH", 2)
+    model, files = AlignVLM.from_pretrained(folder), 5 * [pages / "00.png"]
+    options = {"max_tiles": None, "seed": 0, "max_new_tokens": 4}
+    assert len(list(sample_py.answer_each(model, None, files, 5 * ["?"], **options))) == 5
+    said = "cut after 4 tokens: one answer or several (--max-new-tokens)\n"
+    assert capsys.readouterr().err.count(said) == is_cut
+
+
 def test_a_folder_whose_pages_lose_small_type(folder, tmp_path):
     """One line for all of them, after the answers. An image that is asked about twice is one, and
     its name moves no cursor."""
