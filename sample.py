@@ -295,8 +295,8 @@ def parse_args() -> argparse.Namespace:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
     add("--image", **SEVERAL, help="the document: PNG, JPEG, TIFF, PDF (pip install pypdfium2), "
-        "..., of any size; several, like the pages of a file, are shown together; of a folder each "
-        "file is answered by itself")
+        "..., of up to 100 million pixels; several, like the pages of a file, are shown together; "
+        "of a folder each file is answered by itself")
     add("--pages", help="of each --image only these, counted from 1: 2, 2-3, 2,5-7")
     add("--prompt", help=f"what to ask about it (default: {READ!r}); '' shows the image "
         "alone: a model that has learnt captions gives one")

@@ -35,7 +35,7 @@ from data import READ
 from plumbing.examples import IMAGE, BadSample
 from plumbing.folders import is_foreign, is_inside
 from plumbing.formats import (MAX_RECORD, VCR_PROMPT, parquet_example, read_parquet,
-                              split_images)
+                              record_images, split_images)
 from plumbing.images import read_pages
 from plumbing.settings import ImageError, InputError
 from plumbing.tokenizers import TextError, check_surrogates
@@ -106,11 +106,12 @@ def open_benchmark(spec: str) -> Benchmark:
         known = ", ".join([*FILE_NAMES, *OURS])
         raise InputError(f"{spec}: no benchmark is called {name}; there are {known}")
     try:
-        if path.suffix == ".tsv":
+        suffix = path.suffix.lower()
+        if suffix == ".tsv":
             benchmark = tsv_benchmark(name, path)
-        elif path.suffix == ".jsonl":
+        elif suffix == ".jsonl":
             benchmark = jsonl_benchmark(name, path)
-        elif path.suffix == ".parquet" or path.is_dir():
+        elif suffix == ".parquet" or path.is_dir():
             benchmark = parquet_benchmark(name, path)
         else:
             raise InputError(f"{path}: neither .tsv nor .jsonl nor .parquet nor a folder of the "
@@ -119,6 +120,8 @@ def open_benchmark(spec: str) -> Benchmark:
         raise InputError(f"{error.filename or path}: {error.strerror or error}") from None
     if not benchmark.rows:
         raise InputError(f"{path}: not a single question there")
+    if not any(gold.strip() for row in benchmark.rows for gold in row["answers"]):
+        raise InputError(f"{path}: not a single answer there, as in a split that others score")
     benchmark.path = path
     return benchmark
 
@@ -228,7 +231,7 @@ def tsv_records(path: Path, start: int = 0) -> Iterator[tuple[list[str], int]]:
     """The fields of each record from the byte `start` on, and where the next one begins.
 
     A field with a tab, a line end or a quote in it is quoted; the images are fields of up to some
-    megabytes. Raises InputError.
+    megabytes. Blank lines are passed over. Raises InputError.
     """
     csv.field_size_limit(MAX_RECORD)
     with path.open("rb") as file:
@@ -236,10 +239,15 @@ def tsv_records(path: Path, start: int = 0) -> Iterator[tuple[list[str], int]]:
         try:
             lines = (line.decode() for line in file)
             for record in csv.reader(lines, delimiter="\t", strict=True):
-                yield record, file.tell()
-        except (UnicodeDecodeError, csv.Error) as error:
-            raise InputError(f"{path}: not UTF-8 text in columns up to byte {file.tell():,} "
-                             f"({error})") from None
+                if record:
+                    yield record, file.tell()
+        except UnicodeDecodeError as error:
+            raise InputError(f"{path}: not UTF-8 text up to byte {file.tell():,} ({error})"
+                             ) from None
+        except csv.Error as error:
+            raise InputError(f"{path}: no columns in the row that ends at byte {file.tell():,} "
+                             f'({error}): a cell with a quote in it is quoted, as """so"" it is"'
+                             ) from None
 
 
 def check_header(header: list[str], path: Path) -> None:
@@ -264,7 +272,9 @@ def tsv_images(cells: dict[str, str], path: Path) -> list[Image.Image]:
     folder = path.parent
     image = cells.get("image", "")
     if len(image) > REFERENCE:
-        files = [io.BytesIO(base64.b64decode(text)) for text in as_list(image)]
+        # What stands before a comma is a data URI's: data:image/png;base64,
+        texts = [text.rpartition(",")[2] for text in as_list(image)]
+        files = [io.BytesIO(base64.b64decode(text)) for text in texts]
         pages = [page for file in files for page in read_pages(file)]
     else:
         images, cell = folder / "images", cells.get("image_path")
@@ -423,17 +433,17 @@ def read_record(line: bytes, where: str) -> tuple[str, str, list[str]]:
         roles = asked["role"], answered["role"]
         question = "".join(part for part in split_images(asked["content"]) if part != IMAGE)
         gold = answered["content"]
-        names = record["image"]
-        if roles != ("user", "assistant") or not isinstance(names, list) or not names:
+        names = record_images(record)
+        if roles != ("user", "assistant") or not names:
             raise ValueError
         if not all(isinstance(text, str) for text in [gold, *names]):
             raise ValueError
         check_surrogates(question)
     except TextError as error:
         raise InputError(f"{where}: {error}") from None
-    except (ValueError, TypeError, KeyError, RecursionError):
-        raise InputError(f"{where}: not JSON with a list image and two messages, a user's question "
-                         "and an assistant's answer") from None
+    except (ValueError, TypeError, KeyError, RecursionError, BadSample):
+        raise InputError(f"{where}: not JSON with image or images and two messages, a user's "
+                         "question and an assistant's answer") from None
     return question, gold, names
 
 

@@ -38,7 +38,10 @@ ROLES = {"user": "user", "human": "user", "assistant": "assistant", "gpt": "assi
          "system": "system"}
 MARKS = ("<image>", "<|image|>")
 # Other formats' ways to show something in a user's turn.
-OTHER_MARKS = re.compile(r"<video>|<audio>|<img>.*?</img>|<audio>.*?</audio>", re.S)
+OTHER_MARKS = re.compile(
+    r"<video>|<audio>|<img>.*?</img>|<audio>.*?</audio>|<\|vision_start\|>|<img_context>"
+    r"|<(\|?)\s*image[ _-]?(\d+|pad|here|placeholder|token)\s*\1>"
+    r"|(?!(?-i:<image>|<\|image\|>))<\|?\s*image\s*\|?>", re.S | re.I)
 # Fields of a record, and of a turn, that mean something which this reader does not do.
 OTHER_FIELDS = ("videos", "video", "audios", "audio", "objects", "tools", "system", "history",
                 "rejected_messages", "rejected_response", "rejected_images")
@@ -358,13 +361,15 @@ def record_example(record: dict, folders: tuple[Path, Path], key: str) -> Exampl
                 raise BadSample("not implemented", f"its field {name}")
         if record.get("label") is False:        # MS-Swift's way to say that an answer is bad
             raise BadSample("not implemented", "its field label, false")
-        images = [find_image(image, folders) for image in record_images(record)]
-        if not images:
-            refuse_unread_images(record)
         turns = [record_turn(turn) for turn in field(record, TURNS)]
     except (AttributeError, TypeError):
-        raise BadSample("missing field", "no messages with role and content, or an image that is "
-                                         "no name") from None
+        raise BadSample("missing field", "no messages with role and content") from None
+    try:
+        images = [find_image(image, folders) for image in record_images(record)]
+    except (AttributeError, TypeError):
+        raise BadSample("missing field", "an image that is no name") from None
+    if not images:
+        refuse_unread_images(record)
     for turn in turns:
         if images and turn.role != "user" and any(mark in turn.parts[0] for mark in MARKS):
             raise BadSample("not implemented", f"an image in a turn of the {turn.role}")
@@ -393,8 +398,11 @@ def refuse_unread_images(record: dict) -> None:
 def record_turn(turn: dict) -> Turn:
     """A turn of a record. Raises BadSample, TypeError and AttributeError."""
     role, text = field(turn, ("role", "from")), field(turn, ("content", "value"))
-    if not isinstance(role, str) or role not in ROLES or not isinstance(text, str):
-        raise BadSample("missing field", f"a turn that is no text of {', '.join(ROLES)}")
+    if not isinstance(role, str) or role not in ROLES:
+        raise BadSample("missing field", f"a turn of the role {str(role)[:50]!r}, which is none of "
+                                         f"{', '.join(ROLES)}")
+    if not isinstance(text, str):
+        raise BadSample("missing field", f"a turn of the {role} whose content is no text")
     for name in OTHER_TURN_FIELDS:
         if not is_empty(turn.get(name)):
             raise BadSample("not implemented", f"a turn's field {name}")
@@ -415,11 +423,13 @@ def is_learnt(turn: dict) -> bool:
 
 
 def find_image(image, folders: tuple[Path, Path]) -> Path | io.BytesIO:
-    """The file of that name relative to one of the folders, or what parquet holds. Raises
-    BadSample, also for a name that leads out of the last of them, the data set's."""
+    """The file of that name relative to one of the folders, or what parquet holds, bytes or a path.
+    Raises BadSample, also for a name that leads out of the last of them, the data set's."""
     content = image_bytes(image)
     if content is not None:
         return content
+    if isinstance(image, dict):
+        image = image.get("path")
     paths = [Path(os.path.normpath(folder / image)) for folder in folders]
     inside = [path for path in paths if is_inside(path, folders[-1])]
     for path in inside:
@@ -427,6 +437,10 @@ def find_image(image, folders: tuple[Path, Path]) -> Path | io.BytesIO:
             return path
     if any(map(is_forbidden, inside)):
         raise BadSample("unreadable file", f"{image}: it may not be read (permission denied)")
+    if "://" in image or image.startswith("data:"):
+        raise BadSample("image not found", f"{image[:100]}: no file; save it beside the records")
+    if "\\" in image:
+        raise BadSample("image not found", f"{image}: a path as Windows has it; say it with /")
     raise BadSample("image not found" if inside else "image outside the folder", str(image))
 
 
@@ -465,6 +479,8 @@ def conversation(images: list, turns: list[Turn], key: str) -> Example:
         raise BadSample("missing field", f"{marks} marks for {len(images)} images")
     if not answers:
         raise BadSample("missing field", "no answer")
+    if asked and turns.index(answers[0]) < turns.index(asked[0]):
+        raise BadSample("missing field", "an answer before the first question")
     if not all(isinstance(turn.parts[0], str) for turn in answers):
         raise BadSample("missing field", "an answer that is no text")
     if not all(turn.parts[0].strip() for turn in answers):

@@ -141,8 +141,12 @@ def read_picture(data: bytes, orientation: int | None, name: str) -> Image.Image
     except Image.DecompressionBombError:
         raise ImageError(f"{name}: more than {MAX_PIXELS:,} pixels; scale it down first") from None
     except Image.UnidentifiedImageError:
-        raise ImageError(f"{name}: not a readable image (of no format that Pillow "
-                         "knows)") from None
+        why = "of no format that Pillow knows"
+        if not data:
+            why = "the file is empty"
+        elif data[4:8] == b"ftyp":
+            why = "HEIC, as of a phone, or a film: save it as JPEG first"
+        raise ImageError(f"{name}: not a readable image ({why})") from None
     except Exception as error:      # a damaged file shows itself in many ways
         reason = " ".join(str(error).split()) or type(error).__name__
         raise ImageError(f"{name}: not a readable image ({reason})") from None

@@ -31,11 +31,14 @@ def read_question(line: str, folder: Path, where: str) -> dict:
     """A line of --questions as its row. Raises InputError."""
     try:
         row = json.loads(line)
-        image, prompt = row["image"], row["prompt"]
-    except (ValueError, RecursionError, KeyError, TypeError):
-        image = prompt = None
+    except (ValueError, RecursionError):
+        raise InputError(f"{where}: not JSON, an object a line") from None
+    if not isinstance(row, dict):
+        raise InputError(f"{where}: not a JSON object; each line is one")
+    image, prompt = row.get("image"), row.get("prompt")
     if not isinstance(image, str) or not isinstance(prompt, str):
-        raise InputError(f'{where}: not JSON with an "image" and a "prompt", both strings')
+        raise InputError(f'{where}: not an "image" and a "prompt", both texts, among '
+                         f"{', '.join(row)[:200] or 'nothing'}")
     try:
         check_surrogates(prompt)
     except TextError as error:

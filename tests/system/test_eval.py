@@ -386,11 +386,23 @@ def test_a_damaged_tsv(docvqa):
         "fields, not 4": good + "13\tx\n",
         "not a single": good.splitlines()[0] + "\n",
         "index 14: its answer is an empty list": f"{good}14\t{base64_of(2)}\tq\t[]\n",
-        "columns up to": good + '14\t"' + base64_of(2),
+        "no columns in the row": good + '14\t"' + base64_of(2),
+        "no columns in .* is quoted": f'{good}14\t{base64_of(2)}\t"Total" is?\ta\n',
+        "not a single answer": f"{good.splitlines()[0]}\n0\t{base64_of(2)}\tq\t \n",
         "UTF-8": good.encode() + b"\xff\xfe\t1\t2\t3\n"}
     for says, text in cases.items():
         docvqa.write_bytes(text if isinstance(text, bytes) else text.encode())
         refused(says, docvqa.name, open_benchmark, str(docvqa))
+
+
+def test_blank_lines_data_uris_and_capitals_in_a_tsv(tmp_path):
+    path = write_tsv(tmp_path / "DocVQA_VAL.TSV", ["index", "image", "question", "answer"],
+                     [["0", "data:image/png;base64," + base64_of(0), "q", "a"],
+                      ["1", base64_of(1), '"so" it is', ""]])
+    path.write_text(path.read_text().replace("\n", "\n\n") + "\n")
+    benchmark = open_benchmark(str(path))
+    assert [row["question"] for row in benchmark.rows] == ["q", '"so" it is']
+    assert all(same(benchmark.images(i)[0], picture(i)[0]) for i in range(2))
 
 
 def test_a_tsvs_damaged_images(docvqa):
@@ -419,6 +431,13 @@ def test_a_damaged_jsonl(tmp_path):
                 first.replace("|>q", r"|>\ud800")]:
         jsonl.write_text("\n".join([first, "", bad]))
         refused("line 3", jsonl.name, open_benchmark, str(jsonl))
+    # However a record names its image, as in training.
+    named = [json.loads(line) for line in (first, second)]
+    [named[0]["image"]] = named[0]["image"]
+    named[1]["images"] = named[1].pop("image")
+    jsonl.write_text("\n".join(map(json.dumps, named)))
+    benchmark = open_benchmark(str(jsonl))
+    assert all(len(benchmark.images(i)) == 1 for i in range(2))
     jsonl.write_text("\n".join([first, second.replace("pngs/1", "pngs/5")]))
     benchmark = open_benchmark(str(jsonl))
     refused("line 2: .*pngs/5.png: no such file", jsonl.name, benchmark.images, 1)

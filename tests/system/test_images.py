@@ -165,6 +165,14 @@ def test_a_clear_grey_and_nothing_else():
         read_image(io.BytesIO(images.PNG + chunk))
 
 
+@pytest.mark.parametrize("data, why", [
+    (b"", "the file is empty"), (b"\0\0\0\x18ftypheic\0\0\0\0mif1heic", "HEIC"),
+    (b"hello", "of no format that Pillow knows")])
+def test_what_is_no_image(data, why):
+    with pytest.raises(ImageError, match=f"not a readable image .*{why}"):
+        read_image(io.BytesIO(data))
+
+
 def test_a_tiff_of_too_many_pages(tmp_path, monkeypatch):
     path = tmp_path / "fax.tif"
     page = plain("L", 0)

@@ -80,10 +80,14 @@ def test_answers_over_what_is_asked(page, questions, answers):
 
 @pytest.mark.parametrize("row, said", [
     ({"prompt": "\ud800"}, "line 2: text with the lone surrogate"),
-    ({"image": "x" * 300, "prompt": "?"}, "line 2: no file")])
+    ({"image": "x" * 300, "prompt": "?"}, "line 2: no file"),
+    ({"question": "?"}, 'line 2: not an "image" and a "prompt", both texts, among image, question'),
+    ([1], "line 2: not a JSON object"), ("{", "line 2: not JSON")])
 def test_a_bad_row_is_found_before_the_first_answer(page, questions, row, said):
     with questions.open("a") as file:
-        file.write(json.dumps({"image": page.name, **row}) + "\n")
+        if isinstance(row, dict):
+            row = json.dumps({"image": page.name, **row})
+        file.write(f"{row}\n")
     done = sample("--questions", questions, "--answers", page.parent / "a.jsonl", code=2)
     assert f"{questions}, {said}" in done.stderr.splitlines()[-1]
     assert not list(page.parent.glob("a.jsonl*"))
