@@ -17,7 +17,7 @@ from plumbing.settings import InputError
 DATA_SUFFIXES = (".tar", ".parquet", ".jsonl", ".json")
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".webp", ".tif", ".tiff", ".bmp",
                   ".gif", ".jp2", ".avif", ".pbm", ".pgm", ".ppm", ".pnm", ".pdf",
-                  ".heic", ".heif", ".jxl")         # these three Pillow cannot read: refused by name
+                  ".heic", ".heif", ".jxl")     # these Pillow cannot read: refused by name
 FOREIGN = ("__MACOSX", "@eaDir")        # folders that systems put beside the files
 # Words of a name. A name with one of the first kind is for training, whatever else it says; of the
 # others evaluation takes the first kind that a folder has.
