@@ -21,8 +21,11 @@ from forks import SOCKET, Forked
 
 ROOT = Path(__file__).resolve().parents[2]
 HELPERS = ROOT / "tests" / "helpers"
-# The environment of what tests start. torch.compile would start a compiler on each core.
-ENV = {**os.environ, "OMP_NUM_THREADS": "1", "TORCHINDUCTOR_COMPILE_THREADS": "1"}
+# The environment of what tests start. torch.compile would start a compiler on each core: the tests
+# of a GPU, which run one at a time, want them.
+ENV = dict(os.environ)
+if os.environ.get("TEST_DEVICE") != "cuda":
+    ENV |= {"OMP_NUM_THREADS": "1", "TORCHINDUCTOR_COMPILE_THREADS": "1"}
 
 
 @functools.cache
