@@ -293,7 +293,7 @@ def prefill(args: argparse.Namespace) -> Iterator[dict]:
 
 @torch.inference_mode()
 def decode(args: argparse.Namespace) -> Iterator[dict]:
-    """Seconds per step of 128 after prompts of 512 tokens, greedily.
+    """Seconds per step of 128 after prompts of 512 tokens, greedily; the first ones do not count.
 
     batch8 has 8 prompts of 288 to 512.
     """

@@ -99,8 +99,9 @@ def report(folder: Path, n: int, seed: int, device: torch.device) -> None:
 
 
 def evaluate_benchmark(model: AlignVLM, tokenizer: Tokenizer, benchmark: Benchmark, weights: int,
-                       args: argparse.Namespace) -> tuple[dict, dict, list[dict]]:
-    """A benchmark's scores by name, their 95 % intervals, and those with noise.
+                       args: argparse.Namespace) -> tuple[dict, dict, dict, list[dict]]:
+    """A benchmark's scores by name, their 95 % intervals, of how many samples they are, and those
+    with noise.
 
     weights: the model's fingerprint. Predictions go to files in args.out. On all ranks but the
     first all are empty.
@@ -115,7 +116,9 @@ def evaluate_benchmark(model: AlignVLM, tokenizer: Tokenizer, benchmark: Benchma
     metric = METRICS[benchmark.name]
     scores = metric(rows) if rows else {}
     intervals = metric.intervals(rows) if rows else {}
-    return scores, intervals, evaluate_with_noise(model, tokenizer, benchmark, settings, args)
+    samples = metric.samples(rows) if rows else {}
+    noise = evaluate_with_noise(model, tokenizer, benchmark, settings, args)
+    return scores, intervals, samples, noise
 
 
 def longest_answer(benchmark: str) -> int:
@@ -346,11 +349,11 @@ def main() -> None:
                **earlier_results(args.out / "scores.json", weights)}
     with name_stalled_rank(TIMEOUT):
         for benchmark in benchmarks:
-            scores, intervals, noise = evaluate_benchmark(model, tokenizer, benchmark, weights,
-                                                          args)
+            scores, intervals, samples, noise = evaluate_benchmark(model, tokenizer, benchmark,
+                                                                   weights, args)
             results["scores"][benchmark.name] = scores
             results["intervals"][benchmark.name] = intervals
-            results["samples"][benchmark.name] = len(benchmark.rows[:args.limit])
+            results["samples"][benchmark.name] = samples
             if noise:
                 runs = [*results["noise"].get(benchmark.name, []), *noise]
                 last = {run["sigma"]: run for run in runs}

@@ -120,8 +120,6 @@ def open_benchmark(spec: str) -> Benchmark:
         raise InputError(f"{error.filename or path}: {error.strerror or error}") from None
     if not benchmark.rows:
         raise InputError(f"{path}: not a single question there")
-    if not any(gold.strip() for row in benchmark.rows for gold in row["answers"]):
-        raise InputError(f"{path}: not a single answer there, as in a split that others score")
     benchmark.path = path
     return benchmark
 
@@ -245,8 +243,9 @@ def tsv_records(path: Path, start: int = 0) -> Iterator[tuple[list[str], int]]:
             raise InputError(f"{path}: not UTF-8 text up to byte {file.tell():,} ({error})"
                              ) from None
         except csv.Error as error:
+            hint = ': a cell with a quote in it is quoted, as """so"" it is"'
             raise InputError(f"{path}: no columns in the row that ends at byte {file.tell():,} "
-                             f'({error}): a cell with a quote in it is quoted, as """so"" it is"'
+                             f"({error}){hint if 'expected after' in str(error) else ''}"
                              ) from None
 
 
@@ -272,8 +271,8 @@ def tsv_images(cells: dict[str, str], path: Path) -> list[Image.Image]:
     folder = path.parent
     image = cells.get("image", "")
     if len(image) > REFERENCE:
-        # What stands before a comma is a data URI's: data:image/png;base64,
-        texts = [text.rpartition(",")[2] for text in as_list(image)]
+        texts = [text.partition(",")[2] if text.startswith("data:") else text
+                 for text in as_list(image)]            # data:image/png;base64,
         files = [io.BytesIO(base64.b64decode(text)) for text in texts]
         pages = [page for file in files for page in read_pages(file)]
     else:
@@ -441,7 +440,9 @@ def read_record(line: bytes, where: str) -> tuple[str, str, list[str]]:
         check_surrogates(question)
     except TextError as error:
         raise InputError(f"{where}: {error}") from None
-    except (ValueError, TypeError, KeyError, RecursionError, BadSample):
+    except BadSample as error:
+        raise InputError(f"{where}: {': '.join(map(str, error.args))}") from None
+    except (ValueError, TypeError, KeyError, RecursionError):
         raise InputError(f"{where}: not JSON with image or images and two messages, a user's "
                          "question and an assistant's answer") from None
     return question, gold, names

@@ -101,14 +101,19 @@ class Metric:
             return {name: [math.nan, math.nan] for name in scores}
         [drawn] = self.drawn(rows, counts)
         intervals = {name: middle(values) for name, values in drawn.items()}
-        alone = self.of_sums(self.grouped(rows, counts))        # (n,) by name
+        samples = self.samples(rows)
         for name, score in scores.items():
-            n = np.count_nonzero(~np.isnan(alone[name])) or len(rows)
+            n = samples[name] or len(rows)
             if score == 0:
                 intervals[name] = [0.0, 1 - 0.025 ** (1 / n)]
             elif score == 1:
                 intervals[name] = [0.025 ** (1 / n), 1.0]
         return intervals
+
+    def samples(self, rows: list[dict]) -> dict[str, int]:
+        """Of how many samples each score is: of rows, or documents, where it alone is a number."""
+        alone = self.of_sums(self.grouped(rows, self.counted(rows)))            # (n,) by name
+        return {name: int(np.count_nonzero(~np.isnan(values))) for name, values in alone.items()}
 
 
 def documents(rows: list[dict]) -> np.ndarray:

@@ -101,6 +101,8 @@ def read_predictions(path: Path) -> list[dict]:
                              "all of them texts, or a split, document or values that are none")
     if not rows:
         raise InputError(f"{path}: not a single prediction there")
+    if not any(gold.strip() for row in rows for gold in row["answers"]):
+        raise InputError(f"{path}: not a single answer beside these predictions to score them by")
     return [{"split": None, **row} for row in rows]
 
 

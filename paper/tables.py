@@ -116,7 +116,7 @@ def interval_table(results: dict) -> str:
         intervals = results["intervals"][name]
         for score, value in scores.items():
             if not math.isnan(value):
-                n = results["samples"].get(name)        # none in an older scores.json
+                n = results["samples"].get(name, {}).get(score)     # none in an older scores.json
                 rows.append([f"{name} {score}", 100 * value, span(intervals[score]),
                              None if n is None else f"{n:,}"])
     header = ["Score, %", f"**{results['model']}**", "95 % interval", "samples"]
@@ -244,8 +244,7 @@ def check_scores(results: dict, path: Path) -> None:
     if (not isinstance(scores, dict) or not all(map(is_scores, scores.values()))
             or not isinstance(intervals, dict) or intervals.keys() != scores.keys()
             or not all(are_intervals(intervals[name], scores[name]) for name in scores)
-            or not isinstance(samples, dict)
-            or not all(type(n) is int for n in samples.values())
+            or not isinstance(samples, dict) or not all(map(is_counts, samples.values()))
             or not isinstance(noise, dict) or not all(map(are_noise_runs, noise.values()))
             or not noise.keys() <= scores.keys()):
         raise InputError(f"{path}: not as eval.py writes it: delete it, or take another --out")
@@ -253,6 +252,10 @@ def check_scores(results: dict, path: Path) -> None:
 
 def is_number(value) -> bool:
     return isinstance(value, (int, float))
+
+
+def is_counts(value) -> bool:
+    return isinstance(value, dict) and all(type(n) is int for n in value.values())
 
 
 def is_scores(value) -> bool:
@@ -308,5 +311,5 @@ def score_files(specs: list[str], out: Path | None) -> None:
             raise InputError(f"{path}: a row's split is {error}, which {name} does not have"
                              ) from None
         results["intervals"][name] = METRICS[name].intervals(rows)
-        results["samples"][name] = len(rows)
+        results["samples"][name] = METRICS[name].samples(rows)
     show(results, out)

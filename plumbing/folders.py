@@ -16,8 +16,8 @@ from plumbing.settings import InputError
 
 DATA_SUFFIXES = (".tar", ".parquet", ".jsonl", ".json")
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".webp", ".tif", ".tiff", ".bmp",
-                  ".gif", ".jp2", ".avif", ".pbm", ".pgm", ".ppm", ".pnm", ".pdf",
-                  ".heic", ".heif", ".jxl")     # these Pillow cannot read: refused by name
+                  ".gif", ".jp2", ".avif", ".pbm", ".pgm", ".ppm", ".pnm", ".pdf")
+UNREAD_SUFFIXES = (".heic", ".heif", ".jxl")        # images that Pillow cannot read
 FOREIGN = ("__MACOSX", "@eaDir")        # folders that systems put beside the files
 # Words of a name. A name with one of the first kind is for training, whatever else it says; of the
 # others evaluation takes the first kind that a folder has.

@@ -38,14 +38,16 @@ ROLES = {"user": "user", "human": "user", "assistant": "assistant", "gpt": "assi
          "system": "system"}
 MARKS = ("<image>", "<|image|>")
 # Other formats' ways to show something in a user's turn.
-OTHER_MARKS = re.compile(
-    r"<video>|<audio>|<img>.*?</img>|<audio>.*?</audio>|<\|vision_start\|>|<img_context>"
-    r"|<(\|?)\s*image[ _-]?(\d+|pad|here|placeholder|token)\s*\1>"
-    r"|(?!(?-i:<image>|<\|image\|>))<\|?\s*image\s*\|?>", re.S | re.I)
+OTHER_MARKS = re.compile(r"<video>|<audio>|<img>.*?</img>|<audio>.*?</audio>", re.S)
+# Other models' marks for an image. They are text where there is no image, or one has its own mark.
+OTHER_IMAGE_MARKS = re.compile(
+    r"<\|vision_start\|>|<img_context>|<\|?image[ _-]?(\d+|pad|here|placeholder|token)\|?>"
+    r"|(?!(?-i:<image>|<\|image\|>))<\|?\s*image\s*\|?>", re.I)
+# A record's fields that may be its image by another name.
+OTHER_IMAGES = re.compile(r"image|img|pic|photo|^pages?$", re.I)
 # Fields of a record, and of a turn, that mean something which this reader does not do.
 OTHER_FIELDS = ("videos", "video", "audios", "audio", "objects", "tools", "system", "history",
                 "rejected_messages", "rejected_response", "rejected_images")
-NAMES_OF_RECORDS = ("id", "_id", "key", "index")        # which may end as an image's file does
 OTHER_TURN_FIELDS = ("tool_calls", "function_call")
 EMPTY = (None, "", [], {})      # absent, null and empty are one
 
@@ -255,9 +257,9 @@ def columns_of(names: list[str]) -> list[str]:
     there = {*names}
     fits = [columns for columns in (BIGDOCS_COLUMNS, VCR_COLUMNS) if {*columns} <= there]
     if there & {*TURNS}:
-        # Without an image all are read: one of another name is looked for among them.
-        known = (*TURNS, *IMAGES, *OTHER_FIELDS, "label") if there & {*IMAGES} else names
-        fits.append([name for name in known if name in there])
+        known = (*TURNS, *IMAGES, *OTHER_FIELDS, "label")
+        fits.append([name for name in known if name in there]
+                    + [name for name in names if name not in known and OTHER_IMAGES.search(name)])
     if not fits:
         known = (f"{', '.join(BIGDOCS_COLUMNS)} or {', '.join(VCR_COLUMNS)} or image and "
                  f"{' or '.join(TURNS)}")
@@ -388,15 +390,18 @@ def refuse_unread_images(record: dict) -> None:
     key of any format here, and its question would be learnt without the page."""
     for name, value in record.items():
         parts = value if isinstance(value, list) else [value]
-        are_images = [image_bytes(part) or isinstance(part, str)
-                      and part.lower().endswith(IMAGE_SUFFIXES) for part in parts]
-        if any(are_images) and name not in NAMES_OF_RECORDS:
+        names = [part.get("path") if isinstance(part, dict) else part for part in parts]
+        named = any(isinstance(part, str) and part.lower().endswith(IMAGE_SUFFIXES)
+                    for part in names)
+        if any(map(image_bytes, parts)) or named and OTHER_IMAGES.search(name):
             raise BadSample("not implemented", f"its field {name[:50]}: an image's is "
                                                f"{' or '.join(IMAGES)}")
 
 
 def record_turn(turn: dict) -> Turn:
     """A turn of a record. Raises BadSample, TypeError and AttributeError."""
+    if not isinstance(turn, dict):
+        raise TypeError
     role, text = field(turn, ("role", "from")), field(turn, ("content", "value"))
     if not isinstance(role, str) or role not in ROLES:
         raise BadSample("missing field", f"a turn of the role {str(role)[:50]!r}, which is none of "
@@ -464,6 +469,16 @@ def split_images(text: str) -> list[str | int]:
     return [IMAGE if part in MARKS else part for part in parts if part]
 
 
+def refuse_other_marks(asked: list[Turn]) -> None:
+    """Raise BadSample where another model's mark says where an image stands: they would all stand
+    before the first question, and the mark be learnt as text."""
+    for turn in asked:
+        for part in turn.parts:
+            if found := OTHER_IMAGE_MARKS.search(part):
+                raise BadSample("not implemented", f"{found[0][:50]} in a question: an image's "
+                                                   f"mark is {' or '.join(MARKS)}")
+
+
 def conversation(images: list, turns: list[Turn], key: str) -> Example:
     """Image files and turns -> Example. Images without marks stand before the first user's text. A
     file of several pages is as many images, where its mark is.
@@ -473,14 +488,16 @@ def conversation(images: list, turns: list[Turn], key: str) -> Example:
     asked = [turn for turn in turns if turn.role == "user"]
     answers = [turn for turn in turns if turn.role == "assistant"]
     marks = sum(turn.parts.count(IMAGE) for turn in asked)
+    if images and marks == 0:
+        refuse_other_marks(asked)
     if asked and marks == 0:
         asked[0].parts[:0] = [IMAGE] * len(images)
     elif marks != len(images):
         raise BadSample("missing field", f"{marks} marks for {len(images)} images")
     if not answers:
         raise BadSample("missing field", "no answer")
-    if asked and turns.index(answers[0]) < turns.index(asked[0]):
-        raise BadSample("missing field", "an answer before the first question")
+    if images and turns.index(answers[0]) < turns.index(asked[0]):
+        raise BadSample("missing field", "an answer before the question that shows the image")
     if not all(isinstance(turn.parts[0], str) for turn in answers):
         raise BadSample("missing field", "an answer that is no text")
     if not all(turn.parts[0].strip() for turn in answers):

@@ -144,8 +144,8 @@ def read_picture(data: bytes, orientation: int | None, name: str) -> Image.Image
         why = "of no format that Pillow knows"
         if not data:
             why = "the file is empty"
-        elif data[4:8] == b"ftyp":
-            why = "HEIC, as of a phone, or a film: save it as JPEG first"
+        elif data[4:12] in (b"ftypheic", b"ftypheix", b"ftypmif1", b"ftypmsf1"):
+            why = "HEIC, as of a phone: save it as JPEG first"
         raise ImageError(f"{name}: not a readable image ({why})") from None
     except Exception as error:      # a damaged file shows itself in many ways
         reason = " ".join(str(error).split()) or type(error).__name__

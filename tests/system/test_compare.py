@@ -48,6 +48,8 @@ def test_nothing_wrong_is_no_certainty(n, end):
     assert wrong["f1"] == pytest.approx([0, end], abs=5e-4)
     chart = [{**r, "split": "human"} for r in of_right(n, n)] + [row(n, "no", split="augmented")]
     assert METRICS["ChartQA"].intervals(chart)["human"] == pytest.approx([1 - end, 1], abs=5e-4)
+    samples = METRICS["ChartQA"].samples(chart)
+    assert samples["human"] == n and samples["augmented"] == 1
 
 
 @pytest.mark.parametrize("benchmark", METRICS)

@@ -388,7 +388,6 @@ def test_a_damaged_tsv(docvqa):
         "index 14: its answer is an empty list": f"{good}14\t{base64_of(2)}\tq\t[]\n",
         "no columns in the row": good + '14\t"' + base64_of(2),
         "no columns in .* is quoted": f'{good}14\t{base64_of(2)}\t"Total" is?\ta\n',
-        "not a single answer": f"{good.splitlines()[0]}\n0\t{base64_of(2)}\tq\t \n",
         "UTF-8": good.encode() + b"\xff\xfe\t1\t2\t3\n"}
     for says, text in cases.items():
         docvqa.write_bytes(text if isinstance(text, bytes) else text.encode())
@@ -732,11 +731,14 @@ def test_bad_predictions_are_one_line(tmp_path):
         with pytest.raises(InputError, match="WTQ.jsonl"):
             evaluation.score_files([str(path)], None)
     path.write_text(json.dumps(row))
+    blank = tmp_path / "blank.jsonl"        # as of a split whose answers are kept back
+    blank.write_text(2 * (json.dumps(row | {"answers": [" "]}) + "\n"))
     for specs, says in [
             ([str(tmp_path / "none.jsonl")], "no benchmark none"),
             ([str(path)] * 2, "second"),
             ([f"TableVQABench={path}"], "split is None"),
             ([f"KLC={tmp_path / 'none.jsonl'}"], "No such file"),
+            ([f"DocVQA={blank}"], "blank.jsonl: not a single answer"),
             ([f"Foo={path}"], "no benchmark Foo")]:
         with pytest.raises(InputError, match=says):
             evaluation.score_files(specs, None)
@@ -768,14 +770,17 @@ def test_what_was_not_measured_is_null_in_json_and_is_kept(folder, tmp_path):
     assert "NaN" not in text and json.loads(text)["scores"]["reader-a4"]["exact_match"] is None
     assert "nan" not in (out / "table.md").read_text()
     both = main(*common, "--benchmark", "toy=2")
-    # How many samples each score is of: --limit's, also of what was measured before.
-    assert both["samples"] == {"reader-a4": 1, "toy": 1}
+    # How many samples each score is of: a page has one that is read or one that is answered.
+    measured = {name: {score: n for score, n in of_name.items() if n}
+                for name, of_name in both["samples"].items()}
+    assert measured == {"reader-a4": {"character_errors": 1, "character_errors article": 1},
+                        "toy": {"exact_match": 1}}
     of_toy, = [line for line in (out / "table.md").read_text().splitlines()
                if line.startswith("| toy exact_match")]
     assert of_toy.endswith("| 1 |")
     older = {key: value for key, value in both.items() if key != "samples"}
     (out / "scores.json").write_text(json.dumps(older))
-    assert main(*common, "--benchmark", "toy=2")["samples"] == {"toy": 1}
+    assert main(*common, "--benchmark", "toy=2")["samples"] == {"toy": {"exact_match": 1}}
     assert both["scores"]["reader-a4"] == json.loads(text)["scores"]["reader-a4"]
 
 

@@ -110,9 +110,11 @@ def test_each_batch_draws_anew(folder, pages, tmp_path, monkeypatch):
 @pytest.mark.parametrize("longest, is_cut", [(3, False), (4, True)])
 def test_answers_of_several_that_were_cut(folder, pages, monkeypatch, capsys, longest, is_cut):
     """Said once, where the longest of a batch has as many tokens as it may have."""
+    lengths = iter([longest, 2, 1])             # of each batch's longest answer
+
     def answer(_, __, images, prompts, *___, **____):
         list(images)
-        for n in range(longest + 1):            # after each token, and once more at the end
+        for n in range(next(lengths) + 1):      # after each token, and once more at the end
             yield [(n + 1) * "a"] + ["a"] * (len(prompts) - 1)
 
     monkeypatch.setattr(sample_py, "answer", answer)
@@ -136,6 +138,14 @@ def test_a_folder_whose_pages_lose_small_type(folder, tmp_path):
         done = sample("--checkpoint", folder, *asked, "--max-new-tokens", 1)
         [line] = [line for line in done.stderr.split("\n") if "small type" in line]
         assert "1 of 2 images lose small type, first " in line and "\x1b" not in line
+
+
+def test_a_phones_pictures_in_a_folder_are_said_to_be_left_out(folder, tmp_path):
+    Image.new("RGB", (100, 100)).save(tmp_path / "a.png")
+    (tmp_path / "b.HEIC").write_bytes(b"")
+    done = sample("--checkpoint", folder, "--image", tmp_path, "--max-new-tokens", 1)
+    assert "left out, of no format that is read: 1, first b.HEIC (save as JPEG)\n" in done.stderr
+    assert done.stdout.startswith("a.png: ") and len(done.stdout.splitlines()) == 1
 
 
 def test_a_flag_that_is_given_twice_has_both(monkeypatch):
