@@ -192,7 +192,7 @@ MISSING_FIELDS = {
     "null in images": shown("[null]"),
     "numbers in images": shown("[1, 2]"),
     "list in images": shown('[["page.png"]]'),
-    "object for an image": shown('[{"bytes": "", "path": "page.png"}]'),
+    "object for an image": shown('[{"bytes": "", "file": "page.png"}]'),
     "mark without image": said('"!"', asked="<image>"),
     "more marks than images": shown('["page.png"]', "<image><image>"),
     "fewer marks than images": shown('["page.png", "page.png"]', "<image>"),
