@@ -293,7 +293,7 @@ def prefill(args: argparse.Namespace) -> Iterator[dict]:
 
 @torch.inference_mode()
 def decode(args: argparse.Namespace) -> Iterator[dict]:
-    """Seconds per step of 128 after prompts of 512 tokens, greedily; the first ones do not count.
+    """Seconds per step of 128 after prompts of 512 tokens, greedily; the first three do not count.
 
     batch8 has 8 prompts of 288 to 512.
     """
@@ -310,7 +310,8 @@ def decode(args: argparse.Namespace) -> Iterator[dict]:
         def ours() -> float:
             steps = llm.generate(x, lengths, set(), n_new + 1)
             times = [time.perf_counter() for _ in steps]
-            # The first is the prompt's; on a GPU the next two record the graph of a step.
+            # The first time is the prompt's. On a GPU a step without a graph follows, then one that
+            # records the graph of all others.
             return (times[-1] - times[3]) / (n_new - 3)
 
         times = alternate(ours, theirs, args.repeats, clock=lambda side: side())

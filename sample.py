@@ -215,13 +215,13 @@ def image_files(paths: list[str], chosen: str | None) -> list[Path]:
         return [Path(path) for path in paths]
     if len(paths) > 1:
         raise InputError(f"{directories[0]}: a folder goes alone, or else name its images")
-    from plumbing.folders import UNREAD_SUFFIXES
+    from plumbing.folders import UNREAD_SUFFIXES, is_foreign
     from plumbing.folders import image_files as images_in
     files = images_in(Path(directories[0]))
     unread = [name for name in sorted(os.listdir(directories[0]))
-              if name.lower().endswith(UNREAD_SUFFIXES)]
+              if name.lower().endswith(UNREAD_SUFFIXES) and not is_foreign(name)]
     if unread:
-        print(f"left out, of no format that is read: {len(unread)}, first "
+        print(f"left out, since Pillow cannot read them: {len(unread)}, first "
               f"{in_one_line(unread[0])} (save as JPEG)", file=sys.stderr)
     for file in files:
         read_pages(file, chosen)

@@ -394,7 +394,7 @@ def refuse_unread_images(record: dict) -> None:
         named = any(isinstance(part, str) and part.lower().endswith(IMAGE_SUFFIXES)
                     for part in names)
         if any(map(image_bytes, parts)) or named and OTHER_IMAGES.search(name):
-            raise BadSample("not implemented", f"its field {name[:50]}: an image's is "
+            raise BadSample("not implemented", f"its field {name[:50]}: an image stands in "
                                                f"{' or '.join(IMAGES)}")
 
 
@@ -470,8 +470,8 @@ def split_images(text: str) -> list[str | int]:
 
 
 def refuse_other_marks(asked: list[Turn]) -> None:
-    """Raise BadSample where another model's mark says where an image stands: they would all stand
-    before the first question, and the mark be learnt as text."""
+    """Raise BadSample where a question has another model's mark for an image. Without a mark of
+    ours all images would stand before the first question, and the other be learnt as text."""
     for turn in asked:
         for part in turn.parts:
             if found := OTHER_IMAGE_MARKS.search(part):
@@ -497,7 +497,7 @@ def conversation(images: list, turns: list[Turn], key: str) -> Example:
     if not answers:
         raise BadSample("missing field", "no answer")
     if images and turns.index(answers[0]) < turns.index(asked[0]):
-        raise BadSample("missing field", "an answer before the question that shows the image")
+        raise BadSample("missing field", "images, and an answer before the first question")
     if not all(isinstance(turn.parts[0], str) for turn in answers):
         raise BadSample("missing field", "an answer that is no text")
     if not all(turn.parts[0].strip() for turn in answers):

@@ -172,6 +172,8 @@ RECORDS = {
     "a bbox of DocOwl's": (asked("what is in <bbox>1,2,3,4</bbox>?", image="red.png"),
                            "red what is in <bbox>1,2,3,4</bbox>? !"),
     "an image by another name": (asked("?", image_path="red.png"), "not implemented"),
+    "no image, and one by another name": (asked("?", images=None, image_path="red.png"),
+                                          "not implemented"),
     "images by another name": (asked("?", pictures=["a", "b.JPG"]), "not implemented"),
     "an image by another name beside": (asked("?", image="red.png", original="a.tif"), "red ? !"),
     "images as structs by another name": (asked("?", pics=[{"path": "a.png"}]), "not implemented"),

@@ -142,9 +142,11 @@ def test_a_folder_whose_pages_lose_small_type(folder, tmp_path):
 
 def test_a_phones_pictures_in_a_folder_are_said_to_be_left_out(folder, tmp_path):
     Image.new("RGB", (100, 100)).save(tmp_path / "a.png")
-    (tmp_path / "b.HEIC").write_bytes(b"")
+    for name in ("b.HEIC", "._b.HEIC"):         # the second is a Mac's, beside it
+        (tmp_path / name).write_bytes(b"")
     done = sample("--checkpoint", folder, "--image", tmp_path, "--max-new-tokens", 1)
-    assert "left out, of no format that is read: 1, first b.HEIC (save as JPEG)\n" in done.stderr
+    said = "left out, since Pillow cannot read them: 1, first b.HEIC (save as JPEG)\n"
+    assert said in done.stderr
     assert done.stdout.startswith("a.png: ") and len(done.stdout.splitlines()) == 1
 
 
